@@ -1,0 +1,44 @@
+# The first Python of 3.11 or newer; `make PYTHON=/path/to/python demo` chooses another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install demo test check format bench clean
+
+help:
+	@echo "make demo     install, then run the whole factory on embedded data"
+	@echo "make test     install, then run the tests (CPU, no network)"
+	@echo "make check    format, lint and type checks"
+	@echo "make format   rewrite files in the house format"
+	@echo "make bench    ratios against diffusers, interleaved in one process"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and none was found on PATH."; exit 4; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: install
+	$(BIN)/cogvideox demo
+
+test: install
+	$(BIN)/pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	@find cogvideox_factory -name '*.py' | xargs cat | wc -l | xargs echo "lines in cogvideox_factory:"
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,64 @@
+"""Two ways of doing one thing, timed turn by turn in one process.
+
+Absolute seconds on a shared machine mean nothing; the ratio of neighbouring runs does. A round runs baseline and
+ours once each, in alternating order; the figure is the median of the rounds' ratios, beside their spread.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """How many times faster ours is than the baseline."""
+
+    name: str
+    median: float
+    low: float
+    high: float
+    target: float | None
+    """What the project promises; None reports only."""
+    note: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether the median reaches the target."""
+        return self.target is None or self.median >= self.target
+
+    @property
+    def row(self) -> str:
+        """One line of the table in README.md."""
+        target = "" if self.target is None else f">= {self.target:g}"
+        return f"| `{self.name}` | {self.median:.2f} | {self.low:.2f} – {self.high:.2f} | {target} | {self.note} |"
+
+
+def interleave(
+    name: str,
+    baseline: Callable[[], object],
+    ours: Callable[[], object],
+    *,
+    target: float | None = None,
+    num_rounds: int = 7,
+    note: str = "",
+) -> Ratio:
+    """Return the ratio of the two, after one unmeasured run of each."""
+    torch.set_num_threads(2)
+    baseline(), ours()
+    ratios = []
+    for index in range(num_rounds):
+        order = (baseline, ours) if index % 2 == 0 else (ours, baseline)
+        seconds = {function: _seconds(function) for function in order}
+        ratios.append(seconds[baseline] / seconds[ours])
+    return Ratio(
+        name=name, median=statistics.median(ratios), low=min(ratios), high=max(ratios), target=target, note=note
+    )
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start

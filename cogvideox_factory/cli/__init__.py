@@ -1,0 +1,58 @@
+"""The command line: one table, one file a command.
+
+A command file parses its flags, calls one engine function and prints. It is imported only when it is asked for, so
+`cogvideox --help` needs neither pydantic nor a framework.
+"""
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "demo": "the whole factory on an embedded model: clips, preparation, training, video, one page",
+    "prepare": "videos + captions -> cache of latents and text embeddings",
+    "train": "cache or raw clips -> run folder with a LoRA or a fine-tuned transformer",
+    "generate": "prompts (and images) -> mp4",
+}
+
+_EPILOG = """
+A recipe comes first, flags override single settings of it:
+  cogvideox prepare  recipes/t2v_lora.yaml --data.root my-clips --cache.dir caches/my-clips
+  cogvideox train    recipes/t2v_lora.yaml --data.root my-clips --cache.dir caches/my-clips --train.dir runs/mine
+  cogvideox generate recipes/t2v_lora.yaml --generate.lora runs/mine --generate.prompt "a red fox in the snow"
+`cogvideox COMMAND --help` lists every setting of a command with its default and unit.
+
+Exit codes: 0 done, 1 our bug, 2 usage or setting, 3 data rejected, 4 missing dependency, model or device,
+5 cache or checkpoint unfit, 6 storage, 7 non-finite numbers, 75 stopped on request (run again to go on), 130 Ctrl-C."""
+
+
+def usage() -> str:
+    """Return what `cogvideox --help` prints."""
+    lines = ["usage: cogvideox COMMAND [RECIPE.yaml] [--section.setting VALUE ...]", "", "commands:"]
+    lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(lines) + "\n" + _EPILOG
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        from cogvideox_factory import __version__
+
+        print(f"cogvideox-factory {__version__}")
+        return 0
+    from cogvideox_factory.errors import FactoryError, nearest
+
+    name = argv[0]
+    try:
+        if name not in COMMANDS:
+            raise FactoryError(f"no command {name!r}{nearest(name, list(COMMANDS))}; there are: {', '.join(COMMANDS)}")
+        return import_module(f"cogvideox_factory.cli.{name}").run(argv[1:]) or 0
+    except FactoryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,39 @@
+"""From the words of a command line to a checked `Config`: recipe file first, then flags."""
+
+from pathlib import Path
+
+import tyro
+from pydantic import create_model
+
+from cogvideox_factory.config import Config
+from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.recipe import check, read_recipe
+
+
+def parse(command: str, argv: list[str], *, sections: tuple[str, ...], description: str) -> Config:
+    """Return the settings of `command`; only the flags of `sections` exist, because others would do nothing.
+
+    Raises:
+        FactoryError: an unreadable recipe or a setting that is unknown, out of range or contradictory.
+        SystemExit: `--help` (0), or a flag this command does not have (2), with the nearest ones.
+    """
+    config = Config()
+    if argv and not argv[0].startswith("-"):
+        config, argv = read_recipe(Path(argv[0])), argv[1:]
+    if stray := next((word for word in argv[:1] if not word.startswith("-")), None):
+        raise FactoryError(f"{stray!r} is no flag; usage: cogvideox {command} [RECIPE.yaml] [--section.setting VALUE]")
+    fields = {name: (Config.model_fields[name].annotation, getattr(config, name)) for name in sections}
+    flags = create_model("Flags", **fields)  # type: ignore[call-overload]
+    chosen = tyro.cli(
+        flags,
+        args=argv,
+        prog=f"cogvideox {command}",
+        description=description,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )
+    values = config.model_dump() | {name: _plain(getattr(chosen, name)) for name in sections}
+    return check(values, source="settings")
+
+
+def _plain(value):
+    return value.model_dump() if hasattr(value, "model_dump") else value

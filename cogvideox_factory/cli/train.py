@@ -1,0 +1,17 @@
+"""`cogvideox train`: a cache (or raw clips) becomes a LoRA or a fine-tuned transformer."""
+
+from cogvideox_factory.cli.settings import parse
+
+DESCRIPTION = """Fine-tune a CogVideoX model: train.method lora or full, task t2v or i2v, from a cache or from raw clips.
+The run folder holds config.yaml, metrics.jsonl, tensorboard, checkpoint-N/, samples/ and final/. The same command
+again goes on from the newest checkpoint, bit for bit."""
+
+SECTIONS = ("task", "model", "data", "cache", "text", "lora", "train", "sampling", "validation", "run")
+
+
+def run(argv: list[str]) -> None:
+    """Parse and train."""
+    config = parse("train", argv, sections=SECTIONS, description=DESCRIPTION)
+    from cogvideox_factory.torch_engine import train
+
+    train.run(config)

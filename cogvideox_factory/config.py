@@ -1,0 +1,280 @@
+"""Every setting of a run: its type, default, unit and range. Defaults live here and nowhere else.
+
+A recipe (YAML) is one `Config`; command-line flags override single fields. `None` means "what the model was made
+for" and is filled in before a run starts, so the `config.yaml` in a run folder is complete and reruns as it is.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Model(_Section):
+    """Which checkpoint to start from."""
+
+    path: str = ""
+    """Model folder in the diffusers layout, or a hub id such as THUDM/CogVideoX-5b."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); only for hub ids."""
+    transformer: str | None = None
+    """Folder of a fine-tuned transformer to use in place of the model's own."""
+
+
+class Data(_Section):
+    """Clips and captions, and how frames are taken from them."""
+
+    root: str = ""
+    """Folder that holds the clips; every path in a list is relative to it and must stay inside."""
+    table: str | None = None
+    """CSV or JSONL file (relative to root) with one row a clip."""
+    caption_column: str = "caption"
+    """Column of the table that holds the caption."""
+    video_column: str = "video"
+    """Column of the table that holds the clip's path."""
+    captions: str | None = None
+    """Text file with one caption a line; needs `videos`."""
+    videos: str | None = None
+    """Text file with one clip path a line, paired with `captions` line by line."""
+    trigger_word: str | None = None
+    """Put in front of every caption, so the word comes to mean what the clips show."""
+    num_frames: Positive | None = None
+    """Frames a clip; 8k+1 survives the VAE unchanged. Default: the model's."""
+    height: Positive | None = None
+    """Pixels, a multiple of 16. Default: the model's."""
+    width: Positive | None = None
+    """Pixels, a multiple of 16. Default: the model's."""
+    fps: Annotated[float, Field(gt=0)] | None = None
+    """Frames per second the clips are resampled to. Default: the model's (8, or 16 for 1.5)."""
+    fps_policy: Literal["resample", "stretch"] = "resample"
+    """resample: keep the speed of the source. stretch: spread the frames over the whole clip."""
+    crop: Literal["center", "random", "stretch"] = "center"
+    """center/random: resize to cover, then crop. stretch: distort to the asked size."""
+    short_clips: Literal["reject", "repeat_last"] = "reject"
+    """What to do with a clip that has too few frames."""
+    flip_probability: Share = 0.0
+    """Chance of a horizontal flip, drawn once a clip (training from raw clips, without a cache)."""
+    vae_tiling: bool = False
+    """Encode in overlapping tiles: much less memory, slightly other latents."""
+    allow_outside_root: bool = False
+    """Accept clip paths that lead out of `root`."""
+    strict: bool = False
+    """Turn the loss of any clip into an error."""
+    max_bad: Share = 0.01
+    """Stop when a larger share of the rows than this cannot be used (a few are let pass in a small set)."""
+
+
+class Cache(_Section):
+    """Prepared latents and text embeddings."""
+
+    dir: str | None = None
+    """Cache folder. `train` without one encodes raw clips on the fly."""
+    image_noise_variants: NotNegative = 4
+    """Image-to-video: noised copies of the first frame to keep a clip (0: only the clean frame)."""
+
+
+class Text(_Section):
+    """Captions to embeddings."""
+
+    max_sequence_length: Positive | None = None
+    """Tokens every caption is padded or cut to. Default: the model's (226)."""
+
+
+class Lora(_Section):
+    """Low-rank adapters (Hu et al. 2021); used when train.method is lora."""
+
+    rank: Positive = 64
+    """Rank of each adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 64.0
+    """Adapters are scaled by alpha/rank (alpha/sqrt(rank) with rslora)."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (Kalajdzievski 2023)."""
+    use_dora: bool = False
+    """Weight-decomposed adapters (Liu et al. 2024)."""
+    target_modules: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
+    """Module names (as in diffusers), matched by ending, or regular expressions."""
+
+
+class Train(_Section):
+    """The optimisation."""
+
+    dir: str = "runs/run"
+    """Run folder: config, metrics, checkpoints, samples, final weights."""
+    method: Literal["lora", "full"] = "lora"
+    """lora: adapters over a frozen model. full: every weight of the transformer (SFT)."""
+    steps: Positive = 1000
+    """Optimizer steps in total."""
+    batch_size: Positive = 1
+    """Clips in one forward pass."""
+    gradient_accumulation: Positive = 1
+    """Forward passes a step; the global batch is batch_size x this."""
+    learning_rate: Annotated[float, Field(ge=0)] = 1e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
+    """How the learning rate falls after warm-up."""
+    warmup_steps: NotNegative = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    num_cycles: Positive = 1
+    """Restarts of cosine_with_restarts."""
+    power: Annotated[float, Field(gt=0)] = 1.0
+    """Exponent of the polynomial schedule."""
+    beta1: Share = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: Share = 0.95
+    """AdamW: decay of the second moment."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW: added to the denominator."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """AdamW: decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this global norm."""
+    master_weights: Literal["float32", "stochastic_bf16"] = "float32"
+    """Full fine-tuning in half precision. float32: exact copies (16 more bytes a parameter with the moments).
+    stochastic_bf16: bf16 weights and moments, rounded stochastically (8 bytes a parameter in all)."""
+    checkpointing: Literal["none", "full", "save_attention"] = "save_attention"
+    """What the backward pass recomputes. save_attention keeps attention outputs, the dearest part."""
+    caption_dropout: Share = 0.1
+    """Chance that a sample is trained with the empty caption (keeps guidance calibrated)."""
+    image_dropout: Share = 0.05
+    """Image-to-video: chance that a sample is trained without its image."""
+    image_noise: bool = True
+    """Image-to-video: train on noised first frames, as the models were (sigma = exp(N(-3, 0.5)))."""
+    image_scale: Literal["pipeline", "training"] = "pipeline"
+    """Image-to-video: scale image latents as the sampling pipeline does (right unless you sample elsewhere), or
+    always multiply by the VAE's factor, as the older trainers did."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the trained weights and export that."""
+    log_every: Positive = 10
+    """Steps between log lines; between them nothing waits for the device."""
+    save_every: Positive = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: Positive = 3
+    """Checkpoints to keep; an older one goes only after a newer one is complete."""
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint of the run folder if there is one. never: refuse a used run folder.
+    Or the path of a checkpoint."""
+    num_workers: NotNegative = 2
+    """Threads that read ahead."""
+
+
+class Sampling(_Section):
+    """How noise becomes video; used by `generate` and by the sample videos of a run."""
+
+    negative_prompt: str = ""
+    """What to steer away from."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 6.0
+    """Classifier-free guidance; 1 turns it off and halves the work."""
+    dynamic_guidance: bool = False
+    """Let guidance rise along a cosine from 1 to the scale over the steps."""
+    steps: Positive = 50
+    """Denoising steps."""
+    sampler: Literal["auto", "ddim", "dpm"] = "auto"
+    """auto: ddim for 2B, dpm for the others, as their authors sample."""
+    tiling: bool = True
+    """Decode in overlapping tiles: less memory, slightly more work."""
+
+
+class Validation(_Section):
+    """Watching a run."""
+
+    every: NotNegative = 0
+    """Steps between validations (0: never)."""
+    num_clips: Positive = 4
+    """Clips held out of training for the validation loss (fixed noise, fixed timesteps)."""
+    prompts: list[str] = []
+    """A sample video is made for each of these."""
+    images: list[str] = []
+    """Image-to-video: one image path a prompt."""
+
+
+class Generate(_Section):
+    """Which videos to make."""
+
+    prompt: list[str] = []
+    """What to show; several prompts give several videos."""
+    prompt_file: str | None = None
+    """Text file with one prompt a line."""
+    image: list[str] = []
+    """Image-to-video: one image for all prompts, or one a prompt."""
+    num_frames: Positive | None = None
+    """Frames; 8k+1 comes out as asked. Default: the model's."""
+    height: Positive | None = None
+    """Pixels, a multiple of 16. Default: the model's."""
+    width: Positive | None = None
+    """Pixels, a multiple of 16. Default: the model's."""
+    fps: Annotated[float, Field(gt=0)] | None = None
+    """Frame rate of the mp4. Default: the model's."""
+    lora: list[str] = []
+    """LoRA files or run folders, added together."""
+    lora_weight: list[float] = []
+    """One weight a LoRA; 1.0 is always the strength it was trained at."""
+    out: str = "videos"
+    """Folder (or, for one video, file name) of the result."""
+    overwrite: bool = False
+    """Replace existing videos."""
+
+
+class Run(_Section):
+    """On what, and from which seed."""
+
+    seed: NotNegative = 42
+    """Every random number of a run follows from it."""
+    device: str = "auto"
+    """auto, cpu, cuda, npu, or cuda:1 and so on."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the model. auto: the published one on an accelerator, float32 on a CPU."""
+    deterministic: bool = True
+    """Use only kernels that repeat bit for bit."""
+
+
+class Config(_Section):
+    """One complete run."""
+
+    task: Literal["t2v", "i2v"] = "t2v"
+    """t2v: text to video. i2v: text and a first image to video."""
+    model: Model = Model()
+    data: Data = Data()
+    cache: Cache = Cache()
+    text: Text = Text()
+    lora: Lora = Lora()
+    train: Train = Train()
+    sampling: Sampling = Sampling()
+    validation: Validation = Validation()
+    generate: Generate = Generate()
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _laws_across_fields(self) -> "Config":
+        problems = []
+        if (self.data.captions is None) != (self.data.videos is None):
+            problems.append("data.captions and data.videos belong together; give both or neither")
+        if self.data.table and self.data.captions:
+            problems.append("data.table and data.captions both name the captions; give one of them")
+        if self.train.warmup_steps >= self.train.steps and self.train.warmup_steps > 0:
+            problems.append(
+                f"train.warmup_steps={self.train.warmup_steps} must be below train.steps={self.train.steps}, "
+                "or the learning rate never reaches its peak"
+            )
+        if self.cache.dir and self.data.flip_probability:
+            problems.append(
+                "data.flip_probability has no effect on cached latents; set it to 0 or train without cache.dir"
+            )
+        if self.validation.images and self.task == "t2v":
+            problems.append("validation.images has no effect with task=t2v; remove it or set task=i2v")
+        if self.generate.image and self.task == "t2v":
+            problems.append("generate.image has no effect with task=t2v; remove it or set task=i2v")
+        if self.generate.lora_weight and len(self.generate.lora_weight) != len(self.generate.lora):
+            problems.append(
+                f"generate.lora_weight has {len(self.generate.lora_weight)} values for "
+                f"{len(self.generate.lora)} LoRAs; give one each, or none for 1.0"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

@@ -1,0 +1,369 @@
+"""The cache that `prepare` writes and `train` reads.
+
+    CACHE/cache.json                     what made it, and the checksum of the list
+    CACHE/clips.jsonl                    one row a clip of the input, lost ones included
+    CACHE/clips/ab/abcdef….safetensors   moments of a clip, unscaled and unsampled: mean, logvar
+                                         [F, C, h, w]; of its first frame, clean then noised:
+                                         image_mean, image_logvar [K, C, h, w]; all bf16
+    CACHE/text/ab/abcdef….safetensors    prompt_embeds [S, E] bf16 of a caption; the empty one is always there
+
+Entries are named by what went in (settings and content), written atomically and never changed, so runs can
+be stopped, repeated and run side by side; `cache.json` and `clips.jsonl` are written last, from a look at
+what is there.
+"""
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from cogvideox_factory.data.entry import Header, read_entry, read_header, write_entry
+from cogvideox_factory.data.fingerprint import CacheSettings, entry_key, fingerprint, require_match
+from cogvideox_factory.data.manifest import Clip, Manifest
+from cogvideox_factory.data.ordered import ordered_map
+from cogvideox_factory.data.reasons import PENDING
+from cogvideox_factory.errors import UnfitError
+from cogvideox_factory.publish import publish_text
+
+EMPTY_CAPTION = ""
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class Cache:
+    """A cache folder seen through one run's settings: what is missing, and writing it.
+
+    Args:
+        folder: the cache; made when the first entry is written.
+        settings: what entries are made with.
+    """
+
+    def __init__(self, folder: Path, settings: CacheSettings) -> None:
+        self.folder = Path(folder)
+        self.settings = settings
+        self._video, self._text = fingerprint(settings.video), fingerprint(settings.text)
+
+    def clip_file(self, content: str) -> str:
+        """Return the entry of a clip with these bytes, relative to the folder."""
+        return _entry_file("clips", entry_key(self._video, content))
+
+    def caption_file(self, caption: str) -> str:
+        """Return the entry of a caption, relative to the folder."""
+        return _entry_file("text", entry_key(self._text, _text_hash(caption)))
+
+    def missing_clips(self, clips: Iterable[Clip]) -> list[Clip]:
+        """Return the usable clips without a complete entry, one a content."""
+        wanted: dict[str, Clip] = {}
+        for clip in clips:
+            if clip.usable:
+                assert clip.content is not None, f"{clip.name} has not been surveyed"
+                wanted.setdefault(clip.content, clip)
+        return [clip for content, clip in wanted.items() if self._header(self.clip_file(content)) is None]
+
+    def missing_captions(self, clips: Iterable[Clip]) -> list[str]:
+        """Return the usable clips' distinct captions, and the empty one, that have no complete entry."""
+        wanted = dict.fromkeys([EMPTY_CAPTION, *(clip.caption for clip in clips if clip.usable)])
+        return [caption for caption in wanted if self._header(self.caption_file(caption)) is None]
+
+    def _header(self, file: str) -> Header | None:
+        try:
+            header = read_header(self.folder / file)
+        except UnfitError:  # absent or cut: both mean it is to be made
+            return None
+        return header if _belongs(header, file) else None
+
+    def write_clip(
+        self,
+        clip: Clip,
+        *,
+        mean: np.ndarray,
+        logvar: np.ndarray,
+        image_mean: np.ndarray | None = None,
+        image_logvar: np.ndarray | None = None,
+        image_sigmas: Sequence[float] = (),
+    ) -> None:
+        """Write the moments of a clip.
+
+        Args:
+            clip: a surveyed clip.
+            mean: [F, C, h, w], unscaled.
+            logvar: like `mean`.
+            image_mean: [K, C, h, w] of the first frame for image-to-video: index 0 clean, the others noised.
+            image_logvar: like `image_mean`.
+            image_sigmas: noise of each of the K, 0 first.
+
+        Raises:
+            UnfitError: NaN or infinity in them.
+            StorageError: the disk is full or cannot be written.
+        """
+        assert clip.content is not None, f"{clip.name} has not been surveyed"
+        assert mean.ndim == 4, mean.shape
+        assert mean.shape == logvar.shape, logvar.shape
+        arrays = {"mean": mean, "logvar": logvar}
+        variants = self.settings.video.image_variants
+        assert (image_mean is not None) == (variants > 0), "image moments go with image_variants"
+        if image_mean is not None and image_logvar is not None:
+            assert image_mean.shape == image_logvar.shape == (variants, *mean.shape[1:]), image_mean.shape
+            assert len(image_sigmas) == variants, image_sigmas
+            assert image_sigmas[0] == 0, image_sigmas
+            arrays |= {"image_mean": image_mean, "image_logvar": image_logvar}
+        metadata = {"content": clip.content, "layout": "FCHW, unscaled moments"}
+        if variants:
+            metadata["image_sigmas"] = json.dumps([float(sigma) for sigma in image_sigmas])
+        self._write(self.clip_file(clip.content), arrays, metadata | {"fingerprint": self._video}, clip.name)
+
+    def write_caption(self, caption: str, prompt_embeds: np.ndarray) -> None:
+        """Write the embedding [S, E] of a caption.
+
+        Raises:
+            UnfitError: NaN or infinity in it.
+            StorageError: the disk is full or cannot be written.
+        """
+        assert prompt_embeds.shape[:-1] == (self.settings.text.max_sequence_length,), prompt_embeds.shape
+        metadata = {"content": _text_hash(caption), "layout": "SE", "fingerprint": self._text}
+        self._write(
+            self.caption_file(caption), {"prompt_embeds": prompt_embeds}, metadata, f"caption {caption!r}"
+        )
+
+    def _write(self, file: str, arrays: dict[str, np.ndarray], metadata: dict[str, str], name: str) -> None:
+        halves = {key: value.astype(_BFLOAT16) for key, value in arrays.items()}
+        for key, value in halves.items():
+            if not np.isfinite(value).all():
+                raise UnfitError(
+                    f"{name}: {key} has values that are not finite, so it was not written. The encoder "
+                    "overflowed; run it in float32 or bfloat16 (float16 is too narrow for some models)."
+                )
+        if self._header(file) is None:  # another process may have finished it: entries never change
+            write_entry(self.folder / file, halves, metadata)
+
+    def publish(self, manifest: Manifest) -> "CacheIndex":
+        """Write `clips.jsonl` and `cache.json` for `manifest` from the entries that are there, and read them
+        back.
+
+        Raises:
+            UnfitError: a usable clip of the manifest has no entry.
+        """
+        with _lock(self.folder, exclusive=True):
+            rows = [self._row(clip) for clip in manifest.clips]
+            text = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+            text = text.encode(
+                "utf-8", "backslashreplace"
+            ).decode()  # half a surrogate pair becomes its JSON escape
+            empty = self.caption_file(EMPTY_CAPTION)
+            described = self.settings.to_json() | {
+                "total": len(rows),
+                "counts": manifest.counts(),
+                "empty_caption": {"file": empty, "checksum": read_header(self.folder / empty).checksum},
+                "clips": {"file": "clips.jsonl", "sha256": _text_hash(text)},
+            }
+            publish_text(self.folder / "clips.jsonl", text)
+            publish_text(
+                self.folder / "cache.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n"
+            )
+            return _read_index(self.folder, "cogvideox prepare")
+
+    def _row(self, clip: Clip) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "id": clip.id if clip.content else None,
+            "content": clip.content,
+            **clip.to_json(),
+        }
+        if not clip.usable:
+            return row
+        assert clip.state != PENDING, f"{clip.name} has not been surveyed"
+        assert clip.content is not None, f"{clip.name} has not been read"
+        files = {"clip": self.clip_file(clip.content), "text": self.caption_file(clip.caption)}
+        headers = {part: read_header(self.folder / file) for part, file in files.items()}
+        frames, _, height, width = headers["clip"].shapes["mean"]
+        return row | {
+            "bucket": f"{frames}x{height}x{width}",
+            **{
+                part: {"file": files[part], "checksum": header.checksum, "shapes": _lists(header.shapes)}
+                for part, header in headers.items()
+            },
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedClip:
+    """One usable clip of a cache."""
+
+    id: str
+    name: str
+    caption: str
+    bucket: str
+    """Latent frames x height x width."""
+    clip_file: Path
+    text_file: Path
+    shapes: dict[str, tuple[int, ...]]
+    """Of `mean` and, for image-to-video, `image_mean` (their log-variances alike) and `prompt_embeds`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheIndex:
+    """What a finished cache holds."""
+
+    folder: Path
+    recorded: dict[str, Any]
+    """The parsed `cache.json`."""
+    clips: list[CachedClip]
+    empty_file: Path
+    """Embedding of the empty caption."""
+    rows: list[dict[str, Any]]
+    """The parsed `clips.jsonl`."""
+
+
+def open_cache(
+    folder: Path,
+    wanted: CacheSettings | None = None,
+    *,
+    command: str = "cogvideox prepare",
+    num_workers: int = 4,
+) -> CacheIndex:
+    """Read a finished cache and check that every entry it lists is there, whole and the one that was listed.
+
+    Args:
+        folder: the cache.
+        wanted: refuse a cache made with other settings; None takes any.
+        command: what the user types to make the cache, for messages.
+        num_workers: threads that look at entries.
+
+    Raises:
+        UnfitError: no cache, one that was not finished, another's, or a damaged one.
+    """
+    folder = Path(folder)
+    with _lock(folder, exclusive=False):
+        index = _read_index(folder, command)
+    if wanted is not None:
+        require_match(folder, index.recorded, wanted, command=command)
+    problems = _problems(index, full=False, num_workers=num_workers)
+    if problems:
+        shown = "\n  ".join(
+            problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        )
+        raise UnfitError(
+            f"the cache {folder} has {len(problems)} bad entries; run `{command}` again:\n  {shown}"
+        )
+    return index
+
+
+def verify_cache(folder: Path, *, num_workers: int = 4) -> list[str]:
+    """Read every listed entry whole and compare its checksum; return one line a bad entry.
+
+    Raises:
+        UnfitError: there is no finished cache.
+    """
+    folder = Path(folder)
+    with _lock(folder, exclusive=False):
+        index = _read_index(folder, "cogvideox prepare")
+    return _problems(index, full=True, num_workers=num_workers)
+
+
+def _problems(index: CacheIndex, *, full: bool, num_workers: int) -> list[str]:
+    used = [row for row in index.rows if "clip" in row]
+    listed = {row[part]["file"]: row[part]["checksum"] for row in used for part in ("clip", "text")}
+    empty = index.recorded["empty_caption"]
+    listed[empty["file"]] = empty["checksum"]
+    check = _Check(index.folder, full=full)
+    return [problem for problem in ordered_map(check, listed.items(), num_workers=num_workers) if problem]
+
+
+class _Check:
+    def __init__(self, folder: Path, *, full: bool) -> None:
+        self.folder, self.full = folder, full
+
+    def __call__(self, item: tuple[str, str]) -> str | None:
+        file, checksum = item
+        path = self.folder / file
+        try:
+            header = read_entry(path, verify=True)[1] if self.full else read_header(path)
+        except UnfitError as error:
+            return str(error)
+        if header.checksum != checksum or not _belongs(header, file):
+            return (
+                f"{path} is not the entry that was listed: its checksum differs. Remove it and prepare again."
+            )
+        return None
+
+
+def _read_json(path: Path, command: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise UnfitError(
+            f"{path.parent} is no finished cache: {path.name} is not there. Run `{command}` first."
+        )
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(described, dict)
+    except (ValueError, AssertionError) as error:
+        raise UnfitError(f"{path} is damaged ({error}). Run `{command}` again.") from error
+    return described
+
+
+def _read_rows(folder: Path, described: dict[str, Any], command: str) -> list[dict[str, Any]]:
+    path = folder / "clips.jsonl"
+    text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+    if _text_hash(text) != described.get("clips", {}).get("sha256"):
+        raise UnfitError(
+            f"{path} does not belong to cache.json: prepare was interrupted. Run `{command}` again."
+        )
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def _read_index(folder: Path, command: str) -> CacheIndex:
+    described = _read_json(folder / "cache.json", command)
+    rows = _read_rows(folder, described, command)
+    return CacheIndex(
+        folder=folder,
+        recorded=described,
+        clips=[_cached(folder, row) for row in rows if "clip" in row],
+        empty_file=folder / described["empty_caption"]["file"],
+        rows=rows,
+    )
+
+
+def _belongs(header: Header, file: str) -> bool:
+    """Tell whether an entry's own words lead to the name it has."""
+    content, made_with = (header.metadata.get(key, "") for key in ("content", "fingerprint"))
+    return entry_key(made_with, content) == Path(file).stem
+
+
+def _cached(folder: Path, row: dict[str, Any]) -> CachedClip:
+    shapes = {**row["clip"]["shapes"], **row["text"]["shapes"]}
+    return CachedClip(
+        id=row["id"], name=row["name"], caption=row["caption"], bucket=row["bucket"],
+        clip_file=folder / row["clip"]["file"], text_file=folder / row["text"]["file"],
+        shapes={name: tuple(shape) for name, shape in shapes.items()},
+    )  # fmt: skip
+
+
+def _entry_file(kind: str, key: str) -> str:
+    return f"{kind}/{key[:2]}/{key}.safetensors"
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _lists(shapes: dict[str, tuple[int, ...]]) -> dict[str, list[int]]:
+    return {name: list(shape) for name, shape in sorted(shapes.items())}
+
+
+@contextmanager
+def _lock(folder: Path, *, exclusive: bool) -> Iterator[None]:
+    """Keep cache.json and clips.jsonl together for readers; the system drops a dead process's lock."""
+    path = folder / ".lock"
+    if exclusive:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    if not path.exists():  # no cache, or a copy of one that nobody writes to
+        yield
+        return
+    with path.open("r") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield

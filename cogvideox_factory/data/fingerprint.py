@@ -1,0 +1,191 @@
+"""What made a cache: the settings of its two parts, their fingerprints, and a readable difference.
+
+The video part and the text part are kept apart, so a change of size leaves the embeddings good, and a change
+of captions the latents.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from cogvideox_factory.data.timing import ClipSpec
+from cogvideox_factory.errors import UnfitError
+
+FORMAT = 1
+"""Number of the cache's format; another one is not read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoSettings:
+    """All that decides the latents of a clip, besides its bytes."""
+
+    vae: str
+    """SHA-256 of the VAE's weights and config (`hash_folder`)."""
+    dtype: str
+    """Arithmetic the VAE ran in."""
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    fps_policy: str
+    short_policy: str
+    crop: str
+    tiling: bool = False
+    image_variants: int = 0
+    """First frames kept a clip: 0 for text-to-video, else the clean one and the rest noised."""
+    seed: int | None = None
+    """Of random crops and image noise; None where neither is used."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fps", float(self.fps))  # 8 and 8.0 are one setting and must hash alike
+
+    @classmethod
+    def from_spec(
+        cls,
+        spec: ClipSpec,
+        *,
+        vae: str,
+        dtype: str,
+        tiling: bool = False,
+        image_variants: int = 0,
+        seed: int = 0,
+    ) -> Self:
+        """Build from what clips are brought to; a seed that decides nothing is left out."""
+        random = spec.crop == "random" or image_variants > 1
+        return cls(
+            vae=vae, dtype=dtype, tiling=tiling, image_variants=image_variants, seed=seed if random else None,
+            **asdict(spec),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSettings:
+    """All that decides the embedding of a caption, besides its text."""
+
+    text_encoder: str
+    """SHA-256 of the encoder's weights and config."""
+    tokenizer: str
+    """SHA-256 of the tokenizer's files."""
+    dtype: str
+    max_sequence_length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSettings:
+    """What a cache is made with."""
+
+    model: str
+    """Name of the model, for people; what counts are the hashes."""
+    video: VideoSettings
+    text: TextSettings
+    trigger_word: str = ""
+    """Put in front of every caption before it was encoded."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `cache.json` records."""
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "trigger_word": self.trigger_word,
+            "video": {"fingerprint": fingerprint(self.video), "settings": asdict(self.video)},
+            "text": {"fingerprint": fingerprint(self.text), "settings": asdict(self.text)},
+        }
+
+
+class Difference(NamedTuple):
+    """One setting in which a cache and a run differ."""
+
+    name: str
+    recorded: Any
+    wanted: Any
+
+
+def fingerprint(part: VideoSettings | TextSettings) -> str:
+    """Return the SHA-256 of a part's settings in canonical JSON."""
+    named = {"format": FORMAT, "part": type(part).__name__, **asdict(part)}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
+def entry_key(part_fingerprint: str, content: str) -> str:
+    """Return the name of the entry that a part with this fingerprint makes of `content` (a SHA-256)."""
+    return hashlib.sha256(f"{part_fingerprint}\n{content}".encode()).hexdigest()
+
+
+def compare(recorded: dict[str, Any], wanted: CacheSettings) -> list[Difference]:
+    """Return each setting in which a parsed `cache.json` differs from `wanted`, but for the model's name."""
+    found = []
+    if recorded.get("format") != FORMAT:
+        found.append(Difference("format", recorded.get("format"), FORMAT))
+    if recorded.get("trigger_word", "") != wanted.trigger_word:
+        found.append(Difference("trigger_word", recorded.get("trigger_word"), wanted.trigger_word))
+    for part_name, part in (("video", wanted.video), ("text", wanted.text)):
+        values = recorded.get(part_name, {}).get("settings", {})
+        names = dict.fromkeys([*(field.name for field in fields(part)), *values])
+        for name in names:
+            old, new = values.get(name), getattr(part, name, None)
+            if old != new:
+                found.append(Difference(f"{part_name}.{name}", old, new))
+    return found
+
+
+def require_match(folder: Path, recorded: dict[str, Any], wanted: CacheSettings, *, command: str) -> None:
+    """Refuse a cache made with other settings.
+
+    Args:
+        folder: the cache, for the message.
+        recorded: the parsed `cache.json`.
+        wanted: what this run needs.
+        command: what to type to make it fit.
+
+    Raises:
+        UnfitError: with one line a differing setting.
+    """
+    differences = compare(recorded, wanted)
+    if not differences:
+        return
+    width = max(len(difference.name) for difference in differences)
+    lines = [
+        f"  {d.name:<{width}}  cache: {_short(d.recorded)}  this run: {_short(d.wanted)}" for d in differences
+    ]
+    raise UnfitError(
+        "\n".join(
+            [
+                f"the cache {folder} was made with other settings (model {recorded.get('model')}):",
+                *lines,
+                f"Run `{command}` to make what is missing (entries that still fit are kept), or set this "
+                "run's settings to the cache's.",
+            ]
+        )
+    )
+
+
+def _short(value: Any) -> str:
+    is_hash = isinstance(value, str) and len(value) == 64
+    return f"{value[:12]}…" if is_hash else json.dumps(value, ensure_ascii=False)
+
+
+def hash_folder(
+    folder: Path, *, suffixes: Iterable[str] = (".json", ".safetensors", ".model", ".txt")
+) -> str:
+    """Return one SHA-256 for the names and bytes of a model folder's files.
+
+    Raises:
+        UnfitError: no such folder, or none of these files in it.
+    """
+    folder = Path(folder)
+    chosen = tuple(suffixes)
+    files = (
+        sorted(p for p in folder.glob("*") if p.is_file() and p.suffix in chosen) if folder.is_dir() else []
+    )
+    if not files:
+        raise UnfitError(
+            f"{folder} holds none of the files of a model ({', '.join(chosen)}). Download it again."
+        )
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            total.update(f"{path.name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,316 @@
+"""What is in a data set: every row, what it names, and what became of it.
+
+`read_manifest` looks at lists and paths only; no clip is opened. Rows that cannot be used stay in the
+manifest with their state and reason, so the counts always add up to the rows of the input and all bad rows
+are known at once.
+"""
+
+import hashlib
+import logging
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from cogvideox_factory.data.paths import PathResolver
+from cogvideox_factory.data.reasons import PENDING, STATES, USABLE, ClipError, printable
+from cogvideox_factory.data.rows import Row, Rows, read_csv, read_folder, read_jsonl, read_two_lists
+from cogvideox_factory.errors import DataError
+
+log = logging.getLogger(__name__)
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+_LISTS = (("prompts.txt", "prompt.txt", "captions.txt"), ("videos.txt",))
+_TABLES = ("metadata.jsonl", "metadata.csv")
+_MAX_PRINTED = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clip:
+    """One row of a data set and its state."""
+
+    row: int
+    """1-based line in the list the row came from."""
+    name: str
+    """The path as the list gives it."""
+    caption: str
+    """The text that is encoded: cleaned, trigger word in front."""
+    path: Path | None = None
+    """Resolved file; None when the row names none that can be used."""
+    state: str = PENDING
+    reason: str | None = None
+    detail: str = ""
+    content: str | None = None
+    """SHA-256 of the file's bytes, once it has been read."""
+    stamp: tuple[int, int] | None = None
+    """(size, mtime in ns) of the file when it was hashed."""
+    facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What was found in the clip and done to it: source fps, size, frames taken, …"""
+
+    @property
+    def usable(self) -> bool:
+        """Whether the clip is, or may still turn out, good."""
+        return self.state == PENDING or self.state in USABLE
+
+    @property
+    def id(self) -> str:
+        """Name of this clip in caches, batches and draws: its bytes and its caption, nothing else."""
+        assert self.content is not None, f"{self.name} has not been read yet"
+        return clip_id(self.content, self.caption)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a report says of the clip."""
+        named = ("row", "name", "caption", "state", "reason", "detail")
+        return {name: getattr(self, name) for name in named} | dict(self.facts)
+
+    def rejected(self, error: ClipError) -> Self:
+        """Return this clip in the state that `error` sends it to."""
+        return replace(self, state=error.state, reason=error.code, detail=error.message)
+
+
+def clip_id(content: str, caption: str) -> str:
+    """Return the id of the clip with this content hash and this caption."""
+    return f"{content[:24]}-{hashlib.sha256(caption.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """All rows of a data set, in the order of the input."""
+
+    source: str
+    """Which files the rows came from."""
+    clips: tuple[Clip, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def usable(self) -> list[Clip]:
+        """Clips that are, or may still turn out, good."""
+        return [clip for clip in self.clips if clip.usable]
+
+    @property
+    def lost(self) -> list[Clip]:
+        """Clips that cannot be used."""
+        return [clip for clip in self.clips if not clip.usable]
+
+    def counts(self) -> dict[str, int]:
+        """Return clips a state, in a fixed order, without zeros; the values add up to `len(self.clips)`."""
+        tally = dict.fromkeys(STATES, 0)
+        for clip in self.clips:
+            tally[clip.state] += 1
+        return {state: count for state, count in tally.items() if count}
+
+    def with_clips(self, changed: Iterable[Clip]) -> Self:
+        """Return the manifest with `changed` clips put in place of those with the same row."""
+        by_row = {clip.row: clip for clip in changed}
+        unknown = by_row.keys() - {clip.row for clip in self.clips}
+        assert not unknown, f"rows {sorted(unknown)} are not in the manifest"
+        return replace(self, clips=tuple(by_row.get(clip.row, clip) for clip in self.clips))
+
+    def map_usable(self, change: Callable[[Clip], Clip]) -> Self:
+        """Return the manifest with `change` applied to each usable clip; a `ClipError` sets its state."""
+        changed = []
+        for clip in self.usable:
+            try:
+                changed.append(change(clip))
+            except ClipError as error:
+                changed.append(clip.rejected(error))
+        return self.with_clips(changed)
+
+    def report(self, *, limit: int = _MAX_PRINTED) -> list[str]:
+        """Return lines to print: the counts, then the first `limit` lost clips, then the notes."""
+        counts = ", ".join(f"{count} {state}" for state, count in self.counts().items())
+        lines = [f"{len(self.clips)} clips from {printable(self.source)}: {counts or 'none'}"]
+        lines += [
+            f"  row {c.row} {printable(c.name)}: {printable(c.detail)} [{c.reason}]"
+            for c in self.lost[:limit]
+        ]
+        if len(self.lost) > limit:
+            lines.append(f"  … and {len(self.lost) - limit} more")
+        return lines + [f"  note: {note}" for note in self.notes]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the whole report: total, counts, one entry a clip."""
+        clips = [clip.to_json() for clip in self.clips]
+        return {"source": self.source, "total": len(clips), "counts": self.counts(), "clips": clips}
+
+    def require_good(self, *, strict: bool = False, max_bad: float = 0.01) -> None:
+        """Stop when too many clips are lost.
+
+        A few are always let pass, because a small set reaches any share with one: up to 3, at most a quarter
+        of the rows, at least one. `max_bad=0` lets none pass, `strict` none either.
+
+        Raises:
+            DataError: nothing usable is left, something was lost and `strict` is set, or too much was.
+        """
+        lost, total = len(self.lost), len(self.clips)
+        few = 0 if max_bad == 0 else min(3, max(1, total // 4))
+        allowed = 0 if strict else max(int(max_bad * total), few)
+        if total > lost and lost <= allowed:
+            return
+        if total == 0:
+            law = "there is not one row in it. Add clips, or check the name of the list"
+        elif total == lost:
+            law = "no clip is left to use"
+        elif strict:
+            law = f"strict allows no loss; {lost} of {total} clips cannot be used. Mend or remove their rows"
+        else:
+            law = (
+                f"{lost} of {total} clips cannot be used, more than max_bad={max_bad:g} allows ({allowed}); "
+                "that many mean a wrong setting more often than bad clips. Mend them, or raise max_bad"
+            )
+        raise DataError("\n".join([f"{printable(self.source)}: {law}.", *self.report()]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Where the rows of a data set are: a table, two lists, or (neither given) captions beside the clips."""
+
+    root: Path
+    """Folder that holds the clips; paths in lists are relative to it."""
+    table: str | None = None
+    """CSV, TSV or JSONL file, relative to the root."""
+    captions: str | None = None
+    """Text file with one caption a line, relative to the root; goes with `videos`."""
+    videos: str | None = None
+    """Text file with one path a line, relative to the root."""
+    caption_column: str = "caption"
+    video_column: str = "video"
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def detect(cls, root: Path, *, caption_column: str = "caption", video_column: str = "video") -> Self:
+        """Find the layout of a folder (or take a table file as it is).
+
+        Two lists (`prompts.txt` or `prompt.txt` with `videos.txt`) come before `metadata.jsonl`,
+        `metadata.csv` and captions beside the clips; what else is there and is not read is noted.
+
+        Raises:
+            DataError: no such folder, or two caption lists that differ.
+        """
+        root = Path(root)
+        found = cls(root=root, caption_column=caption_column, video_column=video_column)
+        if root.is_file() and root.suffix.lower() in TABLE_SUFFIXES:
+            return replace(found, root=root.parent, table=root.name)
+        if not root.is_dir():
+            raise DataError(
+                f"{root} is no folder and no {', '.join(TABLE_SUFFIXES)} file. Give the folder of the clips."
+            )
+        captions = [name for name in _LISTS[0] if (root / name).is_file()]
+        videos = [name for name in _LISTS[1] if (root / name).is_file()]
+        tables = [name for name in _TABLES if (root / name).is_file()]
+        if captions and videos:
+            if len({(root / name).read_bytes() for name in captions}) > 1:
+                raise DataError(
+                    f"{root} has {' and '.join(captions)}, and they differ. Say which holds the captions."
+                )
+            notes = _unread(captions[1:] + tables)
+            return replace(found, captions=captions[0], videos=videos[0], notes=notes)
+        if tables:
+            return replace(found, table=tables[0], notes=_unread(tables[1:]))
+        return found
+
+    @property
+    def description(self) -> str:
+        """What to call this source in a report."""
+        if self.table:
+            return str(self.root / self.table)
+        if self.captions:
+            return f"{self.root / self.captions} + {self.videos}"
+        return f"{self.root} (captions beside the clips)"
+
+
+def _unread(names: list[str]) -> tuple[str, ...]:
+    return (f"also there and not read: {', '.join(names)}",) if names else ()
+
+
+def read_manifest(
+    source: Source | Path | str,
+    *,
+    trigger_word: str | None = None,
+    allow_outside_root: bool = False,
+    allow_empty_captions: bool = False,
+) -> Manifest:
+    """Read all rows of `source` (a folder is searched for a layout) and check their captions and paths.
+
+    Args:
+        source: where the rows are.
+        trigger_word: put in front of every caption, with one space.
+        allow_outside_root: accept paths that lead out of the root.
+        allow_empty_captions: use clips without a caption too (unconditional training).
+
+    Raises:
+        DataError: the list itself cannot be read. Single bad rows get a state instead.
+    """
+    if not isinstance(source, Source):
+        source = Source.detect(Path(source))
+    if not source.root.is_dir():
+        raise DataError(f"the data root {source.root} is no folder. Give the folder of the clips.")
+    read = _read_rows(source)
+    resolver = PathResolver(source.root, allow_outside=allow_outside_root)
+    seen: dict[tuple[Path | None, str], int] = {}
+    clips = [
+        _clip(row, resolver, seen, (trigger_word or "").strip(), allow_empty_captions) for row in read.rows
+    ]
+    manifest = Manifest(source=source.description, clips=tuple(clips), notes=source.notes + read.notes)
+    for note in manifest.notes:
+        log.warning("%s: %s", manifest.source, note)
+    return manifest
+
+
+def _read_rows(source: Source) -> Rows:
+    columns = {"caption_column": source.caption_column, "video_column": source.video_column}
+    if source.table:
+        path = source.root / source.table
+        if path.suffix.lower() not in TABLE_SUFFIXES:
+            raise DataError(f"{path} is no table that can be read. Use one of {', '.join(TABLE_SUFFIXES)}.")
+        return read_jsonl(path, **columns) if path.suffix.lower() == ".jsonl" else read_csv(path, **columns)
+    if source.captions and source.videos:
+        return read_two_lists(source.root / source.captions, source.root / source.videos)
+    if source.captions or source.videos:
+        raise DataError("a caption list and a video list belong together. Give both, or a table.")
+    return read_folder(source.root)
+
+
+def _clip(
+    row: Row,
+    resolver: PathResolver,
+    seen: dict[tuple[Path | None, str], int],
+    trigger: str,
+    allow_empty: bool,
+) -> Clip:
+    clip = Clip(row=row.line, name=row.video, caption=row.caption)
+    try:
+        if row.code:
+            raise ClipError(row.code, row.detail)
+        caption = clean_caption(row.caption, allow_empty=allow_empty)
+        replaced = sum(_is_control(c) for c in row.caption.strip())
+        clip = replace(
+            clip, caption=f"{trigger} {caption}".strip(), facts={"replaced": replaced} if replaced else {}
+        )
+        clip = replace(clip, path=resolver.resolve(row.video))
+        first = seen.setdefault((clip.path, clip.caption), row.line)
+        if first != row.line:
+            raise ClipError("row.duplicate", f"the same clip and caption as row {first}")
+    except ClipError as error:
+        return clip.rejected(error)
+    return clip
+
+
+def clean_caption(text: str, *, allow_empty: bool = False) -> str:
+    """Return the caption as it is encoded: control characters become spaces, blanks around it go.
+
+    Raises:
+        ClipError: `text.control` for NUL or half a surrogate pair, `text.empty` when nothing visible is left.
+    """
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise ClipError("text.control", "the caption holds a NUL character or half a surrogate pair")
+    caption = "".join(" " if _is_control(c) else c for c in text).strip()
+    if not any(unicodedata.category(c)[0] not in "ZC" for c in caption):
+        if allow_empty:
+            return ""
+        raise ClipError("text.empty", "the row has no caption")
+    return caption
+
+
+def _is_control(character: str) -> bool:
+    return (character < " " and character != "\t") or character == "\x7f"

@@ -1,0 +1,161 @@
+"""Reading a clip as pixels: the frames asked for, upright, in RGB, at the size asked for.
+
+A clip is decoded as a stream: only chosen frames are kept, and they are scaled before they are stored, so
+memory is the size of the result. Damage is an error, never a grey frame: the decoder is told to give up on
+broken data, frames it marks corrupt are refused, and every chosen frame must arrive.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av.error
+import numpy as np
+from av.video.frame import VideoFrame
+
+from cogvideox_factory.data.container import (
+    DEFAULT_LIMITS,
+    Limits,
+    VideoInfo,
+    open_video,
+    orientation,
+    probe,
+)
+from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.reasons import ClipError
+from cogvideox_factory.data.resize import Fit, Resizer
+from cogvideox_factory.data.timing import ClipSpec, FramePlan, plan_frames
+
+__all__ = ["ClipSpec", "DecodedClip", "VideoInfo", "export_to_video", "probe", "read_clip"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodedClip:
+    """Pixels of a clip and how they came to be."""
+
+    pixels: np.ndarray
+    """uint8 [F, H, W, 3], RGB."""
+    info: VideoInfo
+    plan: FramePlan
+    fit: Fit
+
+    @property
+    def state(self) -> str:
+        """One of `reasons.USABLE`."""
+        return self.plan.state
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report keeps of the source and of what was done."""
+        return source_facts(self.info) | self.plan.to_json()
+
+
+def source_facts(info: VideoInfo) -> dict[str, Any]:
+    """Return the facts of a source that a report keeps."""
+    facts: dict[str, Any] = {
+        "source_frames": info.num_frames,
+        "source_fps": round(info.fps, 4),
+        "source_height": info.height,
+        "source_width": info.width,
+        "codec": info.codec,
+    }
+    notes = {
+        "rotation": info.rotation,
+        "mirrored": info.mirrored,
+        "variable_rate": info.variable_rate,
+        "interlaced": info.interlaced,
+        "alpha": info.has_alpha,
+        "bit_depth": info.bit_depth if info.bit_depth > 8 else 0,
+        "sample_aspect_ratio": 0 if info.sample_aspect_ratio == 1 else round(info.sample_aspect_ratio, 4),
+    }
+    return facts | {name: value for name, value in notes.items() if value}
+
+
+def read_clip(
+    path: Path,
+    spec: ClipSpec,
+    *,
+    rng: np.random.Generator | None = None,
+    info: VideoInfo | None = None,
+    stamp: tuple[int, int] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> DecodedClip:
+    """Decode the frames of `path` that `spec` asks for.
+
+    Args:
+        path: the file.
+        spec: frames, size, rate and policies.
+        rng: draws the place of a random crop.
+        info: what `probe` said of this file, to save reading its packets again.
+        stamp: (size, mtime in ns) the file had when it was hashed; another one now is an error.
+        limits: see `probe`.
+
+    Raises:
+        ClipError: with the reason the clip cannot be used.
+    """
+    path = Path(path)
+    before = stamp or file_stamp(path)
+    info = info or probe(path, limits=limits)
+    plan = plan_frames(info, spec)
+    fit = Fit.of(info.height, info.width, spec.height, spec.width, crop=spec.crop, rng=rng)
+    resize = Resizer(fit, spec.height, spec.width, rotation=info.rotation, mirrored=info.mirrored)
+    pixels = np.empty((spec.num_frames, spec.height, spec.width, 3), np.uint8)
+    for index, frame in _chosen_frames(info, plan.indices):
+        first, last = np.searchsorted(plan.indices, (index, index + 1))
+        pixels[first:last] = resize(frame)
+    if file_stamp(path) != before:
+        raise ClipError(
+            "video.changed", f"{path.name} changed while it was read; leave the clips alone and run again"
+        )
+    return DecodedClip(pixels=pixels, info=info, plan=plan, fit=fit)
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Return (size, mtime in ns) of a file.
+
+    Raises:
+        ClipError: `path.missing`.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise ClipError("path.missing", f"{path} is gone: {error.strerror}") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def _chosen_frames(info: VideoInfo, indices: np.ndarray) -> Iterator[tuple[int, VideoFrame]]:
+    """Decode up to the last of `indices` and yield (index, frame) of each one once, in order."""
+    wanted = sorted(set(indices.tolist()))
+    by_stamp = {info.pts[index]: index for index in wanted} if info.pts else None
+    found = 0
+    size: tuple[int, int] | None = None
+    name = info.path.name
+    with open_video(info.path) as (container, stream):
+        try:
+            for count, frame in enumerate(container.decode(stream)):
+                if frame.is_corrupt:
+                    raise ClipError("video.corrupt", f"{name}: frame {count + 1} is damaged")
+                size = size or (frame.width, frame.height)
+                if (frame.width, frame.height) != size:
+                    raise ClipError(
+                        "video.resolution_change",
+                        f"{name} changes from {size[0]}x{size[1]} to {frame.width}x{frame.height} "
+                        f"at frame {count + 1}; split it there",
+                    )
+                index = count if by_stamp is None else by_stamp.get(frame.pts, -1)
+                if index == wanted[found]:
+                    found += 1
+                    if orientation(frame, name) != (info.rotation, info.mirrored):
+                        raise ClipError(
+                            "video.rotation", f"{name} turns at frame {count + 1}; split it there"
+                        )
+                    yield index, frame
+                    if found == len(wanted):
+                        return
+        except av.error.FFmpegError as error:
+            raise ClipError(
+                "video.corrupt", f"{name} is damaged before frame {wanted[found] + 1} ({error})"
+            ) from error
+    raise ClipError("video.corrupt", f"{name}: the decoder gave {found} of the {len(wanted)} frames chosen")

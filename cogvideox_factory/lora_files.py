@@ -1,0 +1,288 @@
+"""LoRA files as diffusers and PEFT write and read them, so that weight 1.0 is always right.
+
+One safetensors file, keys `transformer.MODULE.lora_A.weight` [rank, in], `.lora_B.weight` [out, rank] and
+for DoRA `.lora_magnitude_vector` [out]. What a layer adds is `scaling * B @ A` with scaling = alpha / rank
+(rsLoRA: alpha / sqrt(rank)). alpha is not in the tensors: it travels in the header, as the JSON string
+`lora_adapter_metadata` (the PEFT config, keys prefixed `transformer.`). A file without it means alpha =
+rank. finetrainers' header `lora_config` (same keys, no prefix) is read too, and so are ComfyUI's
+`diffusion_model.` prefix and lora_down / lora_up / alpha names.
+
+LoRA: Hu et al. (ICLR 2022). rsLoRA: Kalajdzievski (2023). DoRA: Liu et al. (ICML 2024).
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cogvideox_factory.errors import MissingError, UnfitError
+from cogvideox_factory.publish import publish_file
+from cogvideox_factory.tensors import open_tensors, save_tensors
+
+LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
+_PREFIXES = ("base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.")
+_MATRIX = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora[_.]down|lora[_.]up)(\.\w+)?\.weight")
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.\w+)*")
+_ALPHA = re.compile(r"(?P<module>.+)\.alpha")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraFile:
+    """A LoRA as read: tensors by diffusers name without the `transformer.` prefix, and how they scale."""
+
+    source: str
+    arrays: dict[str, np.ndarray]
+    """`M.lora_A.weight` [rank, in], `M.lora_B.weight` [out, rank], `M.lora_magnitude_vector` [out]."""
+    rank: int
+    alpha: float
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks of the modules (full names) where it is not `rank`."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    target_modules: tuple[str, ...] | str = ()
+    """Module name endings, or one regular expression of full names."""
+
+    @property
+    def modules(self) -> list[str]:
+        """Full names of the adapted modules, in the file's order."""
+        return list(dict.fromkeys(_module_of(name) for name in self.arrays))
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank of one module."""
+        return self.rank_pattern.get(module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """Return alpha of one module."""
+        return self.alpha_pattern.get(module, self.alpha)
+
+    def scaling(self, module: str) -> float:
+        """Return what B @ A of one module is multiplied by at weight 1."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def save_lora(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str] | str,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> Path:
+    """Write a LoRA file atomically and return its path.
+
+    `path` is the file, or the folder that gets `pytorch_lora_weights.safetensors`. `arrays` have the names
+    of `LoraFile.arrays`. The header holds few keys on purpose: PEFT refuses a config with a key newer than
+    itself.
+
+    Raises:
+        StorageError: the disk is full, read-only or failing.
+    """
+    path = Path(path)
+    path = path if path.suffix == ".safetensors" else path / LORA_FILE_NAME
+    ranks = _ranks(arrays)
+    config = {
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": target_modules if isinstance(target_modules, str) else sorted(target_modules),
+        "rank_pattern": {module: r for module, r in sorted(ranks.items()) if r != rank},
+        "alpha_pattern": {module: _plain(a) for module, a in sorted((alpha_pattern or {}).items())},
+        "use_rslora": use_rslora,
+        "use_dora": use_dora,
+    }
+    text = json.dumps(
+        {f"transformer.{key}": value for key, value in config.items()}, indent=2, sort_keys=True
+    )
+    with publish_file(path) as temporary:
+        prefixed = {f"transformer.{name}": array for name, array in arrays.items()}
+        save_tensors(temporary, prefixed, metadata={"lora_adapter_metadata": text})
+    return path
+
+
+def load_lora(path: Path) -> LoraFile:
+    """Read a LoRA file, or the `pytorch_lora_weights.safetensors` of a folder.
+
+    Raises:
+        MissingError: no such file, or only a pickled one.
+        UnfitError: damaged; tensors that belong to no LoRA; a header that contradicts the tensors.
+    """
+    path = Path(path)
+    path = path / LORA_FILE_NAME if path.is_dir() else path
+    if path.suffix in (".bin", ".pt", ".ckpt", ".pth"):
+        raise MissingError(
+            f"{path} is pickled, which can run code when it is opened. Convert it to safetensors first."
+        )
+    if not path.is_file():
+        raise MissingError(
+            f"LoRA {path} does not exist. Give the .safetensors file or the folder it lies in."
+        )
+    with open_tensors(path) as file:
+        config = _read_header(file.metadata, str(path))
+        arrays, alphas = _canonical({name: file.read(name) for name in file.names}, str(path))
+    if not arrays:
+        raise UnfitError(f"{path} holds no tensors. Export the LoRA again.")
+    ranks = _ranks(arrays)
+    if config is None:
+        alpha = {module: alphas.get(module, float(rank)) for module, rank in ranks.items()}
+        rank, common = _most_common(ranks), _most_common(alpha)
+        config = {}
+    else:
+        _check_header(config, ranks, arrays, str(path))
+        alpha = {module: _of_pattern(config, "alpha_pattern", "lora_alpha", module) for module in ranks}
+        rank, common = config["r"], config["lora_alpha"]
+    return LoraFile(
+        source=str(path),
+        arrays=arrays,
+        rank=rank,
+        alpha=common,
+        rank_pattern={module: r for module, r in ranks.items() if r != rank},
+        alpha_pattern={module: a for module, a in alpha.items() if a != common},
+        use_rslora=bool(config.get("use_rslora", False)),
+        use_dora=_has_magnitudes(arrays),
+        target_modules=_targets(config, ranks),
+    )
+
+
+def bake_lora(file: LoraFile) -> LoraFile:
+    """Return the same LoRA with its scaling multiplied into B, for readers that know no alpha."""
+    arrays = dict(file.arrays)
+    for module in file.modules:
+        name = f"{module}.lora_B.weight"
+        arrays[name] = (arrays[name].astype(np.float32) * file.scaling(module)).astype(arrays[name].dtype)
+    ranks = {module: float(rank) for module, rank in file.rank_pattern.items()}
+    return replace(file, arrays=arrays, alpha=float(file.rank), alpha_pattern=ranks, use_rslora=False)
+
+
+def _read_header(metadata: Mapping[str, str], source: str) -> dict[str, Any] | None:
+    """Return the PEFT config of a header without its prefix, or None if there is none."""
+    text = metadata.get("lora_adapter_metadata") or metadata.get("lora_config")
+    if not text:
+        return None
+    try:
+        config = {str(key).removeprefix("transformer."): value for key, value in json.loads(text).items()}
+        config["r"], config["lora_alpha"] = int(config["r"]), float(config["lora_alpha"])
+        _compile_patterns(config)
+    except (re.error, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UnfitError(
+            f"{source}: its header has LoRA settings without a readable r and lora_alpha ({error!r}), "
+            "so its scale is unknown. Export the LoRA again."
+        ) from error
+    return config
+
+
+def _compile_patterns(config: Mapping[str, Any]) -> None:
+    """Raise now what a broken regular expression in the header would raise later."""
+    targets = config.get("target_modules")
+    patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    for pattern in [*patterns, targets] if isinstance(targets, str) else patterns:
+        re.compile(pattern)
+
+
+def _canonical(arrays: dict[str, np.ndarray], source: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Return (tensors under canonical names, alpha by module where the file stores it as a tensor)."""
+    result: dict[str, np.ndarray] = {}
+    alphas: dict[str, float] = {}
+    strays: list[str] = []
+    for key, array in arrays.items():
+        name = key
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+        if found := _MATRIX.fullmatch(name):
+            part = "lora_A" if found["part"] in ("lora_A", "lora_down", "lora.down") else "lora_B"
+            name = f"{found['module']}.{part}.weight"
+        elif found := _MAGNITUDE.fullmatch(name):
+            name = f"{found['module']}.lora_magnitude_vector"
+        elif (found := _ALPHA.fullmatch(name)) and array.size == 1:
+            alphas[found["module"]] = float(array.reshape(()))
+            continue
+        else:
+            strays.append(key)
+            continue
+        if name in result:
+            raise UnfitError(
+                f"{source}: two tensors mean {name!r} ({key!r} is the second). Keep one adapter per file."
+            )
+        result[name] = array
+    if strays:
+        raise UnfitError(
+            f"{source}: {len(strays)} of {len(arrays)} tensors belong to no LoRA of a CogVideoX transformer: "
+            f"{', '.join(sorted(strays)[:5])}. Is it a full model, or another kind of adapter?"
+        )
+    return result, alphas
+
+
+def _ranks(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Return {module: rank} from the shapes (lora_A, or lora_B where that is missing)."""
+    ranks: dict[str, int] = {}
+    for name, array in arrays.items():
+        if name.endswith(".lora_A.weight") and array.ndim:
+            ranks[_module_of(name)] = array.shape[0]
+        elif name.endswith(".lora_B.weight") and array.ndim:
+            ranks.setdefault(_module_of(name), array.shape[-1])
+    return ranks
+
+
+def _check_header(
+    config: Mapping[str, Any], ranks: Mapping[str, int], arrays: Mapping[str, np.ndarray], source: str
+) -> None:
+    for module, rank in ranks.items():
+        said = int(_of_pattern(config, "rank_pattern", "r", module))
+        if said != rank:
+            raise UnfitError(
+                f"{source}: its header gives {module} rank {said}, its tensors have rank {rank}. "
+                "Export the LoRA again."
+            )
+    dora = _has_magnitudes(arrays)
+    if bool(config.get("use_dora", dora)) != dora:
+        raise UnfitError(
+            f"{source}: its header says use_dora={config['use_dora']}, but it has {'' if dora else 'no '}"
+            "lora_magnitude_vector tensors. Export the LoRA again."
+        )
+
+
+def _of_pattern(config: Mapping[str, Any], patterns: str, default: str, module: str) -> float:
+    """Look `module` up as PEFT does: the first pattern that matches the end of its name, else the default."""
+    for pattern, value in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return float(value)
+    return float(config[default])
+
+
+def _targets(config: Mapping[str, Any], ranks: Mapping[str, int]) -> tuple[str, ...] | str:
+    """Return what the LoRA says it adapts; without a header: attn1.to_q and the like."""
+    if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return tuple(sorted(ranks))
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and targets != "all-linear":
+        return targets
+    if isinstance(targets, list) and targets:
+        return tuple(sorted(str(target) for target in targets))
+    return tuple(sorted({re.sub(r"^transformer_blocks\.\d+\.", "", module) for module in ranks}))
+
+
+def _has_magnitudes(arrays: Mapping[str, np.ndarray]) -> bool:
+    return any(name.endswith(".lora_magnitude_vector") for name in arrays)
+
+
+def _most_common(values: Mapping[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _module_of(name: str) -> str:
+    return re.sub(r"\.lora_(A\.weight|B\.weight|magnitude_vector)$", "", name)
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else float(value)

@@ -1,0 +1,79 @@
+"""What a run says about itself: one console line, one JSONL row and one tensorboard point a logged step."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class MetricsLog:
+    """Append-only `metrics.jsonl` and tensorboard events of one run folder.
+
+    After a resume from step N the rows beyond N, written by the run that died, are removed first, so every step
+    stands in the file once.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self.path = Path(folder) / "metrics.jsonl"
+        self._keep_rows_until(resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._events = EventFileWriter(str(Path(folder) / "tensorboard"))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Record `values` (numbers, or lists and strings that only the JSONL row keeps) for `step`."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._file.write(json.dumps({"step": step, **{k: _finite(v) for k, v in values.items()}}) + "\n")
+        self._file.flush()
+        scalars = [
+            Summary.Value(tag=name, simple_value=float(value))
+            for name, value in values.items()
+            if isinstance(value, int | float)
+        ]
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self._file.close()
+        self._events.close()
+
+    def _keep_rows_until(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        rows = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        temporary = self.path.with_name(f".tmp-metrics-{os.getpid()}")
+        temporary.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf  # the torn last line of a killed writer
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN; write it as a string rather than as an invalid file."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def say(text: str) -> None:
+    """Print one line for the user."""
+    console.print(text, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """Return `seconds` as 1:02:03 or 2:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"

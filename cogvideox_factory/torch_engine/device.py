@@ -1,0 +1,159 @@
+"""The machine a command runs on: device and dtype, memory, waiting, and bit-exact repetition.
+
+Everything else in this tower is written against `torch.accelerator`; here and in `attention` are the only names of
+device kinds. Ascend comes through torch_npu, which torch loads by itself where it is installed.
+"""
+
+import logging
+import os
+import resource
+from pathlib import Path
+
+import torch
+
+from cogvideox_factory.errors import FactoryError, MissingError, nearest
+from cogvideox_factory.models import TransformerConfig, facts_for
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device called `name`: "auto" (an accelerator if there is one), "cpu", "cuda", "npu", "cuda:1", …
+
+    Raises:
+        FactoryError: no such kind of device.
+        MissingError: it is not in this machine.
+    """
+    if name == "auto":
+        return _first_accelerator() or torch.device("cpu")
+    kind, _, index = name.partition(":")
+    kinds = ["auto", "cpu", "cuda", "npu"]
+    if kind not in kinds or (index and not index.isdigit()) or (kind in ("auto", "cpu") and index):
+        raise FactoryError(
+            f"device={name!r}{nearest(kind, kinds)}: give auto, cpu, cuda or npu, or one card as in cuda:1."
+        )
+    if kind == "cpu":
+        return torch.device("cpu")
+    here = _first_accelerator()
+    if here is None or here.type != kind or int(index or 0) >= torch.accelerator.device_count():
+        raise MissingError(
+            f"device={name!r} is not there; this machine has {_inventory()}. "
+            "Use --run.device auto, or install the driver and the torch build for that card."
+        )
+    return torch.device(kind, int(index)) if index else here
+
+
+def _first_accelerator() -> torch.device | None:
+    """Return the current card, or None where there is none."""
+    if not torch.accelerator.is_available():
+        return None
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    return torch.device(kind.type, torch.accelerator.current_device_index())
+
+
+def _inventory() -> str:
+    here = _first_accelerator()
+    if here is None:
+        return "only cpu"
+    return f"cpu and {torch.accelerator.device_count()} x {here.type}"
+
+
+def pick_dtype(name: str, device: torch.device, config: TransformerConfig | None = None) -> torch.dtype:
+    """Return the dtype called `name` ("auto", "float32", "bfloat16", "float16") for a model on `device`.
+
+    "auto" is float32 on a CPU; on a card the dtype the checkpoint that `config` is closest to was trained in
+    (bfloat16 without a config), or float32 where the card has no bfloat16.
+
+    Raises:
+        FactoryError: no such dtype.
+    """
+    if name != "auto":
+        if name not in DTYPES:
+            choices = ["auto", *DTYPES]
+            raise FactoryError(f"dtype={name!r}{nearest(name, choices)}: give {', '.join(choices)}.")
+        if name == "float16" and config is not None and facts_for(config).dtype == "bfloat16":
+            logger.warning("float16: this model was trained in bfloat16 and may overflow (black frames, NaN).")
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    dtype = DTYPES[facts_for(config).dtype if config is not None else "bfloat16"]
+    if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        logger.warning("%s has no bfloat16, so the model runs in float32.", device_name(device))
+        return torch.float32
+    return dtype
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a log line calls `device`, e.g. "NVIDIA H100 80GB HBM3"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "npu":
+        return torch.get_device_module(device).get_device_name(device)
+    return device.type
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all it was given, so that a clock can be read."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def pin(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` in page-locked memory, for copies that overlap with work; unchanged without a card."""
+    return tensor.pin_memory() if torch.accelerator.is_available() else tensor
+
+
+def memory_allocated(device: torch.device) -> int:
+    """Return the bytes tensors hold on `device`; on a CPU the resident memory of this process."""
+    if device.type != "cpu":
+        return torch.accelerator.memory_allocated(device)
+    return _resident("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the highest `memory_allocated` since the start or since `reset_peak_memory`, in bytes."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    return _resident("VmHWM")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` start again from now. On a CPU only Linux can; elsewhere the peak stays that of the process."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        return
+    clear = Path("/proc/self/clear_refs")  # writing 5 resets the high-water mark, see proc(5)
+    if os.access(clear, os.W_OK):
+        clear.write_text("5")
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of memory `device` has."""
+    if device.type != "cpu":
+        return torch.accelerator.get_memory_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux: the peak is all there is, in bytes on macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def set_determinism(enabled: bool) -> None:
+    """Choose kernels that give the same bits every time (`enabled`), or the fastest ones.
+
+    On a CPU and with the kernels this package uses, two runs agree either way; on a card this also fixes the order of
+    sums in the backward pass of attention, which costs time there.
+    """
+    if enabled:
+        # cuBLAS reads this when its first handle is made, see its documentation on reproducibility.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(enabled)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every new tensor would be filled with NaN first
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,286 @@
+"""LoRA on our transformer: choosing targets, adding, loading, mixing, merging and exporting adapters.
+
+Targets are named as diffusers names its modules (`transformer_blocks.0.attn1.to_q`), whatever the tower fused
+them into, so patterns, files and metadata are interchangeable with peft. The arithmetic is in `lora_linear`.
+
+```python
+add_lora(transformer, rank=64, alpha=64, seed=0)  # freezes the base; train lora_parameters(transformer)
+save_lora(path, lora_arrays(transformer), **lora_settings(transformer))
+load_lora_into(transformer, load_lora(path), "mine")
+set_adapters(transformer, ["mine", "theirs"], [1.0, 0.5])
+```
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cogvideox_factory import draws
+from cogvideox_factory.errors import FactoryError, nearest
+from cogvideox_factory.models import TransformerConfig
+from cogvideox_factory.torch_engine.border import to_array, to_tensor
+from cogvideox_factory.torch_engine.lora_linear import LoraFactors, LoraLinear
+from cogvideox_factory.torch_engine.lora_targets import (
+    ATTENTION,
+    Target,
+    find_targets,
+    is_regex,
+    match_targets,
+    shapes_of,
+)
+from cogvideox_factory.weights import LoraFile, check_lora
+
+
+def add_lora(
+    transformer: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    target_modules: Sequence[str] = ATTENTION,
+    seed: int,
+    adapter_name: str = "default",
+) -> list[str]:
+    """Freeze `transformer` and add one trainable adapter, the only one that is then on; return its targets.
+
+    It changes nothing until it is trained: B is zero. A is uniform in +-1/sqrt(in_features) as in peft, drawn
+    from (seed, target), so it is the same on every device and for any number of ranks.
+
+    Args:
+        transformer: a `CogVideoXTransformer`, its weights loaded.
+        rank: inner size R of the adapters.
+        alpha: the update is scaled by alpha / rank, or with `use_rslora` by alpha / sqrt(rank).
+        use_rslora: rank-stabilised scale (Kalajdzievski 2023, arXiv 2312.03732).
+        use_dora: also learn the length of each row of the weight (Liu et al. 2024, arXiv 2402.09353).
+        target_modules: endings of module names, or regular expressions for whole names.
+        seed: of the draw of A.
+        adapter_name: under what name it is trained, mixed and saved.
+
+    Raises:
+        FactoryError: a pattern that matches no linear layer, a rank below 1, or a name in use.
+    """
+    if rank < 1 or alpha <= 0:
+        raise FactoryError(
+            f"rank={rank}, alpha={alpha:g}: rank is at least 1 and alpha above 0; 64 and 64 are usual."
+        )
+    targets = find_targets(transformer)
+    names = match_targets(list(targets), target_modules)
+    _require_new(transformer, adapter_name)
+    transformer.requires_grad_(False)
+    scale = alpha / (rank**0.5 if use_rslora else rank)
+    settings = {
+        "rank": rank, "alpha": alpha, "alpha_pattern": {}, "use_rslora": use_rslora, "use_dora": use_dora,
+        "target_modules": names if any(map(is_regex, target_modules)) else list(target_modules),
+    }  # fmt: skip
+    for name in names:
+        part = _attach(transformer, targets[name], adapter_name, rank=rank, scale=scale, settings=settings)
+        part.lora_A.data.copy_(to_tensor(_initial_down(seed, name, rank, targets[name].in_features)))
+    for layer in _layers(transformer):
+        layer.reset_magnitudes(adapter_name)
+    set_adapters(transformer, [adapter_name])
+    return names
+
+
+def load_lora_into(
+    transformer: nn.Module, file: LoraFile, adapter_name: str = "default", *, trainable: bool = False
+) -> None:
+    """Add the adapter of a LoRA file, the only one that is then on; adapters may differ in rank and targets.
+
+    Raises:
+        UnfitError: a tensor of the file has no place in this model or another shape, or a half is missing.
+        FactoryError: `adapter_name` is in use.
+    """
+    targets = find_targets(transformer)
+    check_lora(file, shapes_of(targets))
+    _require_new(transformer, adapter_name)
+    given = file.target_modules
+    settings = {
+        "rank": file.rank, "alpha": file.alpha, "alpha_pattern": dict(file.alpha_pattern),
+        "use_rslora": file.use_rslora, "use_dora": file.use_dora,
+        "target_modules": given if isinstance(given, str) else list(given),
+    }  # fmt: skip
+    for name in [name for name in targets if f"{name}.lora_A.weight" in file.arrays]:
+        down, up = (to_tensor(file.arrays[f"{name}.lora_{half}.weight"]) for half in "AB")
+        rank = down.shape[0]
+        part = _attach(
+            transformer, targets[name], adapter_name, rank=rank, scale=file.scaling(name), settings=settings
+        )
+        part.lora_A.data.copy_(down)
+        part.lora_B.data.copy_(up)
+        if part.magnitude is not None:
+            part.magnitude.data.copy_(to_tensor(file.arrays[f"{name}.lora_magnitude_vector"]))
+        part.requires_grad_(trainable)
+    set_adapters(transformer, [adapter_name])
+
+
+def check_fit(file: LoraFile, config: TransformerConfig) -> None:
+    """Check a LoRA file against a model that is not loaded.
+
+    Raises:
+        UnfitError: as `load_lora_into` would.
+    """
+    from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
+
+    with torch.device("meta"):
+        transformer = CogVideoXTransformer(config)
+    check_lora(file, shapes_of(find_targets(transformer)))
+
+
+def set_adapters(
+    transformer: nn.Module, names: str | Sequence[str], weights: float | Sequence[float] | None = None
+) -> None:
+    """Switch on exactly the adapters `names`, each with its weight (default 1); others stay loaded, off.
+
+    Raises:
+        FactoryError: an unknown or repeated name, or another number of weights.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    _require_unmerged(transformer)
+    for name in names:
+        _require_known(transformer, name)
+    values = (
+        list(weights) if isinstance(weights, Sequence) else [1.0 if weights is None else weights] * len(names)
+    )
+    if len(values) != len(names) or len(set(names)) != len(names):
+        raise FactoryError(
+            f"set_adapters got names {names} and weights {values}: give each adapter once, with one weight."
+        )
+    for layer in _layers(transformer):
+        layer.weights = dict(zip(names, map(float, values), strict=True))
+
+
+def adapter_names(transformer: nn.Module) -> list[str]:
+    """Return the names of the adapters that are loaded, whether on or off."""
+    return list(dict.fromkeys(name for layer in _layers(transformer) for name in layer.adapters))
+
+
+def lora_parameters(transformer: nn.Module, adapter_name: str = "default") -> list[nn.Parameter]:
+    """Return the parameters of one adapter, in a fixed order."""
+    return [parameter for part in _parts(transformer, adapter_name) for parameter in part.parameters()]
+
+
+def lora_arrays(transformer: nn.Module, adapter_name: str = "default") -> dict[str, np.ndarray]:
+    """Return one adapter as float32 arrays, named as in a LoRA file without its `transformer.` prefix."""
+    arrays: dict[str, np.ndarray] = {}
+    for part in _parts(transformer, adapter_name):
+        name = part.rows.name
+        arrays[f"{name}.lora_A.weight"] = to_array(part.lora_A.detach().float())
+        arrays[f"{name}.lora_B.weight"] = to_array(part.lora_B.detach().float())
+        if part.magnitude is not None:
+            arrays[f"{name}.lora_magnitude_vector"] = to_array(part.magnitude.detach().float())
+    return arrays
+
+
+def lora_settings(transformer: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
+    """Return what one adapter was made with, as keyword arguments of `weights.save_lora`."""
+    _require_known(transformer, adapter_name)
+    return dict(
+        next(layer.settings[adapter_name] for layer in _layers(transformer) if adapter_name in layer.settings)
+    )
+
+
+def merge_lora(transformer: nn.Module, *, restorable: bool = False) -> None:
+    """Fold the adapters that are on, with their weights, into the base weights, and take all adapters off.
+
+    The sum is formed in float32 and rounded once. With `restorable` the adapters and the original weights are
+    kept aside, so that `unmerge_lora` gives back every bit.
+    """
+    for path, layer in _named_layers(transformer):
+        layer.merge()
+        if not restorable:
+            transformer.set_submodule(path, layer.base)
+
+
+def unmerge_lora(transformer: nn.Module) -> None:
+    """Undo `merge_lora(restorable=True)` exactly."""
+    for layer in _layers(transformer):
+        layer.unmerge()
+
+
+def remove_lora(transformer: nn.Module, adapter_name: str | None = None) -> None:
+    """Take one adapter, or all, off; a Linear left without any becomes the plain base again.
+
+    Raises:
+        FactoryError: no adapter of that name.
+    """
+    if adapter_name is not None:
+        _require_known(transformer, adapter_name)
+    unmerge_lora(transformer)
+    for path, layer in _named_layers(transformer):
+        for name in [adapter_name] if adapter_name is not None else list(layer.adapters):
+            layer.drop(name)
+        if not len(layer.adapters):
+            transformer.set_submodule(path, layer.base)
+
+
+def _named_layers(transformer: nn.Module) -> list[tuple[str, LoraLinear]]:
+    return [(path, module) for path, module in transformer.named_modules() if isinstance(module, LoraLinear)]
+
+
+def _layers(transformer: nn.Module) -> list[LoraLinear]:
+    return [layer for _, layer in _named_layers(transformer)]
+
+
+def _parts(transformer: nn.Module, adapter_name: str) -> list[LoraFactors]:
+    _require_known(transformer, adapter_name)
+    return [part for layer in _layers(transformer) for part in layer.parts(adapter_name).values()]
+
+
+def _attach(
+    transformer: nn.Module,
+    target: Target,
+    adapter_name: str,
+    *,
+    rank: int,
+    scale: float,
+    settings: Mapping[str, Any],
+) -> LoraFactors:
+    """Put the factors of one adapter on one target, wrapping its Linear if it is still plain."""
+    layer = transformer.get_submodule(target.path)
+    if not isinstance(layer, LoraLinear):
+        assert isinstance(layer, nn.Linear)
+        layer = LoraLinear(layer)
+        transformer.set_submodule(target.path, layer)
+    part = LoraFactors(
+        target.rows, in_features=target.in_features, rank=rank, scale=scale, use_dora=settings["use_dora"],
+        device=layer.base.weight.device,
+    )  # fmt: skip
+    layer.attach(adapter_name, part, settings)
+    return part
+
+
+def _initial_down(seed: int, name: str, rank: int, in_features: int) -> np.ndarray:
+    """Draw A [rank, in_features]: peft's kaiming_uniform with a = sqrt(5), which is +-1/sqrt(in_features)."""
+    bound = in_features**-0.5
+    uniform = draws.generator(seed, "lora", name).random((rank, in_features), dtype=np.float32)
+    return (2 * uniform - 1) * np.float32(bound)
+
+
+def _require_known(transformer: nn.Module, adapter_name: str) -> None:
+    known = adapter_names(transformer)
+    if adapter_name not in known:
+        loaded = f"Loaded: {', '.join(known)}." if known else "None is loaded; load or add one first."
+        raise FactoryError(f"adapter {adapter_name!r} is not loaded{nearest(adapter_name, known)}. {loaded}")
+
+
+def _require_new(transformer: nn.Module, adapter_name: str) -> None:
+    _require_unmerged(transformer)
+    if adapter_name in adapter_names(transformer):
+        raise FactoryError(
+            f"adapter name {adapter_name!r} is in use. Choose another, or remove_lora it first."
+        )
+    if not re.fullmatch(r"[\w-]+", adapter_name) or hasattr(nn.ModuleDict, adapter_name):
+        raise FactoryError(
+            f"adapter name {adapter_name!r} cannot be in a parameter name: use letters, digits, - and _, "
+            "and no name of a torch method."
+        )
+
+
+def _require_unmerged(transformer: nn.Module) -> None:
+    if any(layer.original is not None for layer in _layers(transformer)):
+        raise FactoryError("the adapters are merged into the base weights; call unmerge_lora first.")

@@ -1,0 +1,105 @@
+"""What a LoRA can sit on: the linear layers of our transformer, by the names diffusers gives them.
+
+The tower fuses q, k and v into one projection and shortens some names; nobody outside needs to know.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from cogvideox_factory.errors import FactoryError, nearest
+from cogvideox_factory.torch_engine.lora_linear import LoraLinear, Rows
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The targets of every published CogVideoX LoRA: the joint attention of each block."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """Where a linear layer of the diffusers model lives in ours."""
+
+    path: str
+    rows: Rows
+    in_features: int
+
+
+_FUSED = {
+    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attn.out": ("attn1.to_out.0",),
+    "ff.up": ("ff.net.0.proj",),
+    "ff.down": ("ff.net.2",),
+}
+"""Linears of a block that the diffusers model has under other names; the rows are split evenly."""
+
+
+def find_targets(transformer: nn.Module) -> dict[str, Target]:
+    """Return every linear layer by its diffusers name, in the order of the model."""
+    found: dict[str, Target] = {}
+    for path, linear in _linears(transformer):
+        block, inner = re.fullmatch(r"(transformer_blocks\.\d+\.|)(.+)", path).groups()  # pyright: ignore
+        names = _FUSED.get(inner, (inner,))
+        size = linear.out_features // len(names)
+        for index, name in enumerate(names):
+            rows = Rows(name=block + name, start=index * size, stop=(index + 1) * size)
+            found[rows.name] = Target(path=path, rows=rows, in_features=linear.in_features)
+    return found
+
+
+def _linears(transformer: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Linear]]:
+    for name, child in transformer.named_children():
+        if isinstance(child, LoraLinear):
+            yield prefix + name, child.base
+        elif isinstance(child, nn.Linear):
+            yield prefix + name, child
+        else:
+            yield from _linears(child, f"{prefix}{name}.")
+
+
+def shapes_of(targets: dict[str, Target]) -> dict[str, tuple[int, ...]]:
+    """Return the weight shape [out, in] of each target."""
+    return {name: (t.rows.stop - t.rows.start, t.in_features) for name, t in targets.items()}
+
+
+def match_targets(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Return those of `names` that a pattern matches, in their order.
+
+    `to_q` or `ff.net.2` match by ending; a pattern with a regular expression's characters, such as
+    `.*attn1.*`, is one, for the whole name.
+
+    Raises:
+        FactoryError: a pattern without a match (with the nearest names) or an invalid regular expression.
+    """
+    if isinstance(patterns, str) or not patterns:
+        raise FactoryError(
+            f"target_modules={patterns!r}: give a list of at least one name, e.g. {list(ATTENTION)}."
+        )
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in names if _matches(name, pattern)}
+        if not hits:
+            endings = sorted(
+                {".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1)}
+            )
+            kinds = sorted({re.sub(r"^transformer_blocks\.\d+\.", "", name) for name in names})
+            raise FactoryError(
+                f"target_modules: {pattern!r} matches no linear layer of this transformer"
+                f"{nearest(pattern, endings)}. It has, in each block or once: {', '.join(kinds)}."
+            )
+        matched |= hits
+    return [name for name in names if name in matched]
+
+
+def is_regex(pattern: str) -> bool:
+    """Tell a regular expression from a plain module name; a dot is in both, so it does not decide."""
+    return re.search(r"[\\^$*+?()\[\]{}|]", pattern) is not None
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if not is_regex(pattern):
+        return name == pattern or name.endswith(f".{pattern}")
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise FactoryError(f"target_modules: {pattern!r} is no valid regular expression: {error}.") from error

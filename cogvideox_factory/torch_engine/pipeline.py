@@ -1,0 +1,268 @@
+"""Text (and an image) to video in one object: the Python API, and what `generate` and validation run on.
+
+```python
+from cogvideox_factory import CogVideoXPipeline, export_to_video
+
+pipe = CogVideoXPipeline.from_pretrained("THUDM/CogVideoX-5b")
+pipe.load_lora_weights("runs/mine", adapter_name="mine")
+pipe.set_adapters(["mine"], [1.0])
+video = pipe("a red fox in the snow")[0][0]
+export_to_video(video, "fox.mp4", fps=8)
+```
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogvideox_factory import draws, weights
+from cogvideox_factory.data.image import read_image
+from cogvideox_factory.diffusion.samplers import SamplerTable, dynamic_guidance, sampler_table
+from cogvideox_factory.errors import FactoryError, NonFiniteError
+from cogvideox_factory.lora_files import load_lora
+from cogvideox_factory.models import SchedulerConfig, TransformerConfig, VaeConfig
+from cogvideox_factory.shapes import ClipShape, clip_shape
+from cogvideox_factory.torch_engine import lora
+from cogvideox_factory.torch_engine.device import pick_device, pick_dtype
+from cogvideox_factory.torch_engine.objective import pad_image_latents
+from cogvideox_factory.torch_engine.sampling import denoise
+from cogvideox_factory.torch_engine.text_encoder import TextEncoder
+from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
+from cogvideox_factory.torch_engine.vae import (
+    CogVideoXVAE,
+    pixels_from_uint8,
+    sample_posterior,
+    uint8_from_pixels,
+)
+
+
+class Videos(NamedTuple):
+    """Result of a pipeline call; `[0][0]` is the first video, as in diffusers."""
+
+    frames: list[np.ndarray]
+    """One uint8 array [F, H, W, 3] a video."""
+
+
+class CogVideoXPipeline:
+    """A transformer, a VAE and (until it is dropped) a text encoder on one device."""
+
+    def __init__(
+        self,
+        *,
+        transformer: CogVideoXTransformer,
+        vae: CogVideoXVAE,
+        text_encoder: TextEncoder | None,
+        scheduler: SchedulerConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.transformer = transformer
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.scheduler = scheduler
+        self.device = device
+        self.dtype = dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        transformer: str | Path | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        tiling: bool = True,
+    ) -> Self:
+        """Load a model folder in the diffusers layout, or a hub id; `transformer` replaces its transformer.
+
+        Raises:
+            MissingError: no such model here, and the hub cannot be reached.
+            UnfitError: files that are damaged or of another kind of model.
+        """
+        place = pick_device(device)
+        folder = weights.resolve_model(str(model), revision=revision)
+        transformer_folder = resolve_transformer(transformer) if transformer else folder / "transformer"
+        config = TransformerConfig.from_folder(transformer_folder)
+        arithmetic = pick_dtype(dtype, place, config)
+        vae = CogVideoXVAE.from_folder(folder / "vae", dtype=arithmetic, device=place)
+        if tiling:
+            vae.enable_tiling()
+        return cls(
+            transformer=CogVideoXTransformer.from_folder(transformer_folder, dtype=arithmetic, device=place),
+            vae=vae,
+            text_encoder=TextEncoder.from_folder(folder, dtype=arithmetic, device=place),
+            scheduler=SchedulerConfig.from_folder(folder / "scheduler", filename="scheduler_config.json"),
+            device=place,
+            dtype=arithmetic,
+        )
+
+    def load_lora_weights(self, path: str | Path, adapter_name: str | Sequence[str] = "default") -> None:
+        """Load a LoRA file, a folder that holds one, or a run folder; weight 1.0 is its trained strength.
+
+        Raises:
+            UnfitError: the file is damaged or was made for another model.
+        """
+        name = adapter_name if isinstance(adapter_name, str) else adapter_name[0]
+        lora.load_lora_into(self.transformer, load_lora(resolve_lora(path)), name)
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None) -> None:
+        """Use these adapters with these weights (1.0 each by default); others are switched off."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        lora.set_adapters(self.transformer, names, list(adapter_weights or [1.0] * len(names)))
+
+    def encode_prompts(self, prompts: Sequence[str], *, max_sequence_length: int | None = None) -> Tensor:
+        """Return prompt embeddings [B, S, E]; needs the text encoder."""
+        if self.text_encoder is None:
+            raise FactoryError("the text encoder was dropped; pass prompt_embeds, or load the pipeline again")
+        length = max_sequence_length or self.transformer.config.max_text_seq_length
+        return self.text_encoder.encode(list(prompts), length).to(self.device, self.dtype)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        image: str | Path | np.ndarray | None = None,
+        *,
+        negative_prompt: str = "",
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 6.0,
+        use_dynamic_cfg: bool = False,
+        sampler: str = "auto",
+        seed: int = 42,
+        max_sequence_length: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Videos:
+        """Make one video a prompt; all start from the noise of `seed`.
+
+        `image` is a path or uint8 [H, W, 3] of the video's size (image-to-video models only, and needed there).
+
+        Raises:
+            FactoryError: a size or frame count the model cannot take, a missing or superfluous image.
+            NonFiniteError: the latents are NaN or Inf, most often from float16 on a bfloat16 model.
+        """
+        shape = clip_shape(self.transformer.config, num_frames=num_frames, height=height, width=width)
+        self._check_image(image is not None)
+        if prompt_embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+            if not prompts:
+                raise FactoryError("give a prompt (or prompt_embeds)")
+            prompt_embeds = self.encode_prompts(prompts, max_sequence_length=max_sequence_length)
+        negative = None
+        if guidance_scale > 1:
+            negative = negative_prompt_embeds
+            if negative is None:
+                negative = self.encode_prompts([negative_prompt], max_sequence_length=prompt_embeds.shape[1])
+        scales = [guidance_scale] * num_inference_steps
+        if use_dynamic_cfg:
+            scales = [float(g) for g in dynamic_guidance(guidance_scale, num_inference_steps)]
+        table = self.sampler_table(sampler, num_inference_steps)
+        image_latents = self.image_latents(image, shape, seed=seed) if image is not None else None
+        frames = []
+        for index in range(len(prompt_embeds)):
+            latents = denoise(
+                self.transformer,
+                self._noise(shape, seed, "initial noise"),
+                prompt_embeds[index : index + 1],
+                table=table,
+                guidance=scales,
+                negative_embeds=negative,
+                image_latents=image_latents,
+                step_noise=lambda step: self._noise(shape, seed, "sampler noise", step),
+                progress=progress,
+            )
+            frames.append(self.decode(latents, shape))
+        return Videos(frames)
+
+    def sampler_table(self, sampler: str, num_inference_steps: int) -> SamplerTable:
+        """Return the table of `ddim`, `dpm` or `auto` (ddim for 2B-style models, as their authors sample)."""
+        if sampler == "auto":
+            sampler = "dpm" if self.transformer.config.use_rotary_positional_embeddings else "ddim"
+        return sampler_table(sampler, self.scheduler, num_inference_steps)
+
+    def image_latents(self, image: str | Path | np.ndarray, shape: ClipShape, *, seed: int) -> Tensor:
+        """Return the condition [1, F, C, H, W]: the encoded image at frame 0, zeros after it."""
+        pixels = image if isinstance(image, np.ndarray) else read_image(Path(image), shape.height, shape.width)
+        if pixels.shape != (shape.height, shape.width, 3) or pixels.dtype != np.uint8:
+            raise FactoryError(
+                f"image has shape {pixels.shape} and dtype {pixels.dtype}; it must be uint8 "
+                f"({shape.height}, {shape.width}, 3), the size of the video. A path is resized for you."
+            )
+        video = pixels_from_uint8(torch.from_numpy(pixels.copy())[None, None].to(self.device))  # [1, 3, 1, H, W]
+        mean, logvar = self.vae.encode(video.to(self.dtype))
+        noise = draws.normal(seed, "image posterior", shape=tuple(mean.shape))
+        latents = sample_posterior(mean, logvar, torch.from_numpy(noise).to(self.device))
+        latents = latents.float() * self.vae.config.image_scale
+        return pad_image_latents(latents, shape.latent_frames + shape.num_front_padding)
+
+    def decode(self, latents: Tensor, shape: ClipShape) -> np.ndarray:
+        """Return the frames uint8 [F, H, W, 3] of `latents` [1, F, C, H, W], front padding dropped."""
+        if not torch.isfinite(latents).all():
+            raise NonFiniteError(
+                f"the latents are not finite ({self.dtype}). float16 on a model published in bfloat16 does this: "
+                "use --run.dtype bfloat16 (or float32)."
+            )
+        clean = latents[:, shape.num_front_padding :] / self.vae.config.scaling_factor
+        return uint8_from_pixels(self.vae.decode(clean.to(self.dtype)))[0].cpu().numpy()
+
+    def _noise(self, shape: ClipShape, seed: int, purpose: str, *coordinates: int) -> Tensor:
+        size = (
+            1, shape.latent_frames + shape.num_front_padding, self.vae.config.latent_channels,
+            shape.latent_height, shape.latent_width,
+        )  # fmt: skip
+        return torch.from_numpy(draws.normal(seed, purpose, *coordinates, shape=size)).to(self.device)
+
+    def _check_image(self, given: bool) -> None:
+        if given != self.transformer.config.is_image_to_video:
+            raise FactoryError(
+                "this is a text-to-video model; it takes no image"
+                if given
+                else "this is an image-to-video model; give an image (image=path)"
+            )
+
+
+def vae_config(folder: Path) -> VaeConfig:
+    """Return the VAE config of a model folder."""
+    return VaeConfig.from_folder(folder / "vae")
+
+
+def resolve_lora(path: str | Path) -> Path:
+    """Return the LoRA file of a file, a folder that holds one, or a run folder.
+
+    Raises:
+        FactoryError: nothing there.
+    """
+    path = Path(path)
+    candidates = [path, path / "pytorch_lora_weights.safetensors", path / "final/pytorch_lora_weights.safetensors"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise FactoryError(
+        f"{path}: no LoRA there. Give a .safetensors file, a folder with pytorch_lora_weights.safetensors, "
+        "or the folder of a finished LoRA run."
+    )
+
+
+def resolve_transformer(path: str | Path) -> Path:
+    """Return the transformer folder of a transformer folder, a model folder, or a run folder.
+
+    Raises:
+        FactoryError: nothing there.
+    """
+    path = Path(path)
+    for candidate in (path, path / "transformer", path / "final/transformer"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise FactoryError(
+        f"{path}: no transformer there. Give a folder with config.json and safetensors files, "
+        "or the folder of a finished full fine-tuning run."
+    )

@@ -1,0 +1,265 @@
+"""`prepare`: videos and captions to a cache of latents and text embeddings.
+
+Everything that can be known without a model is checked first, for all clips at once. Then captions are encoded, then
+clips, each in its turn with only its own model loaded; what is in the cache already is not made again.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cogvideox_factory import draws, weights
+from cogvideox_factory.config import Config
+from cogvideox_factory.data.cache import Cache, CacheIndex
+from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings, hash_folder
+from cogvideox_factory.data.manifest import Clip, Manifest, Source, read_manifest
+from cogvideox_factory.data.ordered import ordered_map
+from cogvideox_factory.data.reasons import ClipError
+from cogvideox_factory.data.survey import survey
+from cogvideox_factory.data.timing import ClipSpec
+from cogvideox_factory.data.video import DecodedClip, read_clip
+from cogvideox_factory.errors import FactoryError, UnfitError
+from cogvideox_factory.metrics import console, say
+from cogvideox_factory.models import TransformerConfig
+from cogvideox_factory.publish import require_room, sweep
+from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
+from cogvideox_factory.torch_engine.border import to_array, to_tensor
+from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_determinism
+from cogvideox_factory.torch_engine.encode import Encoder
+from cogvideox_factory.torch_engine.text_encoder import TextEncoder
+from cogvideox_factory.torch_engine.vae import CogVideoXVAE
+
+_CAPTIONS_AT_ONCE = 8
+
+
+def run(config: Config) -> CacheIndex:
+    """Fill the cache of the settings and return what it holds.
+
+    Raises:
+        FactoryError: settings, data, model, cache or disk unfit; see the classes in `errors`.
+    """
+    if not config.cache.dir:
+        raise FactoryError("where to? give --cache.dir FOLDER")
+    folder = weights.resolve_model(config.model.path, revision=config.model.revision)
+    transformer = TransformerConfig.from_folder(folder / "transformer")
+    check_task(config.task, transformer, source=str(folder))
+    shape = training_shape(config, transformer)
+    spec = clip_spec(config, shape)
+    manifest = checked_manifest(config, spec)
+    device = pick_device(config.run.device)
+    dtype = pick_dtype(config.run.dtype, device, transformer)
+    set_determinism(config.run.deterministic)
+    cache = Cache(Path(config.cache.dir), cache_settings(config, folder, transformer, spec, dtype))
+    captions, clips = cache.missing_captions(manifest.usable), cache.missing_clips(manifest.usable)
+    _check_room(cache, shape, transformer, num_captions=len(captions), num_clips=len(clips))
+    if cache.folder.exists():
+        sweep(cache.folder)
+    say(f"{len(manifest.usable)} clips, {len(clips)} to encode; {len(captions)} captions to encode -> {cache.folder}")
+    if captions:
+        _encode_captions(cache, captions, folder, device, dtype)
+    if clips:
+        failed = _encode_clips(cache, clips, spec, config, folder, device, dtype)
+        manifest = manifest.map_usable(lambda clip: _with_failure(clip, failed))
+        manifest.require_good(strict=config.data.strict, max_bad=config.data.max_bad)
+    index = cache.publish(manifest)
+    say_counts(manifest)
+    return index
+
+
+def training_shape(config: Config, transformer: TransformerConfig) -> ClipShape:
+    """Return the shape clips are brought to."""
+    data = config.data
+    return clip_shape(
+        transformer, num_frames=data.num_frames, height=data.height, width=data.width, fps=data.fps
+    )
+
+
+def clip_spec(config: Config, shape: ClipShape) -> ClipSpec:
+    """Return what the data ground needs to know of the shape and the policies."""
+    return ClipSpec(
+        num_frames=shape.num_frames, height=shape.height, width=shape.width, fps=shape.fps,
+        fps_policy=config.data.fps_policy, short_policy=config.data.short_clips, crop=config.data.crop,
+    )  # fmt: skip
+
+
+def checked_manifest(config: Config, spec: ClipSpec) -> Manifest:
+    """Read the rows, look at every clip, and print what becomes of them.
+
+    Raises:
+        DataError: the list is unreadable, or too many clips are lost.
+    """
+    data = config.data
+    if not data.root:
+        raise FactoryError("which clips? give --data.root FOLDER")
+    columns = {"caption_column": data.caption_column, "video_column": data.video_column}
+    if data.table or data.captions:
+        source = Source(
+            root=Path(data.root), table=data.table, captions=data.captions, videos=data.videos, **columns
+        )
+    else:
+        source = Source.detect(Path(data.root), **columns)
+    rows = read_manifest(
+        source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root
+    )
+    with progress_bar("reading clips", len(rows.usable)) as advance:
+        manifest = survey(rows, spec, on_clip=lambda clip: advance())
+    for line in manifest.report():
+        say(line)
+    manifest.require_good(strict=data.strict, max_bad=data.max_bad)
+    return manifest
+
+
+def cache_settings(
+    config: Config, folder: Path, transformer: TransformerConfig, spec: ClipSpec, dtype: torch.dtype
+) -> CacheSettings:
+    """Return what the cache of these settings is made with, weights hashed."""
+    variants = 1 + config.cache.image_noise_variants if config.task == "i2v" else 0
+    arithmetic = str(dtype).removeprefix("torch.")
+    return CacheSettings(
+        model=config.model.path,
+        video=VideoSettings.from_spec(
+            spec, vae=hash_folder(folder / "vae"), dtype=arithmetic, tiling=config.data.vae_tiling,
+            image_variants=variants, seed=config.run.seed,
+        ),
+        text=TextSettings(
+            text_encoder=hash_folder(folder / "text_encoder"), tokenizer=hash_folder(folder / "tokenizer"),
+            dtype=arithmetic, max_sequence_length=text_length(config, transformer),
+        ),
+        trigger_word=(config.data.trigger_word or "").strip(),
+    )  # fmt: skip
+
+
+def text_length(config: Config, transformer: TransformerConfig) -> int:
+    """Return the number of text tokens, the model's unless set.
+
+    Raises:
+        FactoryError: another length for a model whose positions are added to the text too.
+    """
+    length = config.text.max_sequence_length or transformer.max_text_seq_length
+    if not transformer.use_rotary_positional_embeddings and length != transformer.max_text_seq_length:
+        raise FactoryError(
+            f"text.max_sequence_length={length}: this model takes exactly {transformer.max_text_seq_length} tokens"
+        )
+    return length
+
+
+def image_variants(clip: Clip, count: int, shape: tuple[int, ...], *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return sigma [K] and pixel noise [K, H, W, 3] of a clip's first frames: index 0 is clean.
+
+    sigma = exp(N(-3, 0.5)), the augmentation the image-to-video models were trained with.
+    """
+    draw = draws.generator(seed, "image noise", clip.content or "")
+    sigma = np.exp(draw.normal(-3.0, 0.5, size=count)).astype(np.float32)
+    sigma[0] = 0.0
+    return sigma, draw.standard_normal((count, *shape), dtype=np.float32)
+
+
+def say_counts(manifest: Manifest) -> None:
+    """Print how many clips ended in which state."""
+    counts = ", ".join(f"{count} {state}" for state, count in manifest.counts().items())
+    say(f"{len(manifest.clips)} clips: {counts}")
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator:
+    """Show a bar with rate and time left; yields a function to call after each item."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, transient=True,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count=1: bar.advance(task, count)
+
+
+def _encode_captions(
+    cache: Cache, captions: list[str], folder: Path, device: torch.device, dtype: torch.dtype
+) -> None:
+    encoder = TextEncoder.from_folder(folder, dtype=dtype, device=device)
+    length = cache.settings.text.max_sequence_length
+    with progress_bar("captions", len(captions)) as advance:
+        for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
+            chunk = captions[start : start + _CAPTIONS_AT_ONCE]
+            for caption, embeds in zip(chunk, encoder.encode(chunk, length), strict=True):
+                cache.write_caption(caption, to_array(embeds))
+            advance(len(chunk))
+
+
+def _encode_clips(
+    cache: Cache,
+    clips: list[Clip],
+    spec: ClipSpec,
+    config: Config,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, ClipError]:
+    """Encode and write; return the error of each clip (by content) that could not be decoded or encoded."""
+    vae = CogVideoXVAE.from_folder(folder / "vae", dtype=dtype, device=device)
+    if config.data.vae_tiling:
+        vae.enable_tiling()
+    encoder = Encoder(vae, None, max_sequence_length=0)
+    failed: dict[str, ClipError] = {}
+    seed = config.run.seed
+
+    def decode(clip: Clip) -> DecodedClip | ClipError:
+        assert clip.path is not None and clip.content is not None
+        try:
+            return read_clip(clip.path, spec, rng=draws.generator(seed, "crop", clip.content), stamp=clip.stamp)
+        except ClipError as error:
+            return error
+
+    with progress_bar("clips", len(clips)) as advance:
+        for clip, decoded in zip(clips, ordered_map(decode, clips, num_workers=2), strict=True):
+            assert clip.content is not None
+            if isinstance(decoded, ClipError):
+                failed[clip.content] = decoded
+            else:
+                try:
+                    _encode_clip(cache, clip, decoded.pixels, encoder, device, seed)
+                except UnfitError as error:
+                    failed[clip.content] = ClipError("latent.nonfinite", str(error))
+            advance()
+    for clip in clips:
+        if error := failed.get(clip.content or ""):
+            say(f"row {clip.row} {clip.name}: {error}")
+    return failed
+
+
+def _encode_clip(
+    cache: Cache, clip: Clip, pixels: np.ndarray, encoder: Encoder, device: torch.device, seed: int
+) -> None:
+    mean, logvar = encoder.video(to_tensor(pixels, device=device)[None])
+    image: dict = {}
+    if count := cache.settings.video.image_variants:
+        sigma, noise = image_variants(clip, count, pixels[0].shape, seed=seed)
+        first = to_tensor(pixels[0], device=device)
+        moments = [
+            encoder.image(first[None], to_tensor(s[None], device=device), to_tensor(n[None], device=device))
+            for s, n in zip(sigma, noise, strict=True)
+        ]
+        image = {
+            "image_mean": to_array(torch.cat([m[0, :1] for m, _ in moments])),
+            "image_logvar": to_array(torch.cat([v[0, :1] for _, v in moments])),
+            "image_sigmas": sigma.tolist(),
+        }
+    cache.write_clip(clip, mean=to_array(mean[0]), logvar=to_array(logvar[0]), **image)
+
+
+def _with_failure(clip: Clip, failed: dict[str, ClipError]) -> Clip:
+    error = failed.get(clip.content or "")
+    return replace(clip).rejected(error) if error else clip
+
+
+def _check_room(
+    cache: Cache, shape: ClipShape, transformer: TransformerConfig, *, num_captions: int, num_clips: int
+) -> None:
+    pixels = shape.latent_height * shape.latent_width * transformer.out_channels
+    a_clip = 2 * 2 * pixels * (shape.latent_frames + cache.settings.video.image_variants)
+    a_caption = 2 * cache.settings.text.max_sequence_length * transformer.text_embed_dim
+    require_room(cache.folder, num_clips * a_clip + num_captions * a_caption, what=f"the cache of {num_clips} clips")

@@ -1,0 +1,214 @@
+"""Captions to embeddings: the checkpoint's own T5 encoder and tokenizer, through transformers.
+
+Unusual about CogVideoX: the text is always padded to one fixed length and the padding is attended, in T5 and
+again in the transformer (no attention mask anywhere). So every row of the result matters and all of them are
+kept, and the length is part of what a cache must remember.
+
+The weights go from the files straight into the target dtype. T5-XXL's encoder is 9.5 GB in 16 bits; loading
+it in float32 first, as the original trainers did, peaks at 19 GB.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from cogvideox_factory.errors import FactoryError, MissingError, UnfitError
+
+# Legend: B captions, T text tokens (max_sequence_length), E embedding width
+
+
+class TextEncoder:
+    """A T5 encoder with its tokenizer, frozen and in evaluation mode."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: Any) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_folder(
+        cls, model_folder: Path | str, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Load `text_encoder/` and `tokenizer/` of a model folder; nothing is downloaded or executed.
+
+        Raises:
+            MissingError: a folder, or a library its tokenizer file needs, is not there.
+            UnfitError: the files are not a T5 encoder and its tokenizer.
+        """
+        folder = Path(model_folder)
+        tokenizer = load_tokenizer(folder)
+        return cls(_load_model(folder / "text_encoder", dtype=dtype).to(device), tokenizer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embeddings (T5 itself keeps a few float32 weights when loaded in float16)."""
+        return self.model.get_input_embeddings().weight.dtype  # pyright: ignore[reportCallIssue]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder lives."""
+        return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue]
+
+    @property
+    def width(self) -> int:
+        """The embedding width E, a transformer's `text_embed_dim`."""
+        return self.model.config.d_model  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str], max_sequence_length: int) -> torch.Tensor:
+        """Return the embeddings of `captions`, padded and cut to `max_sequence_length` tokens: [B, T, E].
+
+        The same numbers as diffusers' CogVideoX pipelines feed their transformer. What is cut is counted by
+        `truncated_tokens`.
+        """
+        ids = self._token_ids(captions, max_sequence_length)  # [B, T]
+        output = self.model(ids.to(self.device), return_dict=False)
+        return output[0].to(self.dtype)  # [B, T, E]
+
+    def count_tokens(self, caption: str) -> int:
+        """Return how many tokens `caption` needs, the end-of-text token included."""
+        return len(self.tokenizer(caption, truncation=False).input_ids)
+
+    def truncated_tokens(self, caption: str, max_sequence_length: int) -> int:
+        """Return how many tokens of `caption` do not fit into `max_sequence_length`; 0 when all do."""
+        return max(0, self.count_tokens(caption) - max_sequence_length)
+
+    def _token_ids(self, captions: Sequence[str], max_sequence_length: int) -> torch.Tensor:
+        if isinstance(captions, str):
+            raise FactoryError("encode takes a list of captions; put a single one in brackets: [caption].")
+        if max_sequence_length < 1:
+            raise FactoryError(
+                f"max_sequence_length={max_sequence_length}: at least 1 token; CogVideoX uses 226."
+            )
+        if not captions:
+            raise FactoryError("encode was given no caption; it takes at least one.")
+        tokens = self.tokenizer(
+            list(captions),
+            padding="max_length",
+            max_length=max_sequence_length,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        )
+        return tokens.input_ids
+
+
+def load_tokenizer(model_folder: Path | str) -> Any:
+    """Load `model_folder/tokenizer` from its `tokenizer.json` or SentencePiece `spiece.model`.
+
+    Raises:
+        MissingError: the folder, its files or the SentencePiece libraries are not there.
+        UnfitError: transformers cannot read it.
+    """
+    folder = Path(model_folder) / "tokenizer"
+    _require_folder(folder, holds="the tokenizer (tokenizer_config.json with spiece.model or tokenizer.json)")
+    has_json, has_pieces = (folder / "tokenizer.json").is_file(), (folder / "spiece.model").is_file()
+    if not has_json and not has_pieces:
+        raise MissingError(
+            f"{folder} holds neither tokenizer.json nor spiece.model. Download the tokenizer/ folder again."
+        )
+    if not has_json:
+        absent = [pip for pip, module in _PIECE_LIBRARIES.items() if not _is_installed(module)]
+        if absent:
+            raise MissingError(
+                f"{folder} is a SentencePiece tokenizer; reading it needs {' and '.join(_PIECE_LIBRARIES)}. "
+                f"Install: pip install {' '.join(absent)}"
+            )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise UnfitError(f"{folder} cannot be read as a tokenizer: {error}. Download it again.") from error
+    if tokenizer.pad_token_id is None:
+        raise UnfitError(
+            f"{folder} names no pad token; CogVideoX pads every caption. Is tokenizer_config.json T5's?"
+        )
+    return tokenizer
+
+
+_PIECE_LIBRARIES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package is absent too
+        return False
+
+
+def _load_model(folder: Path, *, dtype: torch.dtype) -> torch.nn.Module:
+    """Load the T5 encoder of `folder` in `dtype`, refusing pickled weights and stray or missing keys."""
+    _require_folder(folder, holds="the T5 text encoder (config.json and *.safetensors)")
+    config = _read_config(folder / "config.json")
+    if config.get("model_type") != "t5":
+        raise UnfitError(
+            f"{folder / 'config.json'} says model_type={config.get('model_type')!r}; the text encoder "
+            "of CogVideoX is 't5'. Point to a CogVideoX model's root folder."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise MissingError(
+            f"{folder} holds no *.safetensors. Download the text encoder again; pickled weights (*.bin) are "
+            "not read, because loading them can run code: convert them first."
+        )
+    from safetensors import SafetensorError
+    from transformers import T5EncoderModel
+
+    try:
+        with _quiet_transformers():
+            loaded: Any = T5EncoderModel.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
+    except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UnfitError(f"{folder} cannot be loaded as a T5 encoder: {error}. Download it again.") from error
+    model, info = loaded
+    mismatched = {key if isinstance(key, str) else str(key[0]) for key in info["mismatched_keys"]}
+    strays = sorted({*info["missing_keys"], *mismatched})
+    if strays:
+        raise UnfitError(
+            f"{folder}: {len(strays)} tensors of the T5 encoder are missing or of another shape, the first: "
+            f"{', '.join(strays[:5])}. The download is incomplete or config.json belongs to another size."
+        )
+    return model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep its progress bar and its table of strays off the terminal; both are said better by us."""
+    from transformers.utils import logging
+
+    verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bar:
+            logging.enable_progress_bar()
+
+
+def _require_folder(folder: Path, *, holds: str) -> None:
+    if not folder.is_dir():
+        raise MissingError(
+            f"{folder} is missing; it holds {holds}. Point to a complete model folder in the diffusers "
+            "layout (transformer/, vae/, text_encoder/, tokenizer/, scheduler/)."
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingError(f"{path} is missing. Download the model's text_encoder/ folder again.") from error
+    except ValueError as error:
+        raise UnfitError(f"{path} is not valid JSON: {error}. Download it again.") from error

@@ -1,0 +1,339 @@
+"""The 3-D causal VAE of the CogVideoX family: 8x8 pixels (and 4 frames) become one latent (arXiv 2408.06072, 2.1).
+
+```python
+vae = CogVideoXVAE.from_folder("CogVideoX-2b/vae", dtype=torch.bfloat16, device="cpu")
+mean, logvar = vae.encode(pixels_from_uint8(frames))      # unscaled, as the cache keeps them
+frames = uint8_from_pixels(vae.decode(mean))
+```
+
+Unusual: a video is coded in frame batches of 8 frames (2 latents), the remainder joined to the first, and group norm
+sees one batch at a time. So the batch size is part of the numbers; it is the one the weights were trained with.
+Parameter names are the checkpoint's own. Loaded weights are frozen; `requires_grad_(True)` makes them trainable, and
+then `encode` and `decode` are differentiable (and slower).
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cogvideox_factory import weights
+from cogvideox_factory.errors import FactoryError, UnfitError
+from cogvideox_factory.models import VaeConfig
+from cogvideox_factory.torch_engine.border import to_array, to_tensor
+from cogvideox_factory.torch_engine.vae_blocks import Coder, Decoder, Encoder, initialize, num_time_levels
+from cogvideox_factory.torch_engine.vae_layers import Chunk, Weights, pointwise
+from cogvideox_factory.torch_engine.vae_tiling import TileAxis, run_tiled, tile_axis
+
+# Legend: B batch, F frames or latent frames, C latent channels, H W pixel height and width, h w latent ones.
+
+STEM = "diffusion_pytorch_model"
+
+
+class CogVideoXVAE(nn.Module):
+    """Encoder and decoder with the options of a run: tiling, slicing, frame batches, checkpointing."""
+
+    def __init__(self, config: VaeConfig, *, seed: int = 0) -> None:
+        """Build with random weights to train from; on the meta device they stay empty."""
+        super().__init__()
+        _check_config(config)
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        latent = config.latent_channels
+        self.quant_conv = Weights(2 * latent, 2 * latent, 1, 1, 1) if config.use_quant_conv else None
+        self.post_quant_conv = Weights(latent, latent, 1, 1, 1) if config.use_post_quant_conv else None
+        self.checkpointing = False
+        """Recompute each stage in the backward pass; has no effect where autograd needs no graph."""
+        self.use_slicing = False
+        self.tiles: tuple[TileAxis, TileAxis] | None = None
+        self.frame_batch = 2
+        if not self.encoder.conv_in.conv.weight.is_meta:
+            initialize(self, seed)
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path | str, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Load a `vae/` folder in the diffusers layout, frozen.
+
+        Raises:
+            MissingError: no weights there.
+            UnfitError: another model's weights, or damaged ones.
+        """
+        with torch.device("meta"):
+            model = cls(VaeConfig.from_folder(Path(folder)))
+        model.to(dtype).to_empty(device=device)
+        model.load_arrays(weights.iterate_tensors(Path(folder), STEM), source=str(folder))
+        return model.requires_grad_(False).eval()
+
+    def load_arrays(
+        self, arrays: Iterable[tuple[str, np.ndarray]], *, strict: bool = True, source: str = "weights"
+    ) -> None:
+        """Copy named arrays into the parameters, casting to their dtype.
+
+        Raises:
+            UnfitError: a wrong shape; if strict, also a name too many or too few.
+        """
+        own = dict(self.named_parameters())
+        missing, strays = set(own), []
+        for name, array in arrays:
+            if name not in own:
+                strays.append(name)
+                continue
+            if tuple(array.shape) != tuple(own[name].shape):
+                raise UnfitError(
+                    f"{source}: {name} has shape {tuple(array.shape)}, this VAE's config asks for "
+                    f"{tuple(own[name].shape)}. Weights and config.json are of different models."
+                )
+            with torch.no_grad():
+                own[name].copy_(to_tensor(array))
+            missing.discard(name)
+        if strict and (missing or strays):
+            raise UnfitError(
+                f"{source}: {len(missing)} of {len(own)} VAE weights are missing {sorted(missing)[:3]}, "
+                f"{len(strays)} are strangers {sorted(strays)[:3]}. Give a vae/ folder whose config.json is its own."
+            )
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return the weights by their diffusers names."""
+        return {name: to_array(parameter.detach()) for name, parameter in self.named_parameters()}
+
+    def save(self, folder: Path | str) -> None:
+        """Write a `vae/` folder that diffusers loads."""
+        weights.save_folder(Path(folder), self.to_arrays(), config=self.config.to_dict(), stem=STEM)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights and of what is computed."""
+        return self.encoder.conv_in.conv.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.conv_in.conv.weight.device
+
+    @property
+    def spatial_scale(self) -> int:
+        """Pixels a latent covers in height and width: 8."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_overlap_factor_height: float | None = None,
+        tile_overlap_factor_width: float | None = None,
+    ) -> None:
+        """Code frames larger than a tile tile by tile; sizes in pixels, overlaps as fractions of a tile.
+
+        Defaults are diffusers': half of the config's sample size, sharing 1/6 of its height and 1/5 of its width.
+
+        Raises:
+            FactoryError: a size that is no multiple of 8, an overlap above one half.
+        """
+        scale = self.spatial_scale
+        height = tile_sample_min_height or max(2, self.config.sample_height // (2 * scale)) * scale
+        width = tile_sample_min_width or max(2, self.config.sample_width // (2 * scale)) * scale
+        rows = tile_axis(height, tile_overlap_factor_height or 1 / 6, name="height", scale=scale)
+        columns = tile_axis(width, tile_overlap_factor_width or 1 / 5, name="width", scale=scale)
+        self.tiles = rows, columns
+
+    def disable_tiling(self) -> None:
+        """Code frames whole."""
+        self.tiles = None
+
+    def enable_slicing(self) -> None:
+        """Code the videos of a batch one after the other: less memory, the same numbers."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Code the videos of a batch together."""
+        self.use_slicing = False
+
+    def set_frame_batch(self, latent_frames: int) -> None:
+        """Code `latent_frames` (and 4 times as many frames) at once; the weights were trained with 2.
+
+        More are faster on a large device and need more memory. Group norm then averages over more frames, so the
+        result differs a little from diffusers'.
+
+        Raises:
+            FactoryError: an odd number; only the first frame batch may hold a single frame of its own.
+        """
+        if latent_frames < 2 or latent_frames % 2:
+            raise FactoryError(f"frame batch of {latent_frames} latents: it must be even and at least 2. Use 2 or 4.")
+        self.frame_batch = latent_frames
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and logvar [B, F', C, h, w] of `pixels` [B, 3, F, H, W] in [-1, 1].
+
+        Neither is scaled, and logvar is not clamped; `sample_posterior` does that.
+
+        Raises:
+            FactoryError: not such a video, or height or width no multiple of 8.
+        """
+        self._check(pixels, self.config.in_channels, "pixels [B, 3, F, H, W]", multiple=self.spatial_scale)
+        batch, _, frames, height, width = pixels.shape
+        shape = (self._latent_frames(frames), height // self.spatial_scale, width // self.spatial_scale)
+        shape = (batch, 2 * self.config.latent_channels, *shape)
+        moments = self._run(pixels, shape, self.encoder, in_scale=self.spatial_scale, out_scale=1)
+        mean, logvar = moments.transpose(1, 2).chunk(2, dim=2)
+        return mean.contiguous(), logvar.contiguous()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pixels [B, 3, F', H, W], about [-1, 1], of unscaled `latents` [B, F, C, h, w].
+
+        Raises:
+            FactoryError: not such latents.
+        """
+        if latents.ndim == 5:
+            latents = latents.transpose(1, 2)
+        self._check(latents, self.config.latent_channels, "latents [B, F, C, h, w]", multiple=1)
+        batch, _, frames, height, width = latents.shape
+        shape = (self._pixel_frames(frames), height * self.spatial_scale, width * self.spatial_scale)
+        shape = (batch, self.config.out_channels, *shape)
+        return self._run(latents, shape, self.decoder, in_scale=1, out_scale=self.spatial_scale)
+
+    def _run(
+        self, video: Tensor, shape: tuple[int, ...], coder: Coder, *, in_scale: int, out_scale: int
+    ) -> Tensor:
+        """Code `video` [B, C, F, H, W] to a tensor of `shape`, by slices and tiles as set."""
+        trainable = video.requires_grad or any(parameter.requires_grad for parameter in coder.parameters())
+        recording = torch.is_grad_enabled() and trainable
+        kernels: dict[nn.Module, Any] = {}
+
+        def code(part: Tensor, out: Tensor | None = None) -> Tensor:
+            chunks = self._code_chunks(part, coder, recording=recording, kernels=kernels)
+            if recording:
+                return torch.cat([*chunks], dim=2)
+            if out is None:
+                size = (extent // in_scale * out_scale for extent in part.shape[3:])
+                out = part.new_empty(len(part), *shape[1:3], *size, dtype=self.dtype)
+            start = 0
+            for chunk in chunks:
+                out[:, :, start : start + chunk.shape[2]] = chunk
+                start += chunk.shape[2]
+            return out
+
+        parts = video.split(1) if self.use_slicing else [video]
+        tiles = self._tiles_for(video, in_scale)
+        with torch.set_grad_enabled(recording):
+            if recording and tiles is None:
+                return torch.cat([code(part) for part in parts])
+            out = video.new_empty(shape, dtype=self.dtype)
+            for part, target in zip(parts, out.split(len(parts[0]))):
+                if tiles is None:
+                    code(part, target)
+                else:
+                    run_tiled(code, part, target, *tiles, in_scale=in_scale, out_scale=out_scale)
+        return out
+
+    def _code_chunks(
+        self, video: Tensor, coder: Coder, *, recording: bool, kernels: dict[nn.Module, Any]
+    ) -> Iterator[Tensor]:
+        """Yield the frame batches of `video` [B, C, F, H, W], coded: [B, C', T, H', W']."""
+        is_encoder = coder is self.encoder
+        before = None if is_encoder else self.post_quant_conv
+        after = self.quant_conv if is_encoder else None
+        count = video.shape[2]
+        tails: dict[nn.Module, Tensor] = {}
+        for start, stop in frame_batches(count, self.frame_batch * (4 if is_encoder else 1)):
+            chunk = Chunk(
+                recording=recording, is_first=start == 0, is_last=stop == count,
+                checkpointing=self.checkpointing, tails=tails, kernels=kernels,
+            )  # fmt: skip
+            x = video[:, :, start:stop].permute(0, 2, 3, 4, 1).to(self.dtype)  # [B, T, H, W, C]
+            x = coder(x if before is None else pointwise(x, before), chunk)
+            x = x if after is None else pointwise(x, after)
+            yield x.permute(0, 4, 1, 2, 3)
+
+    def _tiles_for(self, video: Tensor, in_scale: int) -> tuple[TileAxis, TileAxis] | None:
+        if self.tiles is None:
+            return None
+        rows, columns = self.tiles
+        is_larger = video.shape[3] > rows.size * in_scale or video.shape[4] > columns.size * in_scale
+        return self.tiles if is_larger else None
+
+    def _latent_frames(self, num_frames: int) -> int:
+        total = 0
+        for start, stop in frame_batches(num_frames, 4 * self.frame_batch):
+            frames = stop - start
+            for _ in range(num_time_levels(self.config)):
+                frames = (frames + 1) // 2
+            total += frames
+        return total
+
+    def _pixel_frames(self, num_latents: int) -> int:
+        total = 0
+        for start, stop in frame_batches(num_latents, self.frame_batch):
+            single = (stop - start) % 2
+            total += single + (stop - start - single) * 2 ** num_time_levels(self.config)
+        return total
+
+    def _check(self, video: Tensor, channels: int, what: str, *, multiple: int) -> None:
+        """Refuse what is no `[B, C, F, H, W]` with these `channels`, or does not divide into latents."""
+        shape = tuple(video.shape)
+        if video.ndim != 5 or shape[1] != channels or 0 in shape or not video.is_floating_point():
+            raise FactoryError(
+                f"expected {what} with {channels} channels, at least one frame and a floating dtype; got shape "
+                f"{shape} of {video.dtype}. uint8 frames go through pixels_from_uint8 first."
+            )
+        height, width = shape[3:]
+        if height % multiple or width % multiple:
+            nearest = [max(1, round(size / multiple)) * multiple for size in (height, width)]
+            raise FactoryError(
+                f"frames of {height}x{width} (height x width): this VAE takes multiples of {multiple}. "
+                f"Resize or crop to {nearest[0]}x{nearest[1]}."
+            )
+
+
+def frame_batches(count: int, size: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of each batch of `size` frames, the remainder joined to the first."""
+    first = size + count % size if count >= size else count
+    return list(pairwise([0, *range(first, count + 1, size)]))
+
+
+def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """Return mean + std * noise, all of one shape; logvar is clamped to [-30, 20] as diffusers does."""
+    return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise.to(mean.dtype)
+
+
+def pixels_from_uint8(frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return pixels [B, 3, F, H, W] in [-1, 1] of uint8 `frames` [B, F, H, W, 3], on their device."""
+    assert frames.dtype == torch.uint8
+    assert frames.shape[-1] == 3
+    return frames.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0).to(dtype)
+
+
+def uint8_from_pixels(pixels: Tensor) -> Tensor:
+    """Return uint8 frames [B, F, H, W, 3] of `pixels` [B, 3, F, H, W], clamped to [-1, 1] and rounded."""
+    unit = pixels.permute(0, 2, 3, 4, 1).to(torch.float32, copy=True).mul_(0.5).add_(0.5).clamp_(0.0, 1.0)
+    return unit.mul_(255.0).round_().to(torch.uint8).contiguous()
+
+
+def _check_config(config: VaeConfig) -> None:
+    channels, groups = config.block_out_channels, config.norm_num_groups
+    levels = len(channels)
+    if config.down_block_types != ("CogVideoXDownBlock3D",) * levels or config.up_block_types != (
+        "CogVideoXUpBlock3D",
+    ) * levels:
+        raise UnfitError(
+            f"down_block_types={config.down_block_types}, up_block_types={config.up_block_types}: this VAE has one "
+            f"CogVideoXDownBlock3D and one CogVideoXUpBlock3D for each of the {levels} block_out_channels."
+        )
+    if config.act_fn not in ("silu", "swish"):
+        raise UnfitError(f"act_fn={config.act_fn!r}: every CogVideoX VAE has 'silu', and this one knows no other.")
+    for count in channels:
+        if count % groups:
+            raise UnfitError(
+                f"block_out_channels={channels} needs each divisible by norm_num_groups={groups}; {count} is not."
+            )
+    ratio = config.temporal_compression_ratio
+    if ratio not in [2**level for level in range(levels)]:
+        raise UnfitError(
+            f"temporal_compression_ratio={ratio}: time is halved in some of the {levels - 1} changes of size, so it "
+            f"must be a power of two up to {2 ** (levels - 1)}. Use 4."
+        )

@@ -1,0 +1,156 @@
+"""Convolutions of the causal VAE: the same sums as the checkpoint's layers, taken in a cheaper order.
+
+Everything is channels-last, `[B, T, H, W, C]`: a run of frames is then a batch of images without a copy, a 1x1x1
+convolution is a plain matrix product, and padding in time is two frames in front. Besides the direct form:
+
+- `winograd`: 3 taps in time with 4 products for 2 frames instead of 6: F(2, 3) of Lavin & Gray, "Fast algorithms
+  for convolutional neural networks" (arXiv 1509.09308, section 4.1), with 3x3 image convolutions as the products.
+- `doubled`: input frames that come in equal pairs (they were just upsampled in time) need 3 products for 2 frames.
+- `subpixel`: nearest 2x upsampling and a 3x3 convolution is four 2x2 convolutions of the small image, 16 products
+  instead of 36. Each output pixel's 3x3 window covers only 2x2 different small pixels (Shi et al., arXiv 1609.07009).
+- `still`: a single frame, whose causal padding is the frame itself, needs one product.
+
+Half-precision kernels are rearranged in float32 and rounded once.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Legend: B batch, T frames of a chunk, H W height and width, I O input and output channels.
+
+LARGEST = 2**30
+"""Input elements one 3-D convolution may take; libraries index with 32 bits, and their workspace grows with it."""
+
+_WORKING_SET = 2**20
+"""Elements that `winograd` transforms at a time, so that its intermediate results stay in the CPU's caches."""
+
+
+def conv_frames(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 1
+) -> Tensor:
+    """Convolve each frame of `x` [B, T, H, W, I] with `weight` [O, I, k, k]; return [B, T, H', W', O]."""
+    images = x.flatten(0, 1).permute(0, 3, 1, 2)  # [B*T, I, H, W], channels-last in memory
+    out = F.conv2d(images, weight, bias, stride=stride, padding=padding)
+    return out.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])  # [B, T, H', W', O]
+
+
+def direct(padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve `padded` [B, 2 + T, H, W, I] with `weight` [O, I, 3, 3, 3]; return [B, T, H, W, O]."""
+    frames = padded.shape[1] - 2
+    parts = -(-padded.numel() // LARGEST)
+    if parts == 1:
+        return _conv3d(padded, weight, bias)
+    step = -(-frames // parts)
+    outs = [_conv3d(padded[:, t : t + step + 2], weight, bias) for t in range(0, frames, step)]
+    return torch.cat(outs, dim=1)
+
+
+def _conv3d(padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    out = F.conv3d(padded.permute(0, 4, 1, 2, 3), weight, bias, padding=(0, 1, 1))
+    return out.permute(0, 2, 3, 4, 1)  # [B, T, H, W, O]
+
+
+def still_kernel(weight: Tensor) -> Tensor:
+    """Return the 3x3 kernel [O, I, 3, 3] that `weight` [O, I, 3, 3, 3] is for a frame repeated in time."""
+    return _store(_wide(weight).sum(2), weight)
+
+
+def winograd_kernels(weight: Tensor) -> tuple[Tensor, ...]:
+    """Return the four 3x3 kernels [O, I, 3, 3] of `winograd` for `weight` [O, I, 3, 3, 3]."""
+    first, middle, last = _wide(weight).unbind(2)
+    ends = (first + last) / 2
+    return tuple(_store(k, weight) for k in (first, ends + middle / 2, ends - middle / 2, last))
+
+
+def winograd(
+    padded: Tensor, kernels: tuple[Tensor, ...], bias: Tensor, out: Tensor, *, add: bool = False
+) -> None:
+    """Convolve `padded` [B, 2 + T, H, W, I], T even, into `out` [B, T, H, W, O], or add to what is there.
+
+    With input frames d0..d3, taps g0..g2 and outputs y0 = d0 g0 + d1 g1 + d2 g2, y1 = d1 g0 + d2 g1 + d3 g2:
+    m0 = (d0 - d2) g0, m1 = (d1 + d2) (g0 + g1 + g2) / 2, m2 = (d2 - d1) (g0 - g1 + g2) / 2, m3 = (d1 - d3) g2,
+    y0 = m0 + m1 + m2, y1 = m1 - m2 - m3.
+    """
+    assert padded.shape[1] % 2 == 0
+    image = max(padded[:, 0].numel(), out[:, 0].numel())
+    step = 2 * max(1, _WORKING_SET // image)
+    for t in range(0, out.shape[1], step):
+        window, target = padded[:, t : t + step + 2], out[:, t : t + step]
+        d0, d1, d2, d3 = window[:, :-2:2], window[:, 1:-1:2], window[:, 2::2], window[:, 3::2]
+        m1 = conv_frames(d1 + d2, kernels[1], bias)
+        m2 = conv_frames(d2 - d1, kernels[2])
+        y0, y1 = m1 + m2, m1.sub_(m2)
+        del m2
+        m0 = conv_frames(d0 - d2, kernels[0])
+        _deliver(y0, m0, target[:, ::2], add=add)
+        m3 = conv_frames(d3 - d1, kernels[3])
+        _deliver(y1, m3, target[:, 1::2], add=add)
+
+
+def _deliver(a: Tensor, b: Tensor, target: Tensor, *, add: bool) -> None:
+    if add:
+        target.add_(a.add_(b))
+    else:
+        torch.add(a, b, out=target)
+
+
+def doubled_kernels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the kernels of `doubled` for `weight` [O, I, 3, 3, 3]: [O, I, 3, 3] and [2 * O, I, 3, 3]."""
+    first, middle, last = _wide(weight).unbind(2)
+    return _store(first + middle + last, weight), _store(torch.cat([first + middle, first]), weight)
+
+
+def doubled(
+    padded: Tensor, kernels: tuple[Tensor, Tensor], bias: Tensor, *, is_first_single: bool
+) -> Tensor:
+    """Convolve frames that stand for two equal ones each: `padded` [B, 1 + n, H, W, I] to [B, T, H, W, O].
+
+    T is 2 n, or 2 n - 1 when the very first frame stands for itself. With frames u, their differences
+    e[i] = u[i] - u[i - 1] and taps g0..g2, the pair of outputs i is u[i] (g0 + g1 + g2) - e[i] (g0 + g1) and
+    u[i] (g0 + g1 + g2) - e[i] g0.
+    """
+    frames = padded[:, 1:]
+    steady = conv_frames(frames, kernels[0], bias)  # [B, n, H, W, O]
+    single = int(is_first_single)
+    change = conv_frames(frames[:, single:] - padded[:, single:-1], kernels[1])  # [B, n - single, H, W, 2 * O]
+    early, late = change.chunk(2, dim=-1)
+    batch, count, *size = steady.shape
+    out = steady.new_empty(batch, 2 * count - single, *size)
+    if is_first_single:
+        out[:, 0] = steady[:, 0]
+    pairs = out[:, single:].unflatten(1, (count - single, 2))  # [B, n - single, 2, H, W, O]
+    torch.sub(steady[:, single:], early, out=pairs[:, :, 0])
+    torch.sub(steady[:, single:], late, out=pairs[:, :, 1])
+    return out
+
+
+def subpixel_kernels(weight: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return the 2x2 kernels [O, I, 2, 2] by parity of output row and column for `weight` [O, I, 3, 3]."""
+
+    def halves(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        a, b, c = kernel.unbind(dim)
+        return torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)
+
+    upper, lower = halves(_wide(weight), 2)
+    (a, b), (c, d) = halves(upper, 3), halves(lower, 3)
+    return (_store(a, weight), _store(b, weight)), (_store(c, weight), _store(d, weight))
+
+
+def subpixel(x: Tensor, kernels: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], bias: Tensor) -> Tensor:
+    """Upsample `x` [B, T, H, W, I] two times (nearest) and convolve it 3x3: [B, T, 2 H, 2 W, O]."""
+    batch, frames, height, width, _ = x.shape
+    out = x.new_empty(batch, frames, height, 2, width, 2, len(bias))
+    for row in range(2):
+        for column in range(2):
+            part = conv_frames(x, kernels[row][column], bias)  # [B, T, H + 1, W + 1, O]
+            out[:, :, :, row, :, column] = part[:, :, row : row + height, column : column + width]
+    return out.view(batch, frames, 2 * height, 2 * width, len(bias))
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _store(kernel: Tensor, like: Tensor) -> Tensor:
+    return kernel.to(like.dtype).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,256 @@
+"""Layers of the 3-D causal VAE (CogVideoX, arXiv 2408.06072, section 2.1), with the checkpoint's parameter names.
+
+A video passes in frame batches. What a layer must remember from one to the next (the last two input frames of each
+convolution in time) lies in a `Chunk`, outside the layers. Every layer runs in two ways that give the same numbers:
+
+- recording: plain differentiable operations, when autograd needs the graph;
+- otherwise in place: norm, modulation and SiLU write straight into a buffer that already has room for the two
+  earlier frames, residuals are added to their target, and convolutions take the forms of `vae_conv`. Frames
+  that upsampling in time would only repeat are carried once (`doubled`) until a convolution tells them apart.
+
+The decoder's norms are modulated by the latents (spatially adaptive norm, arXiv 2209.09002): scale and shift are 1x1
+convolutions of the upsampled latents. Nearest upsampling commutes with those, so they are computed at latent size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvideox_factory.torch_engine import vae_conv
+
+# Legend: B batch, T frames of a chunk, H W height and width, C channels, F h w Z the chunk's latents, G norm groups.
+# All activations are [B, T, H, W, C].
+
+
+@dataclass(kw_only=True, slots=True)
+class Chunk:
+    """One frame batch on its way through the encoder or decoder, and what is kept between batches."""
+
+    recording: bool
+    """Whether autograd needs the graph."""
+    is_first: bool = True
+    is_last: bool = True
+    latents: Tensor | None = None
+    """What the decoder's norms look at, [B, F, h, w, Z]."""
+    checkpointing: bool = False
+    """Recompute blocks in the backward pass instead of keeping their activations."""
+    tails: dict[nn.Module, Tensor] = field(default_factory=dict)
+    """Last input frames of each convolution in time."""
+    kernels: dict[nn.Module, Any] = field(default_factory=dict)
+    """Rearranged weights; they live as long as one call, so they are never stale."""
+
+    def kernel(self, layer: nn.Module, make: Callable[[Tensor], Any], weight: Tensor) -> Any:
+        """Return `make(weight)`, made once a call."""
+        if layer not in self.kernels:
+            self.kernels[layer] = make(weight)
+        return self.kernels[layer]
+
+    def cache_bytes(self) -> int:
+        """Return the bytes kept for the next chunk."""
+        return sum(tail.numel() * tail.element_size() for tail in self.tails.values())
+
+
+class Weights(nn.Module):
+    """A `weight` and a `bias` under one name; the layer above knows what to do with them."""
+
+    def __init__(self, out_channels: int, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, *shape))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+
+
+def pointwise(x: Tensor, layer: Weights) -> Tensor:
+    """Apply a 1x1x1 convolution to channels-last `x` [..., C]."""
+    return F.linear(x, layer.weight.flatten(1), layer.bias)
+
+
+class CausalConv(nn.Module):
+    """A 3x3x3 convolution that sees no later frame; before the first frame it sees copies of it."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = Weights(out_channels, in_channels, 3, 3, 3)
+
+    def pad(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """Return `x` [B, T, H, W, C] with the two frames before it: [B, 2 + T, H, W, C]."""
+        if chunk.recording:
+            before = chunk.tails[self] if self in chunk.tails else x[:, :1].expand(-1, 2, -1, -1, -1)
+            padded = torch.cat([before, x], dim=1)
+            self._keep_tail(padded, chunk, 2)
+            return padded
+        padded = x.new_empty(x.shape[0], 2 + x.shape[1], *x.shape[2:])
+        padded[:, 2:].copy_(x)
+        self.fill_halo(padded, chunk, 2)
+        return padded
+
+    def fill_halo(self, padded: Tensor, chunk: Chunk, size: int) -> None:
+        """Write the `size` frames before the chunk into `padded`, and keep its last ones for the next chunk."""
+        padded[:, :size] = chunk.tails[self] if self in chunk.tails else padded[:, size : size + 1]
+        self._keep_tail(padded, chunk, size)
+
+    def _keep_tail(self, padded: Tensor, chunk: Chunk, size: int) -> None:
+        if chunk.is_last:
+            chunk.tails.pop(self, None)
+        else:
+            tail = padded[:, -size:]
+            chunk.tails[self] = tail if chunk.recording else tail.clone()
+
+    def forward(self, padded: Tensor, chunk: Chunk, *, onto: Tensor | None = None) -> Tensor:
+        """Convolve `padded` [B, 2 + T, H, W, C]; `onto` is added (and overwritten, unless recording)."""
+        frames = padded.shape[1] - 2
+        weight, bias = self.conv.weight, self.conv.bias
+        if frames == 1 and chunk.is_first:
+            out = vae_conv.conv_frames(padded[:, 2:], vae_conv.still_kernel(weight), bias)
+        elif chunk.recording:
+            out = vae_conv.direct(padded, weight, bias)
+        elif padded.device.type == "cpu" and padded.dtype == torch.float32:
+            return self._winograd(padded, chunk, onto)
+        else:
+            out = vae_conv.direct(padded, chunk.kernel(self, _channels_last, weight), bias)
+        if onto is None:
+            return out
+        return onto + out if chunk.recording else onto.add_(out)
+
+    def _winograd(self, padded: Tensor, chunk: Chunk, onto: Tensor | None) -> Tensor:
+        weight, bias = self.conv.weight, self.conv.bias
+        frames = padded.shape[1] - 2
+        out = padded.new_empty(padded.shape[0], frames, *padded.shape[2:4], len(bias)) if onto is None else onto
+        odd = frames % 2
+        if odd:
+            if chunk.is_first:
+                first = vae_conv.conv_frames(padded[:, 2:3], vae_conv.still_kernel(weight), bias)
+            else:
+                first = vae_conv.direct(padded[:, :3], weight, bias)
+            out[:, :1] = first if onto is None else onto[:, :1] + first
+        kernels = chunk.kernel(self, vae_conv.winograd_kernels, weight)
+        vae_conv.winograd(padded[:, odd:], kernels, bias, out[:, odd:], add=onto is not None)
+        return out
+
+    def forward_doubled(self, padded: Tensor, chunk: Chunk) -> Tensor:
+        """Convolve frames that stand for two equal ones each, `padded` [B, 1 + n, H, W, C], to all T frames."""
+        kernels = chunk.kernel(self, vae_conv.doubled_kernels, self.conv.weight)
+        single = chunk.is_first and padded.shape[1] % 2 == 0
+        return vae_conv.doubled(padded, kernels, self.conv.bias, is_first_single=single)
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    return weight.contiguous(memory_format=torch.channels_last_3d)
+
+
+class PointwiseConv(nn.Module):
+    """A 1x1x1 convolution under the name the checkpoint gives it."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = Weights(out_channels, in_channels, 1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to `x` [..., C]."""
+        return pointwise(x, self.conv)
+
+
+class GroupNorm(Weights):
+    """Group norm; the statistics span all frames of a chunk."""
+
+    def __init__(self, channels: int, groups: int, eps: float) -> None:
+        super().__init__(channels)
+        self.groups, self.eps = groups, eps
+
+
+class SpatialNorm(nn.Module):
+    """Group norm whose result is scaled and shifted, place by place, by the latents it decodes."""
+
+    def __init__(self, channels: int, groups: int, latent_channels: int) -> None:
+        super().__init__()
+        self.norm_layer = GroupNorm(channels, groups, 1e-6)
+        self.conv_y = PointwiseConv(latent_channels, channels)
+        self.conv_b = PointwiseConv(latent_channels, channels)
+
+
+def norm_silu_pad(
+    norm: GroupNorm | SpatialNorm, x: Tensor, chunk: Chunk, conv: CausalConv, *, is_doubled: bool = False
+) -> Tensor:
+    """Return SiLU(norm(x)) of `x` [B, T, H, W, C], padded in front for `conv`."""
+    core, scale, shift = norm, None, None
+    if isinstance(norm, SpatialNorm):
+        assert chunk.latents is not None
+        core, scale, shift = norm.norm_layer, norm.conv_y(chunk.latents), norm.conv_b(chunk.latents)
+    assert isinstance(core, GroupNorm)
+    if chunk.recording:
+        images = x.permute(0, 4, 1, 2, 3)  # [B, C, T, H, W]
+        normed = F.group_norm(images, core.groups, core.weight, core.bias, core.eps).permute(0, 2, 3, 4, 1)
+        return conv.pad(F.silu(normed if scale is None else modulate(normed, scale, shift)), chunk)
+    norm_scale, norm_shift = _norm_as_affine(core, x, is_doubled=is_doubled)
+    if scale is None:
+        scale, shift = norm_scale, norm_shift
+    else:
+        scale, shift = norm_scale * scale, torch.addcmul(shift, norm_shift, scale)
+    halo = 1 if is_doubled else 2
+    padded = x.new_empty(x.shape[0], halo + x.shape[1], *x.shape[2:])
+    modulate(x, scale, shift, out=padded[:, halo:])
+    F.silu(padded[:, halo:], inplace=True)
+    conv.fill_halo(padded, chunk, halo)
+    return padded
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return `x` [B, T, H, W, C] * scale + shift, both [B, F, h, w, C], each value covering a box of `x`.
+
+    When T is odd the first frame belongs to the first latent frame alone, as everywhere in this VAE.
+    """
+    frames = x.shape[1]
+    if scale.shape[1] == 1 or frames % 2 == 0:
+        return _modulate_boxes(x, scale, shift, out)
+    if out is None:
+        first = _modulate_boxes(x[:, :1], scale[:, :1], shift[:, :1], None)
+        return torch.cat([first, _modulate_boxes(x[:, 1:], scale[:, 1:], shift[:, 1:], None)], dim=1)
+    _modulate_boxes(x[:, :1], scale[:, :1], shift[:, :1], out[:, :1])
+    _modulate_boxes(x[:, 1:], scale[:, 1:], shift[:, 1:], out[:, 1:])
+    return out
+
+
+def _modulate_boxes(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None) -> Tensor:
+    boxes = scale.shape[1:4]
+
+    def split(tensor: Tensor) -> Tensor:
+        for dim, count in zip((3, 2, 1), reversed(boxes)):
+            tensor = tensor.unflatten(dim, (count, -1))
+        return tensor  # [B, F, T/F, h, H/h, w, W/w, C]
+
+    result = torch.addcmul(split(shift), split(x), split(scale), out=None if out is None else split(out))
+    return result.reshape(x.shape) if out is None else out
+
+
+def _norm_as_affine(norm: GroupNorm, x: Tensor, *, is_doubled: bool) -> tuple[Tensor, Tensor]:
+    """Return scale and shift [B, 1, 1, 1, C] that normalise `x` [B, T, H, W, C]."""
+    mean, var = _frame_moments(x)  # [B, T, C]
+    weights = mean.new_full((x.shape[1], 1), 1.0)
+    if is_doubled and x.shape[1] % 2 == 1:
+        weights[1:] = 2.0  # the first frame stands for itself, the others for two
+    weights = weights / (weights.sum() * (x.shape[-1] // norm.groups))
+    mean, var = (m.unflatten(2, (norm.groups, -1)) for m in (mean, var))  # [B, T, G, C/G]
+    group_mean = (mean * weights[:, :, None]).sum((1, 3), keepdim=True)  # [B, 1, G, 1]
+    group_var = ((var + (mean - group_mean).square()) * weights[:, :, None]).sum((1, 3), keepdim=True)
+    scale = torch.rsqrt(group_var + norm.eps) * norm.weight.unflatten(0, (norm.groups, -1))  # [B, 1, G, C/G]
+    shift = norm.bias.unflatten(0, (norm.groups, -1)) - group_mean * scale
+    return tuple(s.flatten(2)[:, :, None, None].to(x.dtype) for s in (scale, shift))
+
+
+def _frame_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance [B, T, C] over height and width, at least in float32."""
+    if x.dtype in (torch.float16, torch.bfloat16):  # the input's rounding outweighs what E[x^2] - E[x]^2 loses
+        mean = x.mean((2, 3), dtype=torch.float32)
+        root = torch.linalg.vector_norm(x, dim=(2, 3), dtype=torch.float32)
+        return mean, (root.square() / (x.shape[2] * x.shape[3]) - mean.square()).clamp_min(0)
+    if x.device.type != "cpu":
+        var, mean = torch.var_mean(x, dim=(2, 3), correction=0)
+        return mean, var
+    # The statistics half of batch norm: two exact passes, vectorised over channels; var_mean is 20 times slower here.
+    images = x.flatten(0, 1).permute(0, 3, 1, 2).split(1)  # B*T of [1, C, H, W]
+    pairs = [torch.batch_norm_update_stats(image, None, None, 0.0) for image in images]
+    mean, var = (torch.stack(part).unflatten(0, x.shape[:2]) for part in zip(*pairs))
+    return mean, var

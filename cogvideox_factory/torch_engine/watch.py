@@ -1,0 +1,95 @@
+"""Watching a run: loss on held-out clips at fixed noise, and sample videos.
+
+A training loss says little, because its spread over timesteps is larger than what a run gains. The validation loss uses
+the same clips, noise and timesteps every time, so its curve is smooth and two runs can be compared.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.loader import Draws, Source, collate
+from cogvideox_factory.data.sampler import Pick
+from cogvideox_factory.shapes import ClipShape
+from cogvideox_factory.torch_engine.border import to_tensor
+from cogvideox_factory.torch_engine.encode import Encoder
+from cogvideox_factory.torch_engine.objective import Objective
+from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
+
+# One draw in each quarter of the schedule; the mean over them stands for the whole range.
+TIMESTEPS = (125, 375, 625, 875)
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return `batch` with every array as a tensor on `device`; lists stay."""
+    return {
+        key: to_tensor(np.asarray(value), device=device) if isinstance(value, np.ndarray) else value
+        for key, value in batch.items()
+    }
+
+
+@torch.no_grad()
+def held_out_loss(
+    objective: Objective,
+    source: Source,
+    clip_ids: Sequence[str],
+    draws: Draws,
+    *,
+    encoder: Encoder | None,
+    device: torch.device,
+) -> dict[str, float]:
+    """Return the mean loss over `clip_ids` in all and at each of `TIMESTEPS`; nothing is dropped or noised."""
+    sums = torch.zeros(len(TIMESTEPS), device=device)
+    for clip_id in clip_ids:
+        for index, timestep in enumerate(TIMESTEPS):
+            # Training counts epochs from 0, so a negative one has noise of its own.
+            pick = Pick(clip_id, -1 - index)
+            batch = to_device(collate([source.sample(pick, draws)], [pick]), device)
+            batch["timesteps"] = torch.full_like(batch["timesteps"], timestep)
+            sums[index] += objective(encoder.batch(batch) if encoder else batch).sum()
+    losses = (sums / len(clip_ids)).tolist()
+    by_timestep = {f"validation_loss_t{t}": loss for t, loss in zip(TIMESTEPS, losses, strict=True)}
+    return {"validation_loss": float(np.mean(losses)), **by_timestep}
+
+
+class SampleVideos:
+    """The prompts a run is asked to show, encoded once."""
+
+    def __init__(
+        self,
+        pipeline: CogVideoXPipeline,
+        *,
+        prompt_embeds: Tensor,
+        negative_embeds: Tensor,
+        images: Sequence[Path],
+        shape: ClipShape,
+        call: dict[str, Any],
+    ) -> None:
+        self.pipeline = pipeline
+        self.prompt_embeds = prompt_embeds
+        self.negative_embeds = negative_embeds
+        self.images = images
+        self.shape = shape
+        self.call = call
+
+    def make(self, folder: Path, step: int) -> list[Path]:
+        """Write one mp4 a prompt, named after the step, and return their paths."""
+        paths = []
+        for index in range(len(self.prompt_embeds)):
+            video = self.pipeline(
+                prompt_embeds=self.prompt_embeds[index : index + 1],
+                negative_prompt_embeds=self.negative_embeds,
+                image=self.images[index] if self.images else None,
+                num_frames=self.shape.num_frames,
+                height=self.shape.height,
+                width=self.shape.width,
+                **self.call,
+            )[0][0]
+            path = folder / f"step-{step:06}-{index:02}.mp4"
+            paths.append(export_to_video(video[: self.shape.num_frames], path, fps=self.shape.fps))
+        return paths

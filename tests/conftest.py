@@ -1,0 +1,21 @@
+"""Fixtures for every room: tiny model folders, built once a session."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from cogvideox_factory.tiny.build import build_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return `tiny_model(variant, seed=0, dtype="float32")`: a complete model folder. Do not write to it."""
+    root = tmp_path_factory.mktemp("tiny-models")
+
+    @cache
+    def build(variant: str, seed: int = 0, dtype: str = "float32") -> Path:
+        return build_tiny_model(root / f"{variant}-{seed}-{dtype}", variant, seed, dtype)
+
+    return build

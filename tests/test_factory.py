@@ -1,0 +1,224 @@
+"""The commands as a user types them, on real clips where they are at hand and on drawn ones everywhere."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from cogvideox_factory.cli import main
+from cogvideox_factory.data.export import export_to_video, write_png
+from cogvideox_factory.tiny.world import random_scene, render
+
+REAL_CLIPS = os.environ.get("COGVIDEOX_REAL_CLIPS", "")
+VARIANT = {"t2v": "cogvideox1.5-5b", "i2v": "cogvideox1.5-5b-i2v"}
+PROMPT = "a hiker on a mountain"
+# Adapters on attention alone can do little with a random model, so the test trains them on every linear layer.
+EVERYWHERE = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out", "patch_embed.proj"]
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def drawn_clips(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn")
+    (folder / "videos").mkdir()
+    scenes = [random_scene(2, index) for index in range(5)]
+    for index, scene in enumerate(scenes):
+        frames = render(scene, num_frames=20, height=48, width=80, fps=8)
+        export_to_video(frames, folder / "videos" / f"{index}.mp4", fps=8)
+    (folder / "prompts.txt").write_text("".join(f"{scene.caption}\n" for scene in scenes))
+    (folder / "videos.txt").write_text("".join(f"videos/{index}.mp4\n" for index in range(5)))
+    return folder
+
+
+@pytest.fixture(params=["drawn", "real"])
+def clips(request, drawn_clips) -> Path:
+    if request.param == "drawn":
+        return drawn_clips
+    if not Path(REAL_CLIPS, "videos.txt").is_file():
+        pytest.skip("COGVIDEOX_REAL_CLIPS names no folder of real clips")
+    return Path(REAL_CLIPS)
+
+
+def read(path: Path) -> tuple[np.ndarray, float]:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)]), float(stream.average_rate)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_clips_become_a_model_and_the_model_makes_video(tiny_model, tmp_path, capsys, clips, task, method):
+    model = ["--task", task, "--model.path", tiny_model(VARIANT[task]), "--run.device", "cpu", "--run.dtype", "float32"]
+    data = ["--data.root", clips, "--data.fps", "8", "--data.num-frames", "9", "--cache.dir", tmp_path / "cache"]
+    assert run("prepare", *model, *data) == 0
+    assert "used" in capsys.readouterr().out or clips != REAL_CLIPS
+    training = [
+        "--train.dir", tmp_path / "run", "--train.method", method, "--train.steps", "150", "--train.batch-size", "2",
+        "--train.learning-rate", "5e-3", "--train.log-every", "10", "--train.checkpointing", "none",
+        "--train.schedule", "cosine", "--train.warmup-steps", "5", "--lora.rank", "32", "--lora.alpha", "32",
+        "--lora.target-modules", *EVERYWHERE,
+    ]  # fmt: skip
+    assert run("train", *model, *data, *training) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, last = rows[1]["loss"], np.mean([row["loss"] for row in rows[-4:]])
+    assert last <= 0.7 * first, f"overfitting: {first:.3f} -> {last:.3f}"
+
+    image = write_png(tmp_path / "first.png", np.full((64, 96, 3), 200, np.uint8))
+    ask = ["--generate.prompt", PROMPT, "--generate.out", tmp_path / "out.mp4", "--sampling.steps", "3"]
+    ask += ["--generate.num-frames", "9", "--generate.fps", "8"]
+    ask += ["--generate.image", image] if task == "i2v" else []
+    trained = ["--generate.lora", tmp_path / "run"] if method == "lora" else ["--model.transformer", tmp_path / "run"]
+    assert run("generate", *model, *ask, *trained) == 0
+    frames, fps = read(tmp_path / "out.mp4")
+    assert frames.shape == (9, 64, 96, 3)
+    assert fps == 8
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["prompt"] == PROMPT
+    assert run("generate", *model, *ask, *trained) == 6, "an existing video is not overwritten"
+
+
+def test_prepare_again_makes_only_what_is_missing(tiny_model, tmp_path, drawn_clips, capsys):
+    model = ["--model.path", tiny_model("cogvideox-2b"), "--run.device", "cpu", "--cache.dir", tmp_path / "cache"]
+    data = ["--data.root", drawn_clips, "--data.fps", "8", "--data.num-frames", "9"]
+    assert run("prepare", *model, *data) == 0
+    first = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(first) == 5 + 6, "a clip each, a caption each, and the empty caption"
+    assert run("prepare", *model, *data) == 0
+    assert "0 to encode; 0 captions to encode" in capsys.readouterr().out
+    next((tmp_path / "cache" / "clips").rglob("*.safetensors")).unlink()
+    assert run("prepare", *model, *data, "--data.height", "32") == 0
+    assert "5 to encode; 0 captions to encode" in capsys.readouterr().out, "captions outlive a change of size"
+    assert run("prepare", *model, *data) == 0
+    assert "1 to encode; 0 captions to encode" in capsys.readouterr().out, "both sizes live side by side"
+    second = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
+    assert sum(second.get(path) == stamp for path, stamp in first.items()) == len(first) - 1
+
+
+def test_a_damaged_clip_is_named_and_the_others_go_on(tiny_model, tmp_path, drawn_clips, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for index in range(4):
+        source = (drawn_clips / "videos" / f"{index}.mp4").read_bytes()
+        (data / f"{index}.mp4").write_bytes(source[: len(source) // 2] if index == 2 else source)
+        (data / f"{index}.txt").write_text(f"clip {index}")
+    words = ["--model.path", tiny_model("cogvideox-2b"), "--run.device", "cpu", "--data.root", data]
+    words += ["--data.num-frames", "9", "--cache.dir", tmp_path / "cache"]
+    assert run("prepare", *words) == 0
+    out = capsys.readouterr().out
+    assert "2.mp4" in out
+    assert "video.truncated" in out
+    assert run("prepare", *words, "--data.strict", "True") == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["trane"], 2, "did you mean 'train'"),
+        (["train", "nowhere.yaml"], 2, "no such recipe"),
+        (["train", "--task", "t2v", "stray"], None, ""),
+        (["generate", "--train.steps", "4"], None, ""),
+        (["train", "--model.path", "/nowhere/at/all"], 4, "/nowhere/at/all"),
+        (["generate", "--model.path", "MODEL"], 2, "no prompt"),
+        (["generate", "--model.path", "MODEL", "--task", "i2v", "--generate.prompt", "x"], 2, "which is a model for t2v"),
+        (["prepare", "--model.path", "MODEL", "--cache.dir", "CACHE"], 2, "which clips"),
+        (["prepare", "--model.path", "MODEL", "--cache.dir", "CACHE", "--data.root", "/nowhere"], 3, "/nowhere"),
+        (["prepare", "--model.path", "MODEL", "--data.root", "CLIPS"], 2, "--cache.dir"),
+        (["train", "--model.path", "MODEL", "--cache.dir", "CACHE"], 5, "is no finished cache"),
+        (["generate", "--model.path", "MODEL", "--generate.prompt", "x", "--generate.lora", "/nowhere"], 2, "no LoRA"),
+        (["generate", "--model.path", "MODEL", "--generate.prompt", "x", "--run.device", "cuda:7"], 4, "cuda:7"),
+        (["generate", "--model.path", "MODEL", "--generate.prompt", "x", "--generate.width", "100"], 2, "64x96"),
+    ],
+)
+def test_wrong_words_get_one_clear_line(tiny_model, tmp_path, drawn_clips, capsys, words, code, says):
+    names = {"MODEL": tiny_model("cogvideox-2b"), "CACHE": tmp_path / "cache", "CLIPS": drawn_clips}
+    words = [str(names.get(word, word)) for word in words]
+    if code is None:
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        assert left.value.code == 2
+        return
+    assert main(words) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert says in error
+
+
+def test_caption_list_one_line_short_is_refused_before_any_decoding(tiny_model, tmp_path, drawn_clips, capsys):
+    (tmp_path / "videos").symlink_to(drawn_clips / "videos")
+    (tmp_path / "videos.txt").write_text((drawn_clips / "videos.txt").read_text())
+    (tmp_path / "prompts.txt").write_text("".join((drawn_clips / "prompts.txt").read_text().splitlines(True)[:-1]))
+    words = ["--model.path", tiny_model("cogvideox-2b"), "--data.root", tmp_path, "--cache.dir", tmp_path / "cache"]
+    assert run("prepare", *words) == 3
+    error = capsys.readouterr().err
+    assert "4" in error
+    assert "5" in error
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_lora_of_other_dimensions_is_refused_before_the_model_loads(tiny_model, tmp_path, monkeypatch, capsys):
+    from cogvideox_factory.lora_files import save_lora
+    from cogvideox_factory.torch_engine import pipeline
+
+    arrays = {
+        "transformer_blocks.0.attn1.to_q.lora_A.weight": np.zeros((4, 999), np.float32),
+        "transformer_blocks.0.attn1.to_q.lora_B.weight": np.zeros((128, 4), np.float32),
+    }
+    save_lora(tmp_path / "other.safetensors", arrays, rank=4, alpha=4, target_modules=["to_q"])
+    monkeypatch.setattr(pipeline.CogVideoXPipeline, "from_pretrained", lambda *a, **k: pytest.fail("model was loaded"))
+    words = ["--generate.prompt", "x", "--generate.lora", tmp_path / "other.safetensors"]
+    assert run("generate", "--model.path", tiny_model("cogvideox-2b"), "--generate.out", tmp_path / "o", *words) == 5
+    assert "transformer_blocks.0.attn1.to_q" in capsys.readouterr().err
+
+
+def test_no_room_is_said_before_anything_is_made(tiny_model, tmp_path, drawn_clips, monkeypatch, capsys):
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 100, 100))
+    words = ["--model.path", tiny_model("cogvideox-2b"), "--data.root", drawn_clips, "--data.num-frames", "9"]
+    assert run("prepare", *words, "--cache.dir", tmp_path / "cache") == 6
+    assert "GiB are free" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_demo_makes_everything_it_names(tmp_path, capsys):
+    assert run("demo", "--out", tmp_path / "demo", "--num-clips", "6", "--steps", "4") == 0
+    out = capsys.readouterr().out
+    for name in ("before.mp4", "after.mp4", "recipe.yaml", "run/final/pytorch_lora_weights.safetensors"):
+        assert (tmp_path / "demo" / name).is_file(), name
+    assert "Loss on held-out clips" in out
+    assert run("demo", "--out", tmp_path / "demo") == 2
+
+
+def test_help_of_every_command_teaches():
+    for command in ("demo", "prepare", "train", "generate"):
+        done = subprocess.run(
+            [sys.executable, "-m", "cogvideox_factory", command, "--help"],
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        assert "(default:" in done.stdout, command
+    listing = subprocess.run(
+        [sys.executable, "-m", "cogvideox_factory"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert listing.returncode == 2
+    assert "commands:" in listing.stdout
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_is_complete_and_says_what_it_needs(recipe):
+    from cogvideox_factory.recipe import read_recipe
+
+    config = read_recipe(recipe)
+    assert config.model.path
+    text = recipe.read_text()
+    assert f"cogvideox train    recipes/{recipe.name}" in text
+    assert "Memory is" in text

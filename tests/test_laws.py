@@ -1,0 +1,113 @@
+"""The laws of the house, held by reading its imports and running its lightest commands."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "cogvideox_factory"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FRAMEWORKS = {"torch", "mindspore", "transformers", "diffusers", "peft", "accelerate", "torchao"}
+ENTRIES = {f"torch_engine/{name}.py" for name in ("prepare", "train", "generate")}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def test_frameworks_stay_in_their_tower():
+    for path in FILES:
+        if name(path).startswith("torch_engine/"):
+            continue
+        roots = {module.split(".")[0] for module in imports(path)}
+        assert not roots & FRAMEWORKS, f"{name(path)} imports {roots & FRAMEWORKS}"
+
+
+def test_nobody_below_the_roof_imports_an_engine():
+    for path in FILES:
+        if name(path).startswith(("torch_engine/", "cli/")) or name(path) == "__init__.py":
+            continue
+        assert not any("torch_engine" in module for module in imports(path)), name(path)
+
+
+def test_config_stops_at_the_commands():
+    for path in FILES:
+        if name(path).startswith("cli/") or name(path) in ENTRIES | {"recipe.py"}:
+            continue
+        assert not any(module.startswith("cogvideox_factory.config") for module in imports(path)), name(path)
+
+
+def test_only_two_files_name_a_device_kind():
+    for path in FILES:
+        if name(path) in ("torch_engine/device.py", "torch_engine/attention.py", "config.py"):
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert not any(word in text for word in ("torch.cuda", '"cuda', "torch_npu", '"npu')), name(path)
+
+
+def test_nothing_unpickles_evaluates_or_calls_a_shell():
+    banned = (
+        "torch.load",
+        "torch.save",
+        "import pickle",
+        "yaml.load(",
+        "shell=True",
+        "trust_remote_code=True",
+        "eval(",
+    )
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        for word in banned:
+            if word == "yaml.load(" and name(path) == "recipe.py":
+                assert text.count(word) == text.count(
+                    'yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)'
+                )
+                continue
+            if word == "eval(":
+                text = text.replace(".eval()", "")
+            assert word not in text, f"{name(path)} holds {word}"
+
+
+def test_no_drawer_for_everything():
+    assert not [p for p in FILES if p.stem in ("utils", "common", "helpers", "misc")]
+
+
+@pytest.mark.parametrize(
+    "module", ["data", "diffusion", "models", "weights", "metrics", "recipe", "draws", "shapes"]
+)
+def test_the_ground_needs_no_framework(module):
+    rooms = [f"cogvideox_factory.{module}"]
+    if (PACKAGE / module).is_dir():
+        rooms += [f"cogvideox_factory.{module}.{p.stem}" for p in (PACKAGE / module).glob("[a-z]*.py")]
+    code = (
+        f"import sys, importlib; [importlib.import_module(m) for m in {rooms}]; print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_help_answers_at_once():
+    """Best of five, because the machine may be busy; half a second is the promise."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "cogvideox_factory", "--help"], capture_output=True, check=True, timeout=60
+        )
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) <= 0.5

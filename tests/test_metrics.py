@@ -1,0 +1,37 @@
+import json
+
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from cogvideox_factory.metrics import MetricsLog, duration
+
+
+def rows(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_and_tensorboard_hold_the_same_numbers(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write(1, {"loss": 0.5, "clips": ["a"]})
+    log.write(2, {"loss": float("nan")})
+    log.close()
+    assert rows(tmp_path) == [{"step": 1, "loss": 0.5, "clips": ["a"]}, {"step": 2, "loss": "nan"}]
+    events = [e for f in (tmp_path / "tensorboard").iterdir() for e in EventFileLoader(str(f)).Load()]
+    scalars = [(e.step, v.tag) for e in events for v in e.summary.value]
+    assert scalars == [(1, "loss"), (2, "loss")]
+
+
+def test_resume_drops_the_rows_of_the_run_that_died(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in range(1, 6):
+        log.write(step, {"loss": float(step)})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    log = MetricsLog(tmp_path, resume_step=3)
+    log.write(4, {"loss": 40.0})
+    log.close()
+    assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_duration():
+    assert [duration(s) for s in (0, 59.6, 3661)] == ["0:00", "1:00", "1:01:01"]

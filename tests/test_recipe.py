@@ -1,0 +1,68 @@
+import pytest
+
+from cogvideox_factory.config import Config
+from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.recipe import check, read_recipe, read_yaml, write_recipe
+
+
+def write(tmp_path, text: str):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_are_valid_and_a_written_config_reads_back_equal(tmp_path):
+    config = check({"task": "i2v", "generate": {"prompt": ["naïve: 'quoted' #1", "二"]}}, source="test")
+    write_recipe(tmp_path / "a.yaml", config)
+    assert read_recipe(tmp_path / "a.yaml") == config
+
+
+def test_numbers_mean_what_they_look_like(tmp_path):
+    values = read_yaml(write(tmp_path, "a: 1e-5\nb: no\nc: 12:30:00\nd: 010\ne: 1.\nf: ~\ng: true\nh: -3"))
+    assert values == {"a": 1e-5, "b": "no", "c": "12:30:00", "d": 10, "e": 1.0, "f": None, "g": True, "h": -3}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("train: {lerning_rate: 1}", "did you mean 'learning_rate'"),
+        ("trian: {}", "did you mean 'train'"),
+        ("train: {steps: 1, steps: 2}", "was set on line 1 already"),
+        ("a: &x [1]\nb: *x", "aliases"),
+        ("[" * 100 + "]" * 100, "nested deeper"),
+        ("- 1\n- 2", "key: value"),
+        ("a: [", "not valid YAML"),
+        ("train: {steps: -1, batch_size: 0}", "train.batch_size=0"),
+        ("train: {steps: 1.5}", "valid integer"),
+        ("train: {steps: 'ten'}", "valid integer"),
+        ("data: {captions: a.txt}", "belong together"),
+        ("train: {warmup_steps: 9, steps: 9}", "below train.steps"),
+        ("cache: {dir: c}\ndata: {flip_probability: 0.5}", "no effect on cached latents"),
+        ("generate: {image: [a.png]}", "task=i2v"),
+        ("generate: {lora: [a, b], lora_weight: [1.0]}", "one each"),
+        ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_refuses_with_a_reason(tmp_path, text, says):
+    with pytest.raises(FactoryError, match="recipe.yaml") as caught:
+        read_recipe(write(tmp_path, text))
+    assert says in str(caught.value)
+
+
+def test_refuses_what_is_no_text(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"a: \xff\xfe")
+    with pytest.raises(FactoryError, match="not UTF-8"):
+        read_yaml(path)
+    with pytest.raises(FactoryError, match="no such recipe"):
+        read_yaml(tmp_path / "absent.yaml")
+    path.write_text("# " + "x" * 2_000_000)
+    with pytest.raises(FactoryError, match="at most"):
+        read_yaml(path)
+
+
+def test_every_setting_explains_itself():
+    for name, section in Config.model_fields.items():
+        fields = getattr(section.annotation, "model_fields", None)
+        for key, field in (fields or {name: section}).items():
+            assert field.description, f"{name}.{key} has no description"

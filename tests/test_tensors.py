@@ -1,0 +1,168 @@
+"""Safetensors files: exact round trips for every type, streaming, and every kind of damage named."""
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cogvideox_factory.errors import FactoryError, MissingError, StorageError, UnfitError
+from cogvideox_factory.tensors import open_tensors, save_tensors
+
+DTYPES = [
+    np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.int16, np.int8, np.uint64,
+    np.uint32, np.uint16, np.uint8, np.bool_,
+]  # fmt: skip
+
+
+def read_all(path):
+    with open_tensors(path) as file:
+        return {name: file.read(name) for name in file.names}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+def test_round_trip(tmp_path, dtype):
+    values = np.arange(24).reshape(2, 3, 4)
+    arrays = {
+        "plain": values.astype(dtype), "scalar": np.array(3, dtype=dtype),
+        "empty": np.zeros((0, 4), dtype=dtype),
+        "strided": values.astype(dtype)[:, ::2], "transposed": values.astype(dtype).T,
+    }  # fmt: skip
+    save_tensors(tmp_path / "x", arrays)
+    for name, array in read_all(tmp_path / "x").items():
+        assert array.dtype == arrays[name].dtype
+        np.testing.assert_array_equal(array, arrays[name])
+
+
+@settings(deadline=None, derandomize=True, max_examples=20)
+@given(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=50))
+def test_every_bfloat16_bit_pattern_survives(tmp_path_factory, bits):
+    """NaN payloads and signed zeros included."""
+    path = tmp_path_factory.mktemp("bits") / "x.safetensors"
+    array = np.array(bits, dtype=np.uint16)
+    save_tensors(path, {"x": array.view(ml_dtypes.bfloat16)})
+    np.testing.assert_array_equal(read_all(path)["x"].view(np.uint16), array)
+
+
+def test_same_bits_as_torch(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    theirs = {"x": torch.randn(5, 7).bfloat16(), "s": torch.tensor(2.5, dtype=torch.bfloat16)}
+    save_file(theirs, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    ours = read_all(tmp_path / "a.safetensors")
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array.view(np.int16), theirs[name].view(torch.int16).numpy())
+    save_tensors(tmp_path / "b.safetensors", ours)
+    for name, tensor in load_file(tmp_path / "b.safetensors").items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, theirs[name])
+
+
+def test_header(tmp_path):
+    save_tensors(tmp_path / "x", {"a": np.zeros((2, 3))}, metadata={"made": "here"})
+    with open_tensors(tmp_path / "x") as file:
+        assert file.metadata == {"format": "pt", "made": "here"}
+        assert file.shape("a") == (2, 3)
+
+
+def test_one_tensor_in_memory_at_a_time(tmp_path):
+    """Reading 8 tensors of 16 MiB one after the other must not cost 128 MiB."""
+    save_tensors(tmp_path / "x", {f"t{i}": np.zeros(2**22, dtype=np.float32) for i in range(8)})
+    code = (
+        "import resource, sys\nfrom cogvideox_factory.tensors import open_tensors\n"
+        "start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "with open_tensors(sys.argv[1]) as f:\n    for n in f.names: f.read(n).sum()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "x"], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 60 * 1024  # KiB; one or two tensors
+
+
+@pytest.fixture
+def good(tmp_path):
+    save_tensors(tmp_path / "good", {"a": np.arange(1000.0), "b": np.ones(3)})
+    return (tmp_path / "good").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda data: b"", "holds 0 bytes"),
+        (lambda data: data[:5], "holds 5 bytes"),
+        (lambda data: data[:60], "cut off"),
+        (lambda data: data[:-10], "cut off"),
+        (lambda data: data + b"more", "damaged or cut off"),
+        (
+            lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+            "git-lfs pointer",
+        ),
+        (lambda data: b"<!DOCTYPE html><html>not found</html>", "no safetensors file"),
+        (lambda data: b"\x80\x02}q\x00." * 30, "no safetensors file"),
+        (lambda data: data[:8] + b"{" * 40 + data[48:], "damaged"),
+    ],
+    ids=["empty", "5 bytes", "header", "end", "longer", "lfs", "html", "pickle", "json"],
+)
+def test_damage_is_named(tmp_path, good, damage, says):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(damage(good))
+    with pytest.raises(UnfitError, match=rf"bad\.safetensors cannot be read: .*{says}"):
+        read_all(path)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.integers(0, 8200), st.binary(min_size=1, max_size=12))
+def test_hostile_bytes_never_crash(tmp_path_factory, at, junk):
+    """Any overwritten stretch is read or refused, nothing else."""
+    folder = tmp_path_factory.mktemp("hostile")
+    save_tensors(folder / "x", {"a": np.arange(1000.0), "b": np.ones(3)})
+    data = bytearray((folder / "x").read_bytes())
+    data[at : at + len(junk)] = junk
+    (folder / "x").write_bytes(data)
+    with suppress(FactoryError):
+        read_all(folder / "x")
+
+
+def test_cut_off_while_it_is_read(tmp_path, good):
+    """Mapped into memory this would be a bus error."""
+    with open_tensors(tmp_path / "good") as file:
+        (tmp_path / "good").write_bytes(good[:200])
+        with pytest.raises(UnfitError, match="good cannot be read: it is damaged or cut off"):
+            file.read("a")
+
+
+def test_absent(tmp_path):
+    with pytest.raises(MissingError, match="does not exist"):
+        read_all(tmp_path / "x")
+
+
+def test_types_nobody_computes_with(tmp_path):
+    save_tensors(tmp_path / "x", {"a": np.ones(3, dtype=ml_dtypes.float8_e4m3fn)})
+    with pytest.raises(UnfitError, match=r"tensor 'a' is of type F8_E4M3"):
+        read_all(tmp_path / "x")
+
+
+def test_unwritable(tmp_path):
+    with pytest.raises(StorageError, match="could not write"):
+        save_tensors(tmp_path / "no" / "x", {"a": np.ones(3)})
+
+
+def test_errors_of_the_reader_are_not_mistaken_for_damage(tmp_path, good):
+    def stumble():
+        with open_tensors(tmp_path / "good"):
+            raise FileNotFoundError("mine")
+
+    with pytest.raises(FileNotFoundError, match="mine"):
+        stumble()
+
+
+def test_header_is_json(tmp_path, good):
+    size = int.from_bytes(good[:8], "little")
+    assert set(json.loads(good[8 : 8 + size])) == {"__metadata__", "a", "b"}

@@ -1,0 +1,322 @@
+"""Whole training runs with the tiny model: exactness, resume, what the run folder holds, what is refused."""
+
+import json
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from safetensors.numpy import load_file
+
+from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.errors import FactoryError, NonFiniteError, UnfitError
+from cogvideox_factory.recipe import check, read_recipe
+from cogvideox_factory.run_folder import StoppedError
+from cogvideox_factory.tiny.world import random_scene, render
+from cogvideox_factory.torch_engine import loop, prepare, train
+from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline as OurPipeline
+from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
+
+VARIANT = {"t2v": "cogvideox1.5-5b", "i2v": "cogvideox-5b-i2v"}
+CALL = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """Six drawn clips with captions beside them."""
+    folder = tmp_path_factory.mktemp("clips")
+    for index in range(6):
+        scene = random_scene(1, index)
+        frames = render(scene, num_frames=9, height=64, width=96, fps=8)
+        export_to_video(frames, folder / f"{index}.mp4", fps=8)
+        (folder / f"{index}.txt").write_text(scene.caption)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory, tiny_model, clips):
+    """Return `caches(task)`: a prepared cache folder."""
+    made = {}
+
+    def make(task: str) -> Path:
+        if task not in made:
+            folder = tmp_path_factory.mktemp(f"cache-{task}")
+            prepare.run(settings(tiny_model, clips, task=task, cache={"dir": str(folder), "image_noise_variants": 2}))
+            made[task] = folder
+        return made[task]
+
+    return make
+
+
+def settings(tiny_model, clips, *, task="t2v", **sections):
+    values = {
+        "task": task,
+        "model": {"path": str(tiny_model(VARIANT[task]))},
+        "data": {"root": str(clips), "fps": 8.0} | sections.pop("data", {}),
+        "run": {"device": "cpu", "dtype": "float32"} | sections.pop("run", {}),
+        "lora": {"rank": 4, "alpha": 8.0} | sections.pop("lora", {}),
+        "train": {
+            "steps": 6, "log_every": 1, "save_every": 3, "learning_rate": 1e-2, "batch_size": 2, "checkpointing": "none"
+        } | sections.pop("train", {}),
+        **sections,
+    }  # fmt: skip
+    return check(values, source="test")
+
+
+def cached(tiny_model, clips, caches, tmp_path, *, task="t2v", train=None, **sections):
+    cache = {"dir": str(caches(task)), "image_noise_variants": 2}
+    train = {"dir": str(tmp_path / "run")} | (train or {})
+    return settings(tiny_model, clips, task=task, cache=cache, train=train, **sections)
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def weights_of(run: Path) -> dict[str, np.ndarray]:
+    files = sorted((run / "final").rglob("*.safetensors"))
+    return {f"{file.name}/{k}": v for file in files for k, v in load_file(file).items()}
+
+
+def assert_same(a: Path, b: Path) -> None:
+    ours, theirs = weights_of(a), weights_of(b)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert np.array_equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_two_runs_are_bit_identical_and_so_is_a_resumed_one(
+    tiny_model, clips, caches, tmp_path, monkeypatch, task, method
+):
+    runs = [tmp_path / name for name in ("first", "second", "stopped")]
+    options = {"method": method, "ema_decay": 0.9, "gradient_accumulation": 2, "batch_size": 1, "num_workers": 1}
+    for run in runs[:2]:
+        train.run(cached(tiny_model, clips, caches, tmp_path, task=task, train=options | {"dir": str(run)}))
+    config = cached(tiny_model, clips, caches, tmp_path, task=task, train=options | {"dir": str(runs[2])})
+    with monkeypatch.context() as patch:
+        original = loop.Loop._step
+
+        def dying(self, step, batches):
+            if step == 5:
+                raise RuntimeError("power cut")
+            original(self, step, batches)
+
+        patch.setattr(loop.Loop, "_step", dying)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train.run(config)
+    assert [s for s, _ in losses(runs[2])] == [1, 2, 3, 4]
+    train.run(config)
+    assert_same(runs[0], runs[1])
+    assert_same(runs[0], runs[2])
+    assert losses(runs[0]) == losses(runs[1]) == losses(runs[2])
+    assert len(losses(runs[0])) == 6
+
+
+def test_a_finished_run_goes_on_when_asked_for_more_steps(tiny_model, clips, caches, tmp_path):
+    short, long = tmp_path / "short", tmp_path / "long"
+    train.run(cached(tiny_model, clips, caches, tmp_path, train={"dir": str(short)}))
+    train.run(cached(tiny_model, clips, caches, tmp_path, train={"dir": str(short), "steps": 9}))
+    train.run(cached(tiny_model, clips, caches, tmp_path, train={"dir": str(long), "steps": 9}))
+    assert_same(short, long)
+    assert losses(short) == losses(long)
+
+
+def test_the_run_folder_reruns_as_it_is(tiny_model, clips, caches, tmp_path):
+    run = train.run(cached(tiny_model, clips, caches, tmp_path))
+    config = read_recipe(run / "config.yaml")
+    assert (config.data.num_frames, config.data.height, config.data.width) == (9, 64, 96)
+    assert config.text.max_sequence_length == 16
+    again = config.model_copy(update={"train": config.train.model_copy(update={"dir": str(tmp_path / "again")})})
+    assert_same(run, train.run(again))
+    assert {p.name for p in run.iterdir() if not p.name.startswith(".")} == {
+        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoint-000003", "checkpoint-000006", "final"
+    }  # fmt: skip
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["tokens_per_second"] > 0
+    assert row["memory_gib"] > 0
+
+
+def test_a_lora_trained_at_rate_zero_changes_no_bit(tiny_model, clips, caches, tmp_path):
+    run = train.run(cached(tiny_model, clips, caches, tmp_path, train={"learning_rate": 0.0, "weight_decay": 0.0}))
+    pipe = OurPipeline.from_pretrained(tiny_model("cogvideox1.5-5b"), device="cpu")
+    base = pipe("a red circle", **CALL)[0][0]
+    pipe.load_lora_weights(run)
+    assert np.array_equal(base, pipe("a red circle", **CALL)[0][0])
+
+
+@pytest.mark.parametrize("alpha", [4.0, 16.0])
+def test_a_lora_trained_here_gives_the_same_frames_in_diffusers(tiny_model, clips, caches, tmp_path, alpha):
+    config = cached(tiny_model, clips, caches, tmp_path, lora={"rank": 4, "alpha": alpha}, train={"learning_rate": 5e-2})
+    run = train.run(config)
+    folder = tiny_model("cogvideox1.5-5b")
+    pipe = OurPipeline.from_pretrained(folder, device="cpu")
+    call = CALL | {"guidance_scale": 6.0}
+    base = pipe("a red circle", sampler="ddim", **call)[0][0]
+    pipe.load_lora_weights(run, adapter_name="mine")
+    pipe.set_adapters(["mine"], [1.0])
+    video = pipe("a red circle", sampler="ddim", **call)[0][0]
+    assert np.abs(video.astype(int) - base).max() > 2, "a LoRA that does nothing proves nothing"
+
+    theirs = CogVideoXPipeline.from_pretrained(folder)
+    theirs.load_lora_weights(str(run / "final"), weight_name="pytorch_lora_weights.safetensors", adapter_name="mine")
+    theirs.set_adapters("mine", 1.0)
+    theirs.vae.enable_tiling()
+    theirs.set_progress_bar_config(disable=True)
+    from diffusers import CogVideoXDDIMScheduler
+
+    from cogvideox_factory import draws
+
+    theirs.scheduler = CogVideoXDDIMScheduler.from_config(theirs.scheduler.config)
+    latents = torch.from_numpy(draws.normal(42, "initial noise", shape=(1, 4, 16, 8, 12)))
+    reference = theirs(
+        "a red circle", latents=latents, output_type="np", max_sequence_length=16, **call
+    ).frames[0]
+    assert np.abs(np.rint(reference * 255) - video).max() <= 1
+
+
+def test_a_fine_tuned_transformer_loads_in_diffusers_with_equal_weights(tiny_model, clips, caches, tmp_path):
+    run = train.run(cached(tiny_model, clips, caches, tmp_path, train={"method": "full", "learning_rate": 1e-3}))
+    theirs = CogVideoXTransformer3DModel.from_pretrained(run / "final" / "transformer")
+    ours = CogVideoXTransformer.from_folder(run / "final" / "transformer", dtype=torch.float32, device="cpu")
+    for name, value in ours.to_arrays().items():
+        assert np.array_equal(value, theirs.state_dict()[name].numpy()), name
+
+
+@pytest.mark.parametrize("master_weights", ["float32", "stochastic_bf16"])
+def test_full_fine_tuning_in_bfloat16_follows_float32(tiny_model, clips, caches, tmp_path, master_weights):
+    """From raw clips, because a cache belongs to the dtype it was made in."""
+    exact = train.run(settings(tiny_model, clips, train={"dir": str(tmp_path / "exact"), "method": "full", "steps": 12}))
+    half = train.run(
+        settings(
+            tiny_model, clips, run={"dtype": "bfloat16"},
+            train={"dir": str(tmp_path / "half"), "method": "full", "steps": 12, "master_weights": master_weights},
+        )
+    )  # fmt: skip
+    for (_, a), (_, b) in zip(losses(exact), losses(half), strict=True):
+        assert b == pytest.approx(a, rel=0.1)
+    assert losses(half)[-1][1] < losses(half)[0][1]
+
+
+@pytest.mark.parametrize("mode", ["full", "save_attention"])
+def test_checkpointing_changes_no_loss(tiny_model, clips, caches, tmp_path, mode):
+    plain = train.run(cached(tiny_model, clips, caches, tmp_path, train={"dir": str(tmp_path / "plain")}))
+    other = train.run(
+        cached(tiny_model, clips, caches, tmp_path, train={"dir": str(tmp_path / mode), "checkpointing": mode})
+    )
+    assert [x for _, x in losses(other)] == pytest.approx([x for _, x in losses(plain)], rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_raw_clips_train_like_their_cache(tiny_model, clips, caches, tmp_path, task):
+    """The cache rounds moments to bfloat16, so losses agree closely, not exactly; noise is off for i2v."""
+    options = {"image_noise": False, "caption_dropout": 0.5}
+    fed = train.run(cached(tiny_model, clips, caches, tmp_path, task=task, train=options | {"dir": str(tmp_path / "c")}))
+    raw = train.run(settings(tiny_model, clips, task=task, train=options | {"dir": str(tmp_path / "r")}))
+    assert [x for _, x in losses(raw)] == pytest.approx([x for _, x in losses(fed)], rel=2e-2)
+
+
+def test_validation_uses_held_out_clips_and_makes_videos(tiny_model, clips, caches, tmp_path):
+    config = cached(
+        tiny_model, clips, caches, tmp_path,
+        train={"learning_rate": 0.0}, sampling={"steps": 2},
+        validation={"every": 3, "num_clips": 2, "prompts": ["a red circle", "a blue ring"]},
+    )  # fmt: skip
+    run = train.run(config)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    values = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+    assert [step for step, _ in values] == [0, 3, 6]
+    assert len({value for _, value in values}) == 1, "same clips, noise and timesteps, and rate 0"
+    assert sorted(p.name for p in (run / "samples").iterdir()) == [
+        f"step-{step:06}-{index:02}.mp4" for step in (0, 3, 6) for index in (0, 1)
+    ]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tiny_model, clips, caches, tmp_path, monkeypatch):
+    whole = train.run(cached(tiny_model, clips, caches, tmp_path, train={"dir": str(tmp_path / "whole")}))
+    config = cached(tiny_model, clips, caches, tmp_path, train={"dir": str(tmp_path / "cut")})
+    original = loop.Loop._step
+
+    def interrupted(self, step, batches):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        original(self, step, batches)
+
+    assert threading.current_thread() is threading.main_thread()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_step", interrupted)
+        with pytest.raises(StoppedError, match="SIGTERM after step 2") as stopped:
+            train.run(config)
+    assert stopped.value.exit_code == 75
+    assert (tmp_path / "cut" / "checkpoint-000002").is_dir()
+    assert_same(whole, train.run(config))
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_used(tiny_model, clips, caches, tmp_path, capsys):
+    whole = train.run(cached(tiny_model, clips, caches, tmp_path, train={"dir": str(tmp_path / "whole"), "steps": 8}))
+    config = cached(tiny_model, clips, caches, tmp_path, train={"dir": str(tmp_path / "hurt")})
+    hurt = train.run(config)
+    shard = next((hurt / "checkpoint-000006").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(data)
+    train.run(cached(tiny_model, clips, caches, tmp_path, train={"dir": str(hurt), "steps": 8}))
+    assert "changed or damaged" in capsys.readouterr().out
+    assert (hurt / "broken-checkpoint-000006").is_dir()
+    assert_same(whole, hurt)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(
+    tiny_model, clips, caches, tmp_path, monkeypatch
+):
+    config = cached(tiny_model, clips, caches, tmp_path, train={"log_every": 4, "save_every": 4, "steps": 8})
+    original = loop.Objective.__call__
+    calls = []
+
+    def spoiled(self, batch):
+        calls.append(1)
+        return original(self, batch) * (float("nan") if len(calls) == 6 else 1.0)
+
+    monkeypatch.setattr(loop.Objective, "__call__", spoiled)
+    with pytest.raises(NonFiniteError, match=r"step 6 .*checkpoint-000004"):
+        train.run(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"task": "i2v"}, FactoryError, "task=i2v, but"),
+        ({"data": {"height": 60}}, FactoryError, "multiples of 16"),
+        ({"data": {"num_frames": 10}}, FactoryError, "num_frames=10"),
+        ({"data": {"width": 112}}, FactoryError, "up to 64x96"),
+        ({"data": {"num_frames": 5}}, UnfitError, "video.num_frames"),
+        ({"data": {"trigger_word": "sks"}}, UnfitError, "trigger_word"),
+        ({"lora": {"target_modules": ["to_z"]}}, FactoryError, "to_z"),
+        ({"train": {"resume": "nowhere"}}, UnfitError, "MANIFEST.json is missing"),
+        ({"train": {"master_weights": "stochastic_bf16"}}, FactoryError, "full fine-tuning in bfloat16"),
+        ({"validation": {"every": 2, "num_clips": 6}}, FactoryError, "leave none to train on"),
+        ({"validation": {"prompts": ["x"]}}, FactoryError, "validation.every is 0"),
+        ({"model": {"path": "/nowhere/model"}}, FactoryError, "/nowhere/model"),
+    ],
+)
+def test_refuses_before_anything_is_trained(tiny_model, clips, caches, tmp_path, change, error, says):
+    with pytest.raises(error) as caught:
+        values = cached(tiny_model, clips, caches, tmp_path).model_dump()
+        for section, fields in change.items():
+            values[section] = fields if isinstance(fields, str) else values[section] | fields
+        train.run(check(values, source="test"))
+    assert says in str(caught.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_resume_with_other_settings_is_refused_by_name(tiny_model, clips, caches, tmp_path):
+    train.run(cached(tiny_model, clips, caches, tmp_path))
+    with pytest.raises(UnfitError, match=r"train\.learning_rate: the run has 0\.01, you ask for 0\.02"):
+        train.run(cached(tiny_model, clips, caches, tmp_path, train={"learning_rate": 2e-2, "steps": 9}))
+    with pytest.raises(FactoryError, match="holds a run already"):
+        train.run(cached(tiny_model, clips, caches, tmp_path, train={"resume": "never"}))
