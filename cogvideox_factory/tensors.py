@@ -4,6 +4,8 @@ bfloat16 comes and goes as `ml_dtypes.bfloat16`, bit for bit. Files are read, no
 file that another process truncates kills this one with a bus error no handler can catch.
 """
 
+import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +14,14 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (makes numpy, and through it safetensors, know "bfloat16")
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from cogvideox_factory.errors import MissingError, StorageError, UnfitError
 
-_READABLE = frozenset(
-    ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
-)
+_NAMES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
+    "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
+    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
 
 
 class TensorFile:
@@ -38,7 +41,7 @@ class TensorFile:
             UnfitError: a type nothing here computes with, such as float8; a file that changed meanwhile.
         """
         dtype = self._handle.get_slice(name).get_dtype()
-        if dtype not in _READABLE:
+        if dtype not in _NAMES.values():
             raise UnfitError(
                 f"{self.path}: tensor {name!r} is of type {dtype}, which no CogVideoX model here is run in. "
                 "Use the bfloat16 or float16 weights of that model."
@@ -101,13 +104,40 @@ def save_tensors(
     """Write a safetensors file in place; publish it through `publish_file` or `publish_folder`.
 
     The header says `format: pt` unless `metadata` says otherwise: readers refuse a file that does not name
-    its format.
+    its format. The same arguments give the same bytes (the safetensors library itself shuffles the
+    metadata).
 
     Raises:
         StorageError: the disk is full, read-only or failing.
     """
-    ready = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    # Wide types first, so that every tensor starts at a multiple of its item size.
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
+    start = 0
+    for name in order:
+        array = arrays[name]
+        assert array.dtype.name in _NAMES, f"{name} is of type {array.dtype}"
+        stop = start + array.nbytes
+        header[name] = {
+            "dtype": _NAMES[array.dtype.name],
+            "shape": array.shape,
+            "data_offsets": (start, stop),
+        }
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     try:
-        save_file(ready, path, metadata={"format": "pt", **(metadata or {})})
-    except SafetensorError as error:
-        raise StorageError(f"could not write {path}: {error}. Make room or choose another folder.") from error
+        with Path(path).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                file.write(_little_endian_bytes(arrays[name]))
+    except OSError as error:
+        raise StorageError(
+            f"could not write {path}: {error.strerror or error}. Make room or choose another folder."
+        ) from error
+
+
+def _little_endian_bytes(array: np.ndarray) -> memoryview:
+    native = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    assert sys.byteorder == "little"
+    return np.ascontiguousarray(native).reshape(-1).view(np.uint8).data

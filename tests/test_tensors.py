@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from cogvideox_factory.errors import FactoryError, MissingError, StorageError, UnfitError
 from cogvideox_factory.tensors import open_tensors, save_tensors
@@ -51,10 +52,11 @@ def test_every_bfloat16_bit_pattern_survives(tmp_path_factory, bits):
 
 def test_same_bits_as_torch(tmp_path):
     torch = pytest.importorskip("torch")
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
+    from safetensors.torch import save_file as torch_save_file
 
     theirs = {"x": torch.randn(5, 7).bfloat16(), "s": torch.tensor(2.5, dtype=torch.bfloat16)}
-    save_file(theirs, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    torch_save_file(theirs, tmp_path / "a.safetensors", metadata={"format": "pt"})
     ours = read_all(tmp_path / "a.safetensors")
     for name, array in ours.items():
         np.testing.assert_array_equal(array.view(np.int16), theirs[name].view(torch.int16).numpy())
@@ -144,7 +146,7 @@ def test_absent(tmp_path):
 
 
 def test_types_nobody_computes_with(tmp_path):
-    save_tensors(tmp_path / "x", {"a": np.ones(3, dtype=ml_dtypes.float8_e4m3fn)})
+    save_file({"a": np.ones(3, dtype=ml_dtypes.float8_e4m3fn)}, tmp_path / "x")
     with pytest.raises(UnfitError, match=r"tensor 'a' is of type F8_E4M3"):
         read_all(tmp_path / "x")
 
@@ -163,6 +165,31 @@ def test_errors_of_the_reader_are_not_mistaken_for_damage(tmp_path, good):
         stumble()
 
 
-def test_header_is_json(tmp_path, good):
-    size = int.from_bytes(good[:8], "little")
-    assert set(json.loads(good[8 : 8 + size])) == {"__metadata__", "a", "b"}
+def test_layout_is_the_librarys(tmp_path):
+    """Same header entries, same data bytes, aligned, as the reference writer; and always the same bytes."""
+    arrays = {"b": np.ones((2, 3), np.float16), "a": np.arange(3, dtype=np.int8), "c": np.arange(5.0)}
+    save_file(arrays, tmp_path / "theirs", metadata={"format": "pt"})
+    save_tensors(tmp_path / "ours", arrays)
+    (ours, our_data), (theirs, their_data) = (split(tmp_path / name) for name in ("ours", "theirs"))
+    assert ours == theirs
+    assert our_data == their_data
+    assert ((tmp_path / "ours").stat().st_size - len(our_data)) % 8 == 0
+    metadata = {"z": "1", "a": "é", "m": '"\n'}
+    for name in ("x", "y"):
+        save_tensors(tmp_path / name, arrays, metadata=metadata)
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+    with open_tensors(tmp_path / "x") as file:
+        assert file.metadata == metadata | {"format": "pt"}
+
+
+def split(path):
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def test_big_endian(tmp_path):
+    save_tensors(tmp_path / "x", {"a": np.arange(5, dtype=">f4")})
+    array = read_all(tmp_path / "x")["a"]
+    np.testing.assert_array_equal(array, np.arange(5))
+    assert array.dtype == np.dtype("<f4")

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             raise FactoryError(f"no command {name!r}{nearest(name, list(COMMANDS))}; there are: {', '.join(COMMANDS)}")
         return import_module(f"cogvideox_factory.cli.{name}").run(argv[1:]) or 0
     except FactoryError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

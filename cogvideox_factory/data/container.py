@@ -107,7 +107,7 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         _require_whole(path)
         stream = _main_stream(container, path)
         stream.thread_type = "NONE"
-        stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+        stream.codec_context.options = {"err_detect": "explode"}
         yield container, stream
 
 

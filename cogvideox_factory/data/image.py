@@ -1,4 +1,4 @@
-"""Reading one picture: PNG, JPEG, WebP, BMP or TIFF, upright, in RGB, covered and cropped to a size."""
+"""Reading one picture: PNG, JPEG, WebP or BMP, upright, in RGB, covered and cropped to a size."""
 
 import io
 import struct
@@ -16,7 +16,7 @@ from cogvideox_factory.data.reasons import ClipError, printable
 from cogvideox_factory.data.resize import Fit, Resizer
 from cogvideox_factory.errors import DataError
 
-_FORMATS = "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"
+_FORMATS = "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
 _MAX_BYTES = 256 * 2**20
 _MAX_PIXELS = 120_000_000
 # EXIF orientation (tag 0x0112) -> (degrees counter-clockwise, mirrored first).
@@ -55,7 +55,7 @@ def read_image(
         frame = _decode(data)
         rotation, mirrored = _orientation(data, frame, shown)
     except av.error.FFmpegError as error:
-        raise DataError(f"{shown} is no picture that can be read (PNG, JPEG, WebP, BMP, TIFF).") from error
+        raise DataError(f"{shown} is no picture that can be read (PNG, JPEG, WebP, BMP).") from error
     except ClipError as error:
         raise DataError(f"{shown}: {error.message}.") from error
     size = (frame.width, frame.height) if rotation % 180 else (frame.height, frame.width)

@@ -16,6 +16,7 @@ from typing import Any, Self
 from cogvideox_factory.data.paths import PathResolver
 from cogvideox_factory.data.reasons import PENDING, STATES, USABLE, ClipError, printable
 from cogvideox_factory.data.rows import Row, Rows, read_csv, read_folder, read_jsonl, read_two_lists
+from cogvideox_factory.data.rows import read_lines as read_lines
 from cogvideox_factory.errors import DataError
 
 log = logging.getLogger(__name__)

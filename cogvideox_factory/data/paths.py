@@ -50,7 +50,7 @@ class PathResolver:
         if not self._allow_outside and not self._inside(real):
             raise ClipError(
                 "path.outside",
-                f"{shown} leads out of the data root {self.root}; move the file inside or allow outside paths",
+                f"{shown} leads out of the data root {self.root}; move it inside, or allow outside paths",
             )
         self._check_file(real, entry, shown)
         return Path(real)

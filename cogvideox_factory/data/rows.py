@@ -73,6 +73,15 @@ def split_lines(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file, blank ones included.
+
+    Raises:
+        DataError: not readable, or not UTF-8.
+    """
+    return split_lines(read_text(path))
+
+
 def read_two_lists(captions_file: Path, videos_file: Path) -> Rows:
     """Pair the lines of a caption list and a video list by their number.
 
@@ -81,7 +90,7 @@ def read_two_lists(captions_file: Path, videos_file: Path) -> Rows:
     Raises:
         DataError: the counts differ.
     """
-    captions, videos = split_lines(read_text(captions_file)), split_lines(read_text(videos_file))
+    captions, videos = read_lines(captions_file), read_lines(videos_file)
     notes = []
     for name, lines, other in ((captions_file.name, captions, videos), (videos_file.name, videos, captions)):
         before = len(lines)
@@ -168,7 +177,7 @@ def read_jsonl(path: Path, *, caption_column: str, video_column: str) -> Rows:
     """
     rows: list[Row] = []
     columns: dict[str, None] = {}
-    for line, text in enumerate(split_lines(read_text(path)), start=1):
+    for line, text in enumerate(read_lines(path), start=1):
         if text.strip():
             rows.append(_json_row(line, text, caption_column, video_column, columns))
     for name in (caption_column, video_column):

@@ -76,8 +76,7 @@ class _Attention(torch.autograd.Function):
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the output [B, L, S, K] and the log-sum-exp of the scores [B, L, S] in float32."""
     out, lse = _choose(q, mask).forward(q, k, v, mask)
-    # One memory layout for all kernels: out as [B, S, L, K], which is what the output projection reads.
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+    return _rows_outside(out), lse.contiguous()
 
 
 @attention_forward.register_fake
@@ -93,8 +92,16 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, each as [B, L, tokens, K] in memory [B, tokens, L, K]."""
     grads = _choose(q, mask).backward(grad, q, k, v, mask, out, lse)
-    dq, dk, dv = (g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads)
+    dq, dk, dv = (_rows_outside(g) for g in grads)
     return dq, dk, dv
+
+
+def _rows_outside(x: Tensor) -> Tensor:
+    """Return `x` [B, L, S, K] in the one memory layout all kernels give here, [B, S, L, K]: projections read that."""
+    _, heads, tokens, size = x.shape
+    if x.stride() == (tokens * heads * size, size, heads * size, 1):
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @attention_backward.register_fake

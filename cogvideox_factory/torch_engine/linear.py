@@ -5,13 +5,23 @@ Without AVX512-BF16 or AMX, torch multiplies bfloat16 matrices in software: abou
 rounded once at the end, as the instructions would do. Everywhere else this is torch's own Linear.
 """
 
-import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+_ONEDNN = torch.backends.mkldnn.is_available()
+_SOFTWARE = {
+    dtype
+    for dtype, supported in (
+        (torch.bfloat16, _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        (torch.float16, _ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+    )
+    if not supported
+}
+"""The half-precision dtypes this CPU has no matrix instructions for."""
 
 
 class Linear(nn.Linear):
@@ -55,14 +65,7 @@ def is_plain(module: nn.Module, x: Tensor) -> bool:
 
 def emulated(x: Tensor) -> bool:
     """Whether matrix products in the dtype of `x` are done in software where it is."""
-    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not _in_hardware(x.dtype)
-
-
-@functools.cache
-def _in_hardware(dtype: torch.dtype) -> bool:
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return x.device.type == "cpu" and x.dtype in _SOFTWARE
 
 
 class _EmulatedLinear(torch.autograd.Function):
@@ -70,7 +73,7 @@ class _EmulatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
     @staticmethod

@@ -21,6 +21,8 @@ from torch import nn
 
 from cogvideox_factory import draws
 from cogvideox_factory.errors import FactoryError, nearest
+from cogvideox_factory.lora_check import check_lora
+from cogvideox_factory.lora_files import LoraFile
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
 from cogvideox_factory.torch_engine.lora_linear import LoraFactors, LoraLinear
@@ -32,11 +34,11 @@ from cogvideox_factory.torch_engine.lora_targets import (
     match_targets,
     shapes_of,
 )
-from cogvideox_factory.weights import LoraFile, check_lora
+from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 
 
 def add_lora(
-    transformer: nn.Module,
+    transformer: CogVideoXTransformer,
     *,
     rank: int,
     alpha: float,
@@ -87,9 +89,15 @@ def add_lora(
 
 
 def load_lora_into(
-    transformer: nn.Module, file: LoraFile, adapter_name: str = "default", *, trainable: bool = False
+    transformer: CogVideoXTransformer,
+    file: LoraFile,
+    adapter_name: str = "default",
+    *,
+    trainable: bool = False,
 ) -> None:
     """Add the adapter of a LoRA file, the only one that is then on; adapters may differ in rank and targets.
+
+    With `trainable` all else is frozen, as in `add_lora`.
 
     Raises:
         UnfitError: a tensor of the file has no place in this model or another shape, or a half is missing.
@@ -98,6 +106,8 @@ def load_lora_into(
     targets = find_targets(transformer)
     check_lora(file, shapes_of(targets))
     _require_new(transformer, adapter_name)
+    if trainable:
+        transformer.requires_grad_(False)
     given = file.target_modules
     settings = {
         "rank": file.rank, "alpha": file.alpha, "alpha_pattern": dict(file.alpha_pattern),
@@ -124,15 +134,15 @@ def check_fit(file: LoraFile, config: TransformerConfig) -> None:
     Raises:
         UnfitError: as `load_lora_into` would.
     """
-    from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
-
     with torch.device("meta"):
         transformer = CogVideoXTransformer(config)
     check_lora(file, shapes_of(find_targets(transformer)))
 
 
 def set_adapters(
-    transformer: nn.Module, names: str | Sequence[str], weights: float | Sequence[float] | None = None
+    transformer: CogVideoXTransformer,
+    names: str | Sequence[str],
+    weights: float | Sequence[float] | None = None,
 ) -> None:
     """Switch on exactly the adapters `names`, each with its weight (default 1); others stay loaded, off.
 
@@ -154,37 +164,37 @@ def set_adapters(
         layer.weights = dict(zip(names, map(float, values), strict=True))
 
 
-def adapter_names(transformer: nn.Module) -> list[str]:
+def adapter_names(transformer: CogVideoXTransformer) -> list[str]:
     """Return the names of the adapters that are loaded, whether on or off."""
     return list(dict.fromkeys(name for layer in _layers(transformer) for name in layer.adapters))
 
 
-def lora_parameters(transformer: nn.Module, adapter_name: str = "default") -> list[nn.Parameter]:
+def lora_parameters(transformer: CogVideoXTransformer, adapter_name: str = "default") -> list[nn.Parameter]:
     """Return the parameters of one adapter, in a fixed order."""
     return [parameter for part in _parts(transformer, adapter_name) for parameter in part.parameters()]
 
 
-def lora_arrays(transformer: nn.Module, adapter_name: str = "default") -> dict[str, np.ndarray]:
-    """Return one adapter as float32 arrays, named as in a LoRA file without its `transformer.` prefix."""
-    arrays: dict[str, np.ndarray] = {}
+def lora_arrays(transformer: CogVideoXTransformer, adapter_name: str = "default") -> dict[str, np.ndarray]:
+    """Return a float32 copy of one adapter, named as in a LoRA file without its `transformer.` prefix."""
+    tensors: dict[str, torch.Tensor] = {}
     for part in _parts(transformer, adapter_name):
         name = part.rows.name
-        arrays[f"{name}.lora_A.weight"] = to_array(part.lora_A.detach().float())
-        arrays[f"{name}.lora_B.weight"] = to_array(part.lora_B.detach().float())
+        tensors[f"{name}.lora_A.weight"] = part.lora_A
+        tensors[f"{name}.lora_B.weight"] = part.lora_B
         if part.magnitude is not None:
-            arrays[f"{name}.lora_magnitude_vector"] = to_array(part.magnitude.detach().float())
-    return arrays
+            tensors[f"{name}.lora_magnitude_vector"] = part.magnitude
+    return {name: to_array(tensor.detach().float().clone()) for name, tensor in tensors.items()}
 
 
-def lora_settings(transformer: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
-    """Return what one adapter was made with, as keyword arguments of `weights.save_lora`."""
+def lora_settings(transformer: CogVideoXTransformer, adapter_name: str = "default") -> dict[str, Any]:
+    """Return what one adapter was made with, as keyword arguments of `save_lora`."""
     _require_known(transformer, adapter_name)
     return dict(
         next(layer.settings[adapter_name] for layer in _layers(transformer) if adapter_name in layer.settings)
     )
 
 
-def merge_lora(transformer: nn.Module, *, restorable: bool = False) -> None:
+def merge_lora(transformer: CogVideoXTransformer, *, restorable: bool = False) -> None:
     """Fold the adapters that are on, with their weights, into the base weights, and take all adapters off.
 
     The sum is formed in float32 and rounded once. With `restorable` the adapters and the original weights are
@@ -193,16 +203,16 @@ def merge_lora(transformer: nn.Module, *, restorable: bool = False) -> None:
     for path, layer in _named_layers(transformer):
         layer.merge()
         if not restorable:
-            transformer.set_submodule(path, layer.base)
+            transformer.set_submodule(path, layer.plain())
 
 
-def unmerge_lora(transformer: nn.Module) -> None:
+def unmerge_lora(transformer: CogVideoXTransformer) -> None:
     """Undo `merge_lora(restorable=True)` exactly."""
     for layer in _layers(transformer):
         layer.unmerge()
 
 
-def remove_lora(transformer: nn.Module, adapter_name: str | None = None) -> None:
+def remove_lora(transformer: CogVideoXTransformer, adapter_name: str | None = None) -> None:
     """Take one adapter, or all, off; a Linear left without any becomes the plain base again.
 
     Raises:
@@ -215,24 +225,24 @@ def remove_lora(transformer: nn.Module, adapter_name: str | None = None) -> None
         for name in [adapter_name] if adapter_name is not None else list(layer.adapters):
             layer.drop(name)
         if not len(layer.adapters):
-            transformer.set_submodule(path, layer.base)
+            transformer.set_submodule(path, layer.plain())
 
 
-def _named_layers(transformer: nn.Module) -> list[tuple[str, LoraLinear]]:
+def _named_layers(transformer: CogVideoXTransformer) -> list[tuple[str, LoraLinear]]:
     return [(path, module) for path, module in transformer.named_modules() if isinstance(module, LoraLinear)]
 
 
-def _layers(transformer: nn.Module) -> list[LoraLinear]:
+def _layers(transformer: CogVideoXTransformer) -> list[LoraLinear]:
     return [layer for _, layer in _named_layers(transformer)]
 
 
-def _parts(transformer: nn.Module, adapter_name: str) -> list[LoraFactors]:
+def _parts(transformer: CogVideoXTransformer, adapter_name: str) -> list[LoraFactors]:
     _require_known(transformer, adapter_name)
     return [part for layer in _layers(transformer) for part in layer.parts(adapter_name).values()]
 
 
 def _attach(
-    transformer: nn.Module,
+    transformer: CogVideoXTransformer,
     target: Target,
     adapter_name: str,
     *,
@@ -248,9 +258,9 @@ def _attach(
         transformer.set_submodule(target.path, layer)
     part = LoraFactors(
         target.rows, in_features=target.in_features, rank=rank, scale=scale, use_dora=settings["use_dora"],
-        device=layer.base.weight.device,
+        device=layer.weight.device,
     )  # fmt: skip
-    layer.attach(adapter_name, part, settings)
+    layer.attach(adapter_name, target.key, part, settings)
     return part
 
 
@@ -261,14 +271,14 @@ def _initial_down(seed: int, name: str, rank: int, in_features: int) -> np.ndarr
     return (2 * uniform - 1) * np.float32(bound)
 
 
-def _require_known(transformer: nn.Module, adapter_name: str) -> None:
+def _require_known(transformer: CogVideoXTransformer, adapter_name: str) -> None:
     known = adapter_names(transformer)
     if adapter_name not in known:
         loaded = f"Loaded: {', '.join(known)}." if known else "None is loaded; load or add one first."
         raise FactoryError(f"adapter {adapter_name!r} is not loaded{nearest(adapter_name, known)}. {loaded}")
 
 
-def _require_new(transformer: nn.Module, adapter_name: str) -> None:
+def _require_new(transformer: CogVideoXTransformer, adapter_name: str) -> None:
     _require_unmerged(transformer)
     if adapter_name in adapter_names(transformer):
         raise FactoryError(
@@ -281,6 +291,6 @@ def _require_new(transformer: nn.Module, adapter_name: str) -> None:
         )
 
 
-def _require_unmerged(transformer: nn.Module) -> None:
+def _require_unmerged(transformer: CogVideoXTransformer) -> None:
     if any(layer.original is not None for layer in _layers(transformer)):
         raise FactoryError("the adapters are merged into the base weights; call unmerge_lora first.")

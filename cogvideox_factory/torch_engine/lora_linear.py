@@ -10,15 +10,15 @@ DoRA (Liu et al. 2024, arXiv 2402.09353) also learns the length of each row of `
 held constant in the backward pass (section 4.3 of the paper), as peft does.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from cogvideox_factory.torch_engine.linear import Linear, emulated, linear, product
 
 # Legend: N tokens of all samples, I input channels, O output channels of the fused Linear, P rows of one
 # target, R rank (of all parts together where several are stacked)
@@ -54,28 +54,38 @@ class LoraFactors(nn.Module):
         return f"{self.rows.name}, rank={self.rank}, scale={self.scale:g}{dora}"
 
 
-class LoraLinear(nn.Module):
-    """`base`, a frozen Linear, plus the adapters that are switched on, each with its weight."""
+class LoraLinear(Linear):
+    """A frozen Linear plus the adapters that are switched on, each with its weight.
+
+    It takes over the parameters `weight` and `bias` of the Linear it is made from, under their names.
+    """
 
     def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.requires_grad_(False)
         self.adapters = nn.ModuleDict()  # adapter name -> target -> LoraFactors
         self.settings: dict[str, Mapping[str, Any]] = {}  # adapter name -> what it was made with
         self.weights: dict[str, float] = {}  # the adapters that are on, in the order they were asked for
         self.original: torch.Tensor | None = None  # the base weight while adapters are merged into it
+
+    def plain(self) -> Linear:
+        """Return a Linear without adapters, with the same parameters."""
+        linear = Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear
 
     def parts(self, adapter_name: str) -> dict[str, LoraFactors]:
         """Return the factors of one adapter by target; empty when it does not touch this Linear."""
         targets = self.adapters[adapter_name] if adapter_name in self.adapters else nn.ModuleDict()
         return dict(targets.items())  # pyright: ignore[reportCallIssue, reportReturnType]
 
-    def attach(self, adapter_name: str, part: LoraFactors, settings: Mapping[str, Any]) -> None:
-        """Add the factors of one adapter for one target."""
+    def attach(self, adapter_name: str, key: str, part: LoraFactors, settings: Mapping[str, Any]) -> None:
+        """Add the factors of one adapter for one target, whose parameters go by `key`."""
         if adapter_name not in self.adapters:
             self.adapters[adapter_name] = nn.ModuleDict()
             self.settings[adapter_name] = settings
-        key = re.sub(r"^transformer_blocks\.\d+\.", "", part.rows.name).replace(".", "_")
+        assert key not in self.parts(adapter_name), (adapter_name, key)
         self.adapters[adapter_name][key] = part  # pyright: ignore[reportIndexIssue]
 
     def drop(self, adapter_name: str) -> None:
@@ -85,20 +95,20 @@ class LoraLinear(nn.Module):
             del self.settings[adapter_name]
         self.weights.pop(adapter_name, None)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `x` [..., I] to [..., O]; with no adapter on, exactly as `base` does."""
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map [..., I] to [..., O]; with no adapter on, exactly as the plain Linear does."""
         active = list(self._active())
         if not active or self.original is not None:
-            return self.base(x)
+            return super().forward(input)
         dora = [part for _, part, _ in active if part.magnitude is not None]
         if not dora:
-            return low_rank_linear(x, self.base.weight, self.base.bias, [part for _, *part in active])
+            return low_rank_linear(input, self.weight, self.bias, [part for _, *part in active])
         if len({name for name, _, _ in active}) > 1:  # row gains do not add up: go through the weight itself
-            return F.linear(x, self.updated_weight().to(x.dtype), self.base.bias)
-        y = low_rank_linear(x, self.base.weight, None, [part for _, *part in active])
+            return linear(input, self.updated_weight().to(input.dtype), self.bias)
+        y = low_rank_linear(input, self.weight, None, [part for _, *part in active])
         # Only the small difference to 1 is rounded to the dtype of the activations.
-        excess = self._row_gain_minus_one(active).to(x.dtype)
-        return torch.addcmul(y if self.base.bias is None else y + self.base.bias, y, excess)
+        excess = self._row_gain_minus_one(active).to(input.dtype)
+        return torch.addcmul(y if self.bias is None else y + self.bias, y, excess)
 
     def updated_weight(self) -> torch.Tensor:
         """Return the float32 weight [O, I] that alone does what the base and the adapters that are on do.
@@ -108,7 +118,7 @@ class LoraLinear(nn.Module):
         chains: dict[Rows, list[tuple[LoraFactors, float]]] = {}
         for _, part, scale in self._active():
             chains.setdefault(part.rows, []).append((part, scale))
-        weight, pieces, end = self.base.weight, [], 0
+        weight, pieces, end = self.weight, [], 0
         for rows in sorted(chains, key=lambda rows: rows.start):
             piece = weight[rows.start : rows.stop].float()
             for part, scale in chains[rows]:
@@ -123,14 +133,14 @@ class LoraLinear(nn.Module):
     def merge(self) -> None:
         """Fold the adapters that are on into the base weight, rounding once; `unmerge` restores every bit."""
         if self.original is None and any(self._active()):
-            merged = self.updated_weight().to(self.base.weight.dtype)
-            self.original = self.base.weight.data
-            self.base.weight.data = merged
+            merged = self.updated_weight().to(self.weight.dtype)
+            self.original = self.weight.data
+            self.weight.data = merged
 
     def unmerge(self) -> None:
         """Undo `merge`; without one, do nothing."""
         if self.original is not None:
-            self.base.weight.data = self.original
+            self.weight.data = self.original
             self.original = None
 
     @torch.no_grad()
@@ -150,13 +160,13 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def _row_norms(self, part: LoraFactors, scale: float) -> torch.Tensor:
         """Return the length of each row of `W + scale * B A` in float32: [P]."""
-        rows = self.base.weight[part.rows.start : part.rows.stop].float()
+        rows = self.weight[part.rows.start : part.rows.stop].float()
         return torch.linalg.vector_norm(torch.addmm(rows, part.lora_B, part.lora_A, alpha=scale), dim=1)
 
     def _row_gain_minus_one(self, active: list[tuple[str, LoraFactors, float]]) -> torch.Tensor:
         """Return magnitude / row length - 1 in float32, 0 on rows that no DoRA touches: [O]."""
         pieces, end = [], 0
-        zeros = self.base.weight.new_zeros(self.base.out_features, dtype=torch.float32)
+        zeros = self.weight.new_zeros(self.out_features, dtype=torch.float32)
         for _, part, scale in sorted(active, key=lambda item: item[1].rows.start):
             pieces.append(zeros[end : part.rows.start])
             assert part.magnitude is not None, "one adapter is DoRA on all of its targets or on none"
@@ -187,15 +197,15 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, slices, *factors):
         flat = x.reshape(-1, x.shape[-1])  # [N, I]
-        hidden = flat @ _stack(factors[::2], x.dtype).T  # [N, R]
-        out = F.linear(flat, weight, bias)  # [N, O]
+        hidden = product(flat, _stack(factors[::2], x.dtype).T)  # [N, R]
+        out = linear(flat, weight, bias)  # [N, O]
         ups = factors[1::2]
         for (start, stop, scale), up, low in zip(
             slices, ups, hidden.split([up.shape[1] for up in ups], dim=1)
         ):
             # The sign is there for -0.0: with B = 0 this computes out - (+0), which keeps every bit of `out`,
             # whereas -0.0 + 0.0 is +0.0.
-            out[:, start:stop].addmm_(low, (up * -scale).to(x.dtype).T, alpha=-1)
+            _add_product(out[:, start:stop], low, (up * -scale).to(x.dtype).T, sign=-1)
         ctx.slices = slices
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x, hidden, weight, *factors)
@@ -210,20 +220,34 @@ class _LowRankLinear(torch.autograd.Function):
         ranks = [up.shape[1] for up in ups]
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.cat(
-            [grad[:, a:b] @ (up * scale).to(grad.dtype) for (a, b, scale), up in zip(ctx.slices, ups)], dim=1
+            [
+                product(grad[:, a:b], (up * scale).to(grad.dtype))
+                for (a, b, scale), up in zip(ctx.slices, ups)
+            ],
+            dim=1,
         )  # [N, R]
         grad_x = None
         if needs_x:
-            grad_x = (grad @ weight).addmm_(grad_hidden, _stack(downs, grad.dtype)).view_as(x)
+            grad_x = product(grad, weight)  # [N, I]
+            _add_product(grad_x, grad_hidden, _stack(downs, grad.dtype))
+            grad_x = grad_x.view_as(x)
         grad_factors: list[torch.Tensor | None] = [None] * len(factors)
         if any(ctx.needs_input_grad[4::2]):
-            grad_factors[::2] = (grad_hidden.T @ flat).float().split(ranks)  # each [R, I]
+            grad_factors[::2] = product(grad_hidden.T, flat).float().split(ranks)  # each [R, I]
         for index, ((a, b, scale), low) in enumerate(zip(ctx.slices, hidden.split(ranks, dim=1))):
             if ctx.needs_input_grad[5 + 2 * index]:
-                grad_factors[2 * index + 1] = (grad[:, a:b].T @ low).float() * scale  # [P, R]
-        grad_weight = grad.T @ flat if needs_weight else None
+                grad_factors[2 * index + 1] = product(grad[:, a:b].T, low).float() * scale  # [P, R]
+        grad_weight = product(grad.T, flat) if needs_weight else None
         grad_bias = grad.sum(0) if needs_bias and ctx.has_bias else None
         return grad_x, grad_weight, grad_bias, None, *grad_factors
+
+
+def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, sign: int = 1) -> None:
+    """Add sign * a b to `out` in place, rounding once."""
+    if emulated(out):
+        out.copy_(torch.addmm(out.float(), a.float(), b.float(), alpha=sign))
+    else:
+        out.addmm_(a, b, alpha=sign)
 
 
 def _stack(downs, dtype: torch.dtype) -> torch.Tensor:

@@ -1,16 +1,19 @@
 """What a LoRA can sit on: the linear layers of our transformer, by the names diffusers gives them.
 
-The tower fuses q, k and v into one projection and shortens some names; nobody outside needs to know.
+The tower fuses q, k and v into one projection, and the norms of all blocks into another; `layout` knows where
+each part lies, and nobody outside needs to.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from cogvideox_factory.errors import FactoryError, nearest
-from cogvideox_factory.torch_engine.lora_linear import LoraLinear, Rows
+from cogvideox_factory.torch_engine.layout import diffusers_names
+from cogvideox_factory.torch_engine.lora_linear import Rows
+from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The targets of every published CogVideoX LoRA: the joint attention of each block."""
@@ -24,37 +27,26 @@ class Target:
     rows: Rows
     in_features: int
 
-
-_FUSED = {
-    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-    "attn.out": ("attn1.to_out.0",),
-    "ff.up": ("ff.net.0.proj",),
-    "ff.down": ("ff.net.2",),
-}
-"""Linears of a block that the diffusers model has under other names; the rows are split evenly."""
+    @property
+    def key(self) -> str:
+        """What its parameters go by within the layer: its name, short of a block they share, without dots."""
+        block = re.match(r"transformer_blocks\.\d+\.", self.path)
+        return self.rows.name.removeprefix(block[0] if block else "").replace(".", "_")
 
 
-def find_targets(transformer: nn.Module) -> dict[str, Target]:
-    """Return every linear layer by its diffusers name, in the order of the model."""
+def find_targets(transformer: CogVideoXTransformer) -> dict[str, Target]:
+    """Return every linear layer by its diffusers name, in the order of the model.
+
+    The patch projection of CogVideoX 1.0 is a convolution in its checkpoint, so it is not among them.
+    """
     found: dict[str, Target] = {}
-    for path, linear in _linears(transformer):
-        block, inner = re.fullmatch(r"(transformer_blocks\.\d+\.|)(.+)", path).groups()  # pyright: ignore
-        names = _FUSED.get(inner, (inner,))
-        size = linear.out_features // len(names)
-        for index, name in enumerate(names):
-            rows = Rows(name=block + name, start=index * size, stop=(index + 1) * size)
+    for name, slot in diffusers_names(transformer.config).items():
+        path, _, kind = slot.name.rpartition(".")
+        linear = transformer.get_submodule(path) if kind == "weight" and len(slot.shape) == 2 else None
+        if isinstance(linear, nn.Linear):
+            rows = Rows(name=name.removesuffix(".weight"), start=slot.start, stop=slot.stop)
             found[rows.name] = Target(path=path, rows=rows, in_features=linear.in_features)
     return found
-
-
-def _linears(transformer: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Linear]]:
-    for name, child in transformer.named_children():
-        if isinstance(child, LoraLinear):
-            yield prefix + name, child.base
-        elif isinstance(child, nn.Linear):
-            yield prefix + name, child
-        else:
-            yield from _linears(child, f"{prefix}{name}.")
 
 
 def shapes_of(targets: dict[str, Target]) -> dict[str, tuple[int, ...]]:

@@ -27,6 +27,7 @@ from cogvideox_factory.models import VaeConfig
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
 from cogvideox_factory.torch_engine.vae_blocks import Coder, Decoder, Encoder, initialize, num_time_levels
 from cogvideox_factory.torch_engine.vae_layers import Chunk, Weights, pointwise
+from cogvideox_factory.torch_engine.vae_scratch import Scratch
 from cogvideox_factory.torch_engine.vae_tiling import TileAxis, run_tiled, tile_axis
 
 # Legend: B batch, F frames or latent frames, C latent channels, H W pixel height and width, h w latent ones.
@@ -204,9 +205,10 @@ class CogVideoXVAE(nn.Module):
         trainable = video.requires_grad or any(parameter.requires_grad for parameter in coder.parameters())
         recording = torch.is_grad_enabled() and trainable
         kernels: dict[nn.Module, Any] = {}
+        scratch = Scratch()
 
         def code(part: Tensor, out: Tensor | None = None) -> Tensor:
-            chunks = self._code_chunks(part, coder, recording=recording, kernels=kernels)
+            chunks = self._code_chunks(part, coder, recording=recording, kernels=kernels, scratch=scratch)
             if recording:
                 return torch.cat([*chunks], dim=2)
             if out is None:
@@ -232,7 +234,7 @@ class CogVideoXVAE(nn.Module):
         return out
 
     def _code_chunks(
-        self, video: Tensor, coder: Coder, *, recording: bool, kernels: dict[nn.Module, Any]
+        self, video: Tensor, coder: Coder, *, recording: bool, kernels: dict[nn.Module, Any], scratch: Scratch
     ) -> Iterator[Tensor]:
         """Yield the frame batches of `video` [B, C, F, H, W], coded: [B, C', T, H', W']."""
         is_encoder = coder is self.encoder
@@ -243,12 +245,12 @@ class CogVideoXVAE(nn.Module):
         for start, stop in frame_batches(count, self.frame_batch * (4 if is_encoder else 1)):
             chunk = Chunk(
                 recording=recording, is_first=start == 0, is_last=stop == count,
-                checkpointing=self.checkpointing, tails=tails, kernels=kernels,
+                checkpointing=self.checkpointing, tails=tails, kernels=kernels, scratch=scratch,
             )  # fmt: skip
             x = video[:, :, start:stop].permute(0, 2, 3, 4, 1).to(self.dtype)  # [B, T, H, W, C]
-            x = coder(x if before is None else pointwise(x, before), chunk)
-            x = x if after is None else pointwise(x, after)
-            yield x.permute(0, 4, 1, 2, 3)
+            coded = coder(x if before is None else pointwise(x, before), chunk)
+            yield (coded if after is None else pointwise(coded, after)).permute(0, 4, 1, 2, 3)
+            scratch.give(coded)
 
     def _tiles_for(self, video: Tensor, in_scale: int) -> tuple[TileAxis, TileAxis] | None:
         if self.tiles is None:

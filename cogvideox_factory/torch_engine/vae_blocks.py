@@ -52,14 +52,17 @@ class ResnetBlock(nn.Module):
 
         `is_doubled` says that `x` holds only one of each pair of equal frames; the result holds them all.
         """
-        padded = norm_silu_pad(self.norm1, x, chunk, self.conv1, is_doubled=is_doubled)
-        hidden = self.conv1.forward_doubled(padded, chunk) if is_doubled else self.conv1(padded, chunk)
-        del padded
-        hidden = norm_silu_pad(self.norm2, hidden, chunk, self.conv2)
         residual = x if self.conv_shortcut is None else pointwise(x, self.conv_shortcut)
-        if is_doubled:
-            residual = double_frames(residual)
-        return self.conv2(hidden, chunk, onto=residual)
+        padded = norm_silu_pad(self.norm1, x, chunk, self.conv1, is_doubled=is_doubled)
+        if residual is not x:
+            chunk.scratch.give(x)
+        hidden = self.conv1.forward_doubled(padded, chunk) if is_doubled else self.conv1(padded, chunk)
+        chunk.scratch.give(padded)
+        padded = norm_silu_pad(self.norm2, hidden, chunk, self.conv2)
+        chunk.scratch.give(hidden)
+        out = self.conv2(padded, chunk, onto=double_frames(residual) if is_doubled else residual)
+        chunk.scratch.give(padded)
+        return out
 
 
 def double_frames(x: Tensor) -> Tensor:
@@ -84,8 +87,12 @@ class Upsample(nn.Module):
             large = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
             out = vae_conv.conv_frames(large, self.conv.weight, self.conv.bias)
             return (double_frames(out) if in_time else out), False
+        batch, frames, height, width, channels = x.shape
         kernels = chunk.kernel(self, vae_conv.subpixel_kernels, self.conv.weight)
-        return vae_conv.subpixel(x, kernels, self.conv.bias), in_time
+        out = chunk.scratch.take(x, batch, frames, 2 * height, 2 * width, channels)
+        vae_conv.subpixel(x, kernels, self.conv.bias, out)
+        chunk.scratch.give(x)
+        return out, in_time
 
 
 class Downsample(nn.Module):
@@ -105,12 +112,16 @@ class Downsample(nn.Module):
             padded = F.pad(mean, (0, 0, 0, 1, 0, 1))
         else:
             batch, frames, height, width, channels = x.shape
-            padded = x.new_empty(batch, single + (frames - single) // 2, height + 1, width + 1, channels)
+            shape = (batch, single + (frames - single) // 2, height + 1, width + 1, channels)
+            padded = chunk.scratch.take(x, *shape)
             padded[:, :, height] = 0
             padded[:, :, :, width] = 0
             padded[:, :single, :height, :width] = x[:, :single]
             torch.lerp(early, late, 0.5, out=padded[:, single:, :height, :width])
-        return vae_conv.conv_frames(padded, self.conv.weight, self.conv.bias, stride=2, padding=0)
+            chunk.scratch.give(x)
+        out = vae_conv.conv_frames(padded, self.conv.weight, self.conv.bias, stride=2, padding=0)
+        chunk.scratch.give(padded)
+        return out
 
 
 class Stage(nn.Module):
@@ -151,14 +162,20 @@ class Coder(nn.Module):
 
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
         """Map one chunk `x` [B, T, H, W, C] to [B, T', H', W', C']."""
-        x, is_doubled = self.conv_in(self.conv_in.pad(x, chunk), chunk), False
+        padded = self.conv_in.pad(x, chunk)
+        x, is_doubled = self.conv_in(padded, chunk), False
+        chunk.scratch.give(padded)
         for stage in self.stages():
             if chunk.recording and chunk.checkpointing:
                 x = _checkpointed(stage, x, chunk)
             else:
                 x, is_doubled = stage(x, chunk, is_doubled=is_doubled)
         assert not is_doubled
-        return self.conv_out(norm_silu_pad(self.norm_out, x, chunk, self.conv_out), chunk)
+        padded = norm_silu_pad(self.norm_out, x, chunk, self.conv_out)
+        chunk.scratch.give(x)
+        out = self.conv_out(padded, chunk)
+        chunk.scratch.give(padded)
+        return out
 
 
 class Encoder(Coder):

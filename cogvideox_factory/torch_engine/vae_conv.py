@@ -101,28 +101,23 @@ def doubled_kernels(weight: Tensor) -> tuple[Tensor, Tensor]:
     return _store(first + middle + last, weight), _store(torch.cat([first + middle, first]), weight)
 
 
-def doubled(
-    padded: Tensor, kernels: tuple[Tensor, Tensor], bias: Tensor, *, is_first_single: bool
-) -> Tensor:
-    """Convolve frames that stand for two equal ones each: `padded` [B, 1 + n, H, W, I] to [B, T, H, W, O].
+def doubled(padded: Tensor, kernels: tuple[Tensor, Tensor], bias: Tensor, out: Tensor) -> None:
+    """Convolve frames that stand for two equal ones each: `padded` [B, 1 + n, H, W, I] into `out` [B, T, H, W, O].
 
     T is 2 n, or 2 n - 1 when the very first frame stands for itself. With frames u, their differences
     e[i] = u[i] - u[i - 1] and taps g0..g2, the pair of outputs i is u[i] (g0 + g1 + g2) - e[i] (g0 + g1) and
     u[i] (g0 + g1 + g2) - e[i] g0.
     """
-    frames = padded[:, 1:]
-    steady = conv_frames(frames, kernels[0], bias)  # [B, n, H, W, O]
-    single = int(is_first_single)
-    change = conv_frames(frames[:, single:] - padded[:, single:-1], kernels[1])  # [B, n - single, H, W, 2 * O]
-    early, late = change.chunk(2, dim=-1)
-    batch, count, *size = steady.shape
-    out = steady.new_empty(batch, 2 * count - single, *size)
-    if is_first_single:
+    single = out.shape[1] % 2
+    steady = conv_frames(padded[:, 1:], kernels[0], bias)  # [B, n, H, W, O]
+    if single:
         out[:, 0] = steady[:, 0]
-    pairs = out[:, single:].unflatten(1, (count - single, 2))  # [B, n - single, 2, H, W, O]
-    torch.sub(steady[:, single:], early, out=pairs[:, :, 0])
-    torch.sub(steady[:, single:], late, out=pairs[:, :, 1])
-    return out
+        steady = steady[:, 1:]
+    change = conv_frames(padded[:, 1 + single :] - padded[:, single:-1], kernels[1])  # [B, n - single, H, W, 2 * O]
+    early, late = change.chunk(2, dim=-1)
+    pairs = out[:, single:].unflatten(1, (-1, 2))  # [B, n - single, 2, H, W, O]
+    torch.sub(steady, early, out=pairs[:, :, 0])
+    torch.sub(steady, late, out=pairs[:, :, 1])
 
 
 def subpixel_kernels(weight: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -137,15 +132,16 @@ def subpixel_kernels(weight: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tenso
     return (_store(a, weight), _store(b, weight)), (_store(c, weight), _store(d, weight))
 
 
-def subpixel(x: Tensor, kernels: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], bias: Tensor) -> Tensor:
-    """Upsample `x` [B, T, H, W, I] two times (nearest) and convolve it 3x3: [B, T, 2 H, 2 W, O]."""
-    batch, frames, height, width, _ = x.shape
-    out = x.new_empty(batch, frames, height, 2, width, 2, len(bias))
+def subpixel(
+    x: Tensor, kernels: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], bias: Tensor, out: Tensor
+) -> None:
+    """Upsample `x` [B, T, H, W, I] two times (nearest) and convolve it 3x3 into `out` [B, T, 2 H, 2 W, O]."""
+    height, width = x.shape[2:4]
+    pixels = out.unflatten(3, (width, 2)).unflatten(2, (height, 2))  # [B, T, H, 2, W, 2, O]
     for row in range(2):
         for column in range(2):
             part = conv_frames(x, kernels[row][column], bias)  # [B, T, H + 1, W + 1, O]
-            out[:, :, :, row, :, column] = part[:, :, row : row + height, column : column + width]
-    return out.view(batch, frames, 2 * height, 2 * width, len(bias))
+            pixels[:, :, :, row, :, column] = part[:, :, row : row + height, column : column + width]
 
 
 def _wide(weight: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideox_factory.torch_engine import vae_conv
+from cogvideox_factory.torch_engine.vae_scratch import Scratch
 
 # Legend: B batch, T frames of a chunk, H W height and width, C channels, F h w Z the chunk's latents, G norm groups.
 # All activations are [B, T, H, W, C].
@@ -42,6 +43,9 @@ class Chunk:
     """Last input frames of each convolution in time."""
     kernels: dict[nn.Module, Any] = field(default_factory=dict)
     """Rearranged weights; they live as long as one call, so they are never stale."""
+
+    scratch: Scratch = field(default_factory=Scratch)
+    """Where the paths that record nothing get their large buffers."""
 
     def kernel(self, layer: nn.Module, make: Callable[[Tensor], Any], weight: Tensor) -> Any:
         """Return `make(weight)`, made once a call."""
@@ -82,7 +86,7 @@ class CausalConv(nn.Module):
             padded = torch.cat([before, x], dim=1)
             self._keep_tail(padded, chunk, 2)
             return padded
-        padded = x.new_empty(x.shape[0], 2 + x.shape[1], *x.shape[2:])
+        padded = chunk.scratch.take(x, x.shape[0], 2 + x.shape[1], *x.shape[2:])
         padded[:, 2:].copy_(x)
         self.fill_halo(padded, chunk, 2)
         return padded
@@ -118,7 +122,8 @@ class CausalConv(nn.Module):
     def _winograd(self, padded: Tensor, chunk: Chunk, onto: Tensor | None) -> Tensor:
         weight, bias = self.conv.weight, self.conv.bias
         frames = padded.shape[1] - 2
-        out = padded.new_empty(padded.shape[0], frames, *padded.shape[2:4], len(bias)) if onto is None else onto
+        shape = (padded.shape[0], frames, *padded.shape[2:4], len(bias))
+        out = chunk.scratch.take(padded, *shape) if onto is None else onto
         odd = frames % 2
         if odd:
             if chunk.is_first:
@@ -133,8 +138,11 @@ class CausalConv(nn.Module):
     def forward_doubled(self, padded: Tensor, chunk: Chunk) -> Tensor:
         """Convolve frames that stand for two equal ones each, `padded` [B, 1 + n, H, W, C], to all T frames."""
         kernels = chunk.kernel(self, vae_conv.doubled_kernels, self.conv.weight)
-        single = chunk.is_first and padded.shape[1] % 2 == 0
-        return vae_conv.doubled(padded, kernels, self.conv.bias, is_first_single=single)
+        single = int(chunk.is_first and padded.shape[1] % 2 == 0)
+        shape = (padded.shape[0], 2 * (padded.shape[1] - 1) - single, *padded.shape[2:4], len(self.conv.bias))
+        out = chunk.scratch.take(padded, *shape)
+        vae_conv.doubled(padded, kernels, self.conv.bias, out)
+        return out
 
 
 def _channels_last(weight: Tensor) -> Tensor:
@@ -190,7 +198,7 @@ def norm_silu_pad(
     else:
         scale, shift = norm_scale * scale, torch.addcmul(shift, norm_shift, scale)
     halo = 1 if is_doubled else 2
-    padded = x.new_empty(x.shape[0], halo + x.shape[1], *x.shape[2:])
+    padded = chunk.scratch.take(x, x.shape[0], halo + x.shape[1], *x.shape[2:])
     modulate(x, scale, shift, out=padded[:, halo:])
     F.silu(padded[:, halo:], inplace=True)
     conv.fill_halo(padded, chunk, halo)
@@ -214,15 +222,17 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, *, out: Tensor | None = No
 
 
 def _modulate_boxes(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None) -> Tensor:
-    boxes = scale.shape[1:4]
+    """Modulate by boxes; whole rows of W * C stay together, which is what makes it fast."""
+    frames, height = scale.shape[1:3]
+    scale, shift = (
+        s.repeat_interleave(x.shape[3] // s.shape[3], 3)[:, :, None, :, None].flatten(5) for s in (scale, shift)
+    )  # [B, F, 1, h, 1, W*C]
 
     def split(tensor: Tensor) -> Tensor:
-        for dim, count in zip((3, 2, 1), reversed(boxes)):
-            tensor = tensor.unflatten(dim, (count, -1))
-        return tensor  # [B, F, T/F, h, H/h, w, W/w, C]
+        return tensor.flatten(3).unflatten(2, (height, -1)).unflatten(1, (frames, -1))  # [B, F, T/F, h, H/h, W*C]
 
-    result = torch.addcmul(split(shift), split(x), split(scale), out=None if out is None else split(out))
-    return result.reshape(x.shape) if out is None else out
+    result = torch.addcmul(shift, split(x), scale, out=None if out is None else split(out))
+    return result.view(x.shape) if out is None else out
 
 
 def _norm_as_affine(norm: GroupNorm, x: Tensor, *, is_doubled: bool) -> tuple[Tensor, Tensor]:

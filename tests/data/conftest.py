@@ -27,11 +27,23 @@ def numbers():
 @pytest.fixture(scope="session")
 def make_video():
     def make(
-        path: Path, num_frames: int = 12, *, height: int = 32, width: int = 48, fps: int = 8, codec: str = "libx264",
-        pix_fmt: str = "yuv420p", pts: list[int] | None = None, time_base: Fraction | None = None,
-        rotation: int | None = None, hflip: bool = False, pictures: list | None = None, aspect: Fraction | None = None,
-        options: dict | None = None, color_trc: int | None = None,
-    ) -> Path:  # fmt: skip
+        path: Path,
+        num_frames: int = 12,
+        *,
+        height: int = 32,
+        width: int = 48,
+        fps: int = 8,
+        codec: str = "libx264",
+        pix_fmt: str = "yuv420p",
+        pictures: list | None = None,
+        pts: list[int] | None = None,
+        time_base: Fraction | None = None,
+        rotation: int | None = None,
+        hflip: bool = False,
+        aspect: Fraction | None = None,
+        color_trc: int | None = None,
+        options: dict | None = None,
+    ) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(path), "w", options=options or {}) as container:
             stream = container.add_stream(codec, rate=fps)
@@ -48,7 +60,9 @@ def make_video():
                 stream.codec_context.color_trc = color_trc
             pictures = pictures or [grey(i, height, width) for i in range(num_frames)]
             for number, picture in enumerate(pictures):
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24" if picture.shape[2] == 3 else "rgba")
+                frame = av.VideoFrame.from_ndarray(
+                    picture, format="rgb24" if picture.shape[2] == 3 else "rgba"
+                )
                 frame.pts = pts[number] if pts else number
                 frame.time_base = time_base or Fraction(1, fps)
                 container.mux(stream.encode(frame))
@@ -63,7 +77,9 @@ def dataset(tmp_path, make_video):
     """Three good clips in two lists."""
     root = tmp_path / "set"
     for number in range(3):
-        make_video(root / f"videos/{number}.mp4", 9, pictures=[grey(i + 3 * number, 32, 48) for i in range(9)])
+        make_video(
+            root / f"videos/{number}.mp4", 9, pictures=[grey(i + 3 * number, 32, 48) for i in range(9)]
+        )
     (root / "prompts.txt").write_text("a first clip\na second clip\na third clip\n")
     (root / "videos.txt").write_text("videos/0.mp4\nvideos/1.mp4\nvideos/2.mp4\n")
     return root

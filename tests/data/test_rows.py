@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogvideox_factory.data.rows import read_csv, read_folder, read_jsonl, read_text, read_two_lists, split_lines
+from cogvideox_factory.data.rows import (
+    read_csv,
+    read_folder,
+    read_jsonl,
+    read_text,
+    read_two_lists,
+    split_lines,
+)
 from cogvideox_factory.errors import DataError
 
 COLUMNS = {"caption_column": "caption", "video_column": "video"}
@@ -23,7 +30,9 @@ def test_lines_survive_separators_marks_and_endings(tmp_path_factory, lines, crl
         assert split_lines(read_text(path)) == wanted
 
 
-@given(st.lists(st.tuples(line, st.text(string.ascii_letters, min_size=1, max_size=5)), min_size=1, max_size=8))
+@given(
+    st.lists(st.tuples(line, st.text(string.ascii_letters, min_size=1, max_size=5)), min_size=1, max_size=8)
+)
 @settings(max_examples=40, deadline=None)
 def test_blank_captions_never_shift_the_pairs(tmp_path_factory, pairs):
     root = tmp_path_factory.mktemp("t")

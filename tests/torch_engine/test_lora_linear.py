@@ -19,7 +19,7 @@ def layer(
     generator = torch.Generator().manual_seed(0)
     fused = LoraLinear(nn.Linear(WIDTH, 3 * WIDTH, bias=bias, dtype=dtype))
     with torch.no_grad():
-        for parameter in fused.base.parameters():
+        for parameter in (p for p in (fused.weight, fused.bias) if p is not None):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * WIDTH**-0.5)
         for adapter in adapters:
             for name in targets:
@@ -36,7 +36,7 @@ def layer(
                 part.lora_A.copy_(torch.randn(RANK, WIDTH, generator=generator))
                 if trained:
                     part.lora_B.copy_(torch.randn(WIDTH, RANK, generator=generator))
-                fused.attach(adapter, part, {})
+                fused.attach(adapter, f"attn1_to_{name}", part, {})
             fused.reset_magnitudes(adapter)
     fused.weights = dict.fromkeys(adapters, 1.0)
     return fused
@@ -51,17 +51,16 @@ def bits(tensor):
 def test_an_untrained_adapter_keeps_every_bit(dtype, targets):
     fused = layer(dtype, targets=targets, trained=False)
     x = torch.randn(2, 33, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
-    assert torch.equal(bits(fused(x)), bits(fused.base(x)))
-    fused.base.requires_grad_(False)
-    assert torch.equal(bits(fused(x.requires_grad_())), bits(fused.base(x)))
+    assert torch.equal(bits(fused(x)), bits(fused.plain()(x)))
+    assert torch.equal(bits(fused(x.requires_grad_())), bits(fused.plain()(x)))
 
 
 def test_an_untrained_adapter_keeps_the_sign_of_zero():
     fused = layer(torch.float16, trained=False, bias=False)
     with torch.no_grad():
-        fused.base.weight[::2] = -1e-7  # times 1e-4 this underflows to -0.0
+        fused.weight[::2] = -1e-7  # times 1e-4 this underflows to -0.0
     x = torch.full((1, 3, WIDTH), 1e-5, dtype=torch.float16)
-    expected = fused.base(x)
+    expected = fused.plain()(x)
     assert (expected.signbit() & (expected == 0)).any()
     assert torch.equal(bits(fused(x)), bits(expected))
 
@@ -80,7 +79,7 @@ def test_values_and_gradients_are_those_of_the_plain_formula(dtype, targets, bia
 
     exact = {name: p.detach().double().requires_grad_() for name, p in fused.named_parameters()}
     x64 = x.detach().double().requires_grad_()
-    y = F.linear(x64, exact["base.weight"], exact.get("base.bias"))
+    y = F.linear(x64, exact["weight"], exact.get("bias"))
     for adapter, weight in fused.weights.items():
         for key, part in fused.parts(adapter).items():
             a, b = (exact[f"adapters.{adapter}.{key}.lora_{half}"] for half in "AB")
@@ -103,13 +102,14 @@ def close(got, expected, dtype):
 
 def test_a_trainable_base_gets_its_gradient():
     fused = layer()
-    fused.base.requires_grad_(True)
+    fused.weight.requires_grad_(True)
+    fused.bias.requires_grad_(True)
     x = torch.randn(7, WIDTH)
     fused(x).square().sum().backward()
-    got = fused.base.weight.grad, fused.base.bias.grad
+    got = fused.weight.grad, fused.bias.grad
     fused.zero_grad()
     weight = fused.updated_weight().detach()
-    out = x @ weight.T + fused.base.bias
+    out = x @ weight.T + fused.bias
     torch.testing.assert_close(got[0], (2 * out).T @ x, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got[1], (2 * out).sum(0), rtol=1e-4, atol=1e-4)
 
@@ -128,7 +128,7 @@ def test_a_wide_activation_is_saved_once_and_nothing_wide_besides():
 def test_an_untrained_dora_is_the_base_up_to_rounding(dtype):
     fused = layer(dtype, use_dora=True, trained=False)
     x = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
-    assert close(fused(x), fused.base(x).double(), dtype)
+    assert close(fused(x), fused.plain()(x).double(), dtype)
     assert (fused._row_gain_minus_one(list(fused._active())) == 0).all()
 
 
@@ -138,13 +138,13 @@ def test_merging_is_what_the_live_adapters_do_and_is_undone_exactly(dtype, use_d
     fused = layer(dtype, use_dora=use_dora, targets="qv", adapters=("one", "two"))
     fused.weights = {"two": 0.7, "one": 1.0}
     x = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
-    before, live = fused.base.weight.clone(), fused(x)
-    assert not close(live, fused.base(x).double(), dtype)
+    before, live = fused.weight.clone(), fused(x)
+    assert not close(live, fused.plain()(x).double(), dtype)
     fused.merge()
-    assert fused.base.weight.dtype == dtype
+    assert fused.weight.dtype == dtype
     assert close(fused(x), live.double(), dtype)
     fused.unmerge()
-    assert torch.equal(bits(fused.base.weight), bits(before))
+    assert torch.equal(bits(fused.weight), bits(before))
     assert torch.equal(fused(x), live)
 
 
@@ -152,9 +152,9 @@ def test_weight_zero_and_no_adapter_are_the_base():
     for fused in (layer(), layer(use_dora=True)):
         x = torch.randn(9, WIDTH)
         fused.weights = {"default": 0.0}
-        assert torch.equal(fused(x), fused.base(x))
+        assert torch.equal(fused(x), fused.plain()(x))
         fused.weights = {}
-        assert torch.equal(fused(x), fused.base(x))
+        assert torch.equal(fused(x), fused.plain()(x))
 
 
 def test_dora_of_two_adapters_trains_through_the_weight():
@@ -169,7 +169,7 @@ def test_parameter_names_are_stable():
     names = {name for name, _ in layer(use_dora=True, targets="q").named_parameters()}
     target = "adapters.default.attn1_to_q"
     assert names == {
-        "base.weight",
-        "base.bias",
+        "weight",
+        "bias",
         *(f"{target}.{n}" for n in ("lora_A", "lora_B", "magnitude")),
     }

@@ -1,0 +1,65 @@
+"""Gradient checkpointing of one block: keep its input and make the rest again in the backward pass.
+
+- "none" keeps all that the backward pass needs (about 10 units a block, see `fused`);
+- "full" keeps 1 unit, the block's input, and runs the block's forward twice;
+- "save_attention" keeps 2, the input and the attention output (with its log-sum-exp), so that attention, the dearest part
+  of a long video, runs forward once.
+
+Two details. Attention is one operator whatever kernel runs (`attention.SAVED_OPS`), so none is missed. And the second run
+stops short of the last projection of the feed-forward, whose result nobody reads.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from cogvideox_factory.errors import FactoryError, nearest
+from cogvideox_factory.torch_engine.attention import SAVED_OPS
+from cogvideox_factory.torch_engine.feed_forward import output_unread
+
+Checkpointing = Literal["none", "full", "save_attention"]
+
+_Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
+def check_mode(mode: str) -> Checkpointing:
+    """Return `mode`.
+
+    Raises:
+        FactoryError: no such mode.
+    """
+    modes = list(get_args(Checkpointing))
+    if mode not in modes:
+        raise FactoryError(f"checkpointing={mode!r}{nearest(mode, modes)}: give {', '.join(modes)}.")
+    return mode  # pyright: ignore[reportReturnType]
+
+
+def run(mode: Checkpointing, block: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Return `block(*args)`, keeping for the backward pass what `mode` says."""
+    if mode == "none" or not torch.is_grad_enabled():
+        return block(*args)
+    contexts = _full if mode == "full" else _save_attention
+    out = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _full() -> _Contexts:
+    return nullcontext(), output_unread()
+
+
+def _save_attention() -> _Contexts:
+    first, second = create_selective_checkpoint_contexts(list(SAVED_OPS))
+    return first, _both(second, output_unread())
+
+
+@contextmanager
+def _both(one: AbstractContextManager[Any], other: AbstractContextManager[Any]):
+    with ExitStack() as stack:
+        stack.enter_context(one)
+        stack.enter_context(other)
+        yield

@@ -1,0 +1,338 @@
+"""The CogVideoX diffusion transformer (Yang et al. 2024, arXiv 2408.06072): all published variants, any size by config.
+
+Same mathematics and, at its borders, the same tensors as diffusers' `CogVideoXTransformer3DModel`; inside, one joint
+token stream instead of two that are joined and split in every block (see `block`, `fused`, `feed_forward`).
+
+```python
+model = CogVideoXTransformer.from_folder(folder / "transformer", dtype=torch.bfloat16, device="cuda")
+model.set_checkpointing("save_attention")
+positions = model.positions(latent_frames=13, latent_height=60, latent_width=90, text_length=226, ...)
+v = model(latents, prompt_embeds, timesteps, positions=positions)
+```
+
+Legend: B batch, F latent frames, C channels, H W latent height and width, N video tokens, T text tokens,
+S = T + N joint tokens, D width, E size of the time embedding, P elements of a patch.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvideox_factory import draws, weights
+from cogvideox_factory.diffusion.positions import sincos_table
+from cogvideox_factory.errors import FactoryError, UnfitError
+from cogvideox_factory.models import TransformerConfig
+from cogvideox_factory.torch_engine import checkpointing
+from cogvideox_factory.torch_engine.block import VECTORS_PER_BLOCK, Block, Modulation
+from cogvideox_factory.torch_engine.border import to_array, to_tensor
+from cogvideox_factory.torch_engine.layout import diffusers_names, num_native_tokens
+from cogvideox_factory.torch_engine.linear import Linear
+from cogvideox_factory.torch_engine.positions import Positions, make_positions
+
+__all__ = ["CogVideoXTransformer", "Positions", "diffusers_names", "make_positions"]
+
+
+class CogVideoXTransformer(nn.Module):
+    """Predicts v from noisy latents, a prompt and a time step.
+
+    Built directly, its weights are drawn (`initialize`); build it under `torch.device("meta")` to load some, as
+    `from_folder` does.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing: checkpointing.Checkpointing = "none"
+        self.patch_embed = _PatchEmbed(config)
+        self.time_embedding = _TimeEmbedding(config.width, config.time_embed_dim)
+        self.ofs_embedding = None
+        if config.ofs_embed_dim:
+            self.ofs_embedding = _TimeEmbedding(config.ofs_embed_dim, config.ofs_embed_dim)
+        self.modulation = Modulation(config)
+        self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm_final = nn.LayerNorm(
+            config.width, eps=config.norm_eps, elementwise_affine=config.norm_elementwise_affine
+        )
+        self.norm_out = _OutputNorm(config)
+        patch = config.patch_size**2 * (config.patch_size_t or 1)
+        self.proj_out = Linear(config.width, config.out_channels * patch)
+        if not self.proj_out.weight.is_meta:
+            self.initialize()
+
+    def forward(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        timesteps: Tensor,
+        *,
+        positions: Positions | None,
+        ofs: Tensor | None = None,
+    ) -> Tensor:
+        """Return the v prediction [B, F, out_channels, H, W].
+
+        Args:
+            latents: [B, F, C, H, W], in the model's dtype; the image's channels after the video's where there is one.
+            prompt_embeds: [B, T, text_embed_dim]; all rows are attended to, there is no mask.
+            timesteps: [B], any number type.
+            positions: of this shape, from `positions` or `make_positions`.
+            ofs: [1] or [B], for CogVideoX1.5-I2V only (always 2.0 there).
+
+        Raises:
+            FactoryError: positions or `ofs` that are missing or of another shape; a size the model cannot take.
+        """
+        positions = self._check(latents, prompt_embeds, positions, ofs)
+        conditioning = self._conditioning(timesteps, ofs, latents.dtype)
+        vectors = self.modulation(conditioning)
+        x = self.patch_embed(latents, prompt_embeds, positions)  # [B, S, D]
+        text = prompt_embeds.shape[1]
+        for index, block in enumerate(self.transformer_blocks):
+            own = vectors[index * VECTORS_PER_BLOCK : (index + 1) * VECTORS_PER_BLOCK]
+            x = checkpointing.run(self.checkpointing, block, x, own, positions.rotary, text)
+        x = self.norm_out(self.norm_final(x[:, text:]), conditioning)  # [B, N, D]
+        return self._unpatchify(self.proj_out(x), latents.shape)
+
+    def positions(
+        self,
+        *,
+        latent_frames: int,
+        latent_height: int,
+        latent_width: int,
+        text_length: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> Positions:
+        """Return `make_positions` for this model."""
+        return make_positions(
+            self.config, latent_frames, latent_height, latent_width, text_length, torch.device(device), dtype
+        )
+
+    def set_checkpointing(self, mode: str) -> None:
+        """Choose what a block keeps for its backward pass: "none", "full" or "save_attention" (see `checkpointing`).
+
+        Raises:
+            FactoryError: no such mode.
+        """
+        self.checkpointing = checkpointing.check_mode(mode)
+        for block in self.transformer_blocks:
+            assert isinstance(block, Block)
+            block.ff.checkpointed = mode != "none"
+
+    def _conditioning(self, timesteps: Tensor, ofs: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return the activated embedding of time (and ofs), [B, E]; it is all that the norms need to know."""
+        config = self.config
+        embedding = self.time_embedding(sinusoids(timesteps, config.width, config).to(dtype))
+        if self.ofs_embedding is not None and ofs is not None:
+            assert config.ofs_embed_dim is not None
+            embedding = embedding + self.ofs_embedding(sinusoids(ofs, config.ofs_embed_dim, config).to(dtype))
+        return F.silu(embedding)
+
+    def _unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:
+        """Return [B, F, C, H, W] of the `shape` of the latents, but with out_channels, from `tokens` [B, N, P]."""
+        batch, frames, _, height, width = shape
+        p, p_t, channels = self.config.patch_size, self.config.patch_size_t or 1, self.config.out_channels
+        x = tokens.view(batch, frames // p_t, height // p, width // p, channels, p_t, p, p)
+        return x.permute(0, 1, 5, 4, 2, 6, 3, 7).reshape(batch, frames, channels, height, width)
+
+    def _check(
+        self, latents: Tensor, prompt_embeds: Tensor, positions: Positions | None, ofs: Tensor | None
+    ) -> Positions:
+        config = self.config
+        _, frames, channels, height, width = latents.shape
+        if channels != config.in_channels:
+            kind = "image-to-video" if config.is_image_to_video else "text-to-video"
+            raise FactoryError(
+                f"latents have {channels} channels; this {kind} model takes {config.in_channels}"
+                f"{', half of them the image' if config.is_image_to_video else ''}. Check model and task."
+            )
+        if config.patch_size_t is not None and frames % config.patch_size_t:
+            raise FactoryError(
+                f"{frames} latent frames; this model cuts time into patches of {config.patch_size_t}. "
+                "Pad one frame in front (diffusion.frames.latent_frames_for_model), or choose 16k + 5 or 16k + 13 frames."
+            )
+        if (ofs is None) != (config.ofs_embed_dim is None):
+            raise FactoryError(
+                "this model needs ofs (a tensor [1] of 2.0)."
+                if ofs is None
+                else "ofs given, but only CogVideoX1.5-I2V takes it; leave it out."
+            )
+        if positions is None:
+            raise FactoryError(
+                "positions=None: without positions this model draws noise. Pass model.positions(...) of the shape."
+            )
+        p, p_t = config.patch_size, config.patch_size_t or 1
+        tokens, text = frames // p_t * (height // p) * (width // p), prompt_embeds.shape[1]
+        if (positions.num_video_tokens, positions.text_length) != (tokens, text):
+            raise FactoryError(
+                f"positions are of {positions.text_length} text and {positions.num_video_tokens} video tokens, the input "
+                f"has {text} and {tokens}. Make them for latents {frames}x{height}x{width}."
+            )
+        return positions
+
+    @torch.no_grad()
+    def initialize(self, seed: int = 0) -> None:
+        """Draw all weights anew from `seed`, the same on every engine and device.
+
+        Linears are normal with variance 1 / inputs; norms are 1 and biases 0. Two exceptions: gates start at
+        1 / sqrt(2 num_layers), so that the stream keeps its size through any depth, with small shifts, scales and
+        time dependence around that; and the last projection is a fifth of its usual size, so that the first
+        predictions are near the mean, 0. Neither is zero, as in DiT: a LoRA on drawn weights must have something to turn.
+        """
+        config = self.config
+        own = self.state_dict()
+        for name, slot in diffusers_names(config).items():
+            target = own[slot.name][slot.start : slot.stop]
+            if name.endswith("pos_embedding"):
+                native = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+                target.zero_()
+                table = sincos_table(config, native, config.sample_height, config.sample_width)
+                target[0, config.max_text_seq_length :] = to_tensor(table).to(target)
+            elif len(slot.shape) == 1:
+                target.fill_(1.0 if "norm" in name.split(".")[-2] and name.endswith("weight") else 0.0)
+                if ".linear.bias" in name and name.startswith("transformer_blocks"):  # shift, scale, gate; twice
+                    target.view(2, 3, config.width)[:, 2] = (2 * config.num_layers) ** -0.5
+            else:
+                size = {"proj_out.weight": 0.2}.get(name, 0.1 if ".linear.weight" in name else 1.0)
+                drawn = draws.normal(seed, "initial weight", name, shape=slot.shape)
+                target.copy_(to_tensor(drawn).reshape(target.shape) * (size * math.prod(slot.shape[1:]) ** -0.5))
+
+    def load_arrays(self, arrays: Iterable[tuple[str, np.ndarray]], *, strict: bool = True) -> None:
+        """Copy arrays under their diffusers names into the model, one at a time, in the model's dtype.
+
+        Args:
+            arrays: (name, array) pairs; a generator is read once and never held.
+            strict: every tensor of the model must come.
+
+        Raises:
+            UnfitError: names that are missing, unknown or double, or shapes that differ; the model is then unusable.
+        """
+        own, slots = self.state_dict(), diffusers_names(self.config)
+        missing, wrong = dict.fromkeys(slots), []
+        for name, array in arrays:
+            slot = slots.get(name)
+            if slot is None:
+                wrong.append(f"{name} is not in this model")
+            elif tuple(array.shape) != slot.shape:
+                wrong.append(f"{name} is {list(array.shape)}, expected {list(slot.shape)}")
+            elif name not in missing:
+                wrong.append(f"{name} comes twice")
+            else:
+                target = own[slot.name][slot.start : slot.stop]
+                target.copy_(to_tensor(array).reshape(target.shape))
+            missing.pop(name, None)
+        if strict:
+            wrong += [f"{name} is missing" for name in missing]
+        if wrong:
+            raise UnfitError(
+                f"these weights do not fit the model of their config in {len(wrong)} places: {'; '.join(wrong[:5])}"
+                f"{'; …' if len(wrong) > 5 else ''}. Weights and config.json must be of one model."
+            )
+
+    def iterate_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (diffusers name, array) of all weights; on a CPU they share the model's memory."""
+        own = self.state_dict()
+        for name, slot in diffusers_names(self.config).items():
+            yield name, to_array(own[slot.name][slot.start : slot.stop]).reshape(slot.shape)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return `iterate_arrays` as a dict."""
+        return dict(self.iterate_arrays())
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Load a `transformer` folder in the diffusers layout; no more than one tensor is held twice.
+
+        Raises:
+            MissingError, UnfitError: no weights, damaged ones, or ones of another shape than the config's.
+        """
+        folder = Path(folder)
+        config = TransformerConfig.from_folder(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        model = model.to(dtype).to_empty(device=device)
+        model.load_arrays(weights.iterate_tensors(folder, weights.MODEL_STEM))
+        return model
+
+    def save(self, folder: Path | str) -> None:
+        """Write config and weights so that diffusers and `from_folder` load them; complete or not at all.
+
+        Raises:
+            StorageError: the disk is full, read-only or failing.
+        """
+        weights.save_folder(
+            Path(folder), self.iterate_arrays(), config=self.config.to_dict(), stem=weights.MODEL_STEM
+        )
+
+
+class _PatchEmbed(nn.Module):
+    """Cuts latents into patches and joins their tokens behind the text's."""
+
+    pos_embedding: Tensor
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.patch_size, self.patch_size_t = config.patch_size, config.patch_size_t or 1
+        patch = config.in_channels * config.patch_size**2 * self.patch_size_t
+        # In 1.5 files `patch_bias` is false and yet there is a bias.
+        self.proj = Linear(patch, config.width, bias=config.patch_bias or config.patch_size_t is not None)
+        self.text_proj = Linear(config.text_embed_dim, config.width)
+        if config.use_learned_positional_embeddings:
+            tokens = config.max_text_seq_length + num_native_tokens(config)
+            self.register_buffer("pos_embedding", torch.empty(1, tokens, config.width))
+
+    def forward(self, latents: Tensor, prompt_embeds: Tensor, positions: Positions) -> Tensor:
+        """Return [B, S, D] from `latents` [B, F, C, H, W] and `prompt_embeds` [B, T, text_embed_dim]."""
+        batch, frames, channels, height, width = latents.shape
+        p, p_t = self.patch_size, self.patch_size_t
+        x = latents.reshape(batch, frames // p_t, p_t, channels, height // p, p, width // p, p)
+        x = x.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(1, 3)  # [B, N, C * p_t * p * p]
+        x = self.proj(x)
+        if positions.added is not None:
+            x = x + positions.added
+        x = torch.cat([self.text_proj(prompt_embeds), x], dim=1)  # [B, S, D]
+        return x + self.pos_embedding if positions.learned else x
+
+
+class _TimeEmbedding(nn.Module):
+    """Two Linears with SiLU between."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.linear_1 = Linear(in_features, out_features)
+        self.linear_2 = Linear(out_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, in] to [B, out]."""
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class _OutputNorm(nn.Module):
+    """The last adaptive norm, over video tokens only; it has no gate."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.linear = Linear(config.time_embed_dim, 2 * config.width)
+        self.norm = nn.LayerNorm(
+            config.width, eps=config.norm_eps, elementwise_affine=config.norm_elementwise_affine
+        )
+
+    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        """Return `x` [B, N, D] normalised, scaled and shifted by what `conditioning` [B, E] says."""
+        shift, scale = self.linear(conditioning).unsqueeze(1).chunk(2, dim=-1)  # each [B, 1, D]
+        return torch.addcmul(shift, self.norm(x), 1 + scale)
+
+
+def sinusoids(values: Tensor, dim: int, config: TransformerConfig) -> Tensor:
+    """Return sines and cosines of `values` [B] at `dim` / 2 frequencies from 1 down to 1 / 10,000: float32 [B, dim]."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / (half - config.freq_shift)
+    angles = values[:, None].float() * torch.exp(exponents * -math.log(10_000))  # [B, dim / 2]
+    parts = (angles.cos(), angles.sin()) if config.flip_sin_to_cos else (angles.sin(), angles.cos())
+    return torch.cat(parts, dim=-1)
