@@ -47,14 +47,20 @@ def interleave(
 ) -> Ratio:
     """Return the ratio of the two, after one unmeasured run of each."""
     torch.set_num_threads(2)
-    baseline(), ours()
+    baseline()
+    ours()
     ratios = []
     for index in range(num_rounds):
         order = (baseline, ours) if index % 2 == 0 else (ours, baseline)
         seconds = {function: _seconds(function) for function in order}
         ratios.append(seconds[baseline] / seconds[ours])
     return Ratio(
-        name=name, median=statistics.median(ratios), low=min(ratios), high=max(ratios), target=target, note=note
+        name=name,
+        median=statistics.median(ratios),
+        low=min(ratios),
+        high=max(ratios),
+        target=target,
+        note=note,
     )
 
 

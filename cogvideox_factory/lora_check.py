@@ -12,9 +12,7 @@ from cogvideox_factory.lora_files import LoraFile
 from cogvideox_factory.models import LARGER, PUBLISHED
 
 
-def check_lora(
-    file: LoraFile, module_shapes: Mapping[str, tuple[int, ...]], *, allow_partial: bool = False
-) -> int:
+def check_lora(file: LoraFile, module_shapes: Mapping[str, tuple[int, ...]], *, allow_partial: bool = False) -> int:
     """Check that a LoRA fits a model and return how many modules it adapts (all of them: say "loaded n/n").
 
     `module_shapes` has the weight shape [out, in] of every linear layer by its diffusers name. Every tensor
@@ -28,9 +26,7 @@ def check_lora(
     strays = [name for module in file.modules for name in _strays(file, module, module_shapes)]
     if not strays and not allow_partial:
         wanted = [module for module in module_shapes if _is_target(module, file.target_modules)]
-        strays = [
-            f"{module}: not in the LoRA" for module in wanted if f"{module}.lora_A.weight" not in file.arrays
-        ]
+        strays = [f"{module}: not in the LoRA" for module in wanted if f"{module}.lora_A.weight" not in file.arrays]
     if strays:
         more = f" and {len(strays) - 5} more" if len(strays) > 5 else ""
         raise UnfitError(

@@ -102,9 +102,7 @@ def save_lora(
         "use_rslora": use_rslora,
         "use_dora": use_dora,
     }
-    text = json.dumps(
-        {f"transformer.{key}": value for key, value in config.items()}, indent=2, sort_keys=True
-    )
+    text = json.dumps({f"transformer.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
     with publish_file(path) as temporary:
         prefixed = {f"transformer.{name}": array for name, array in arrays.items()}
         save_tensors(temporary, prefixed, metadata={"lora_adapter_metadata": text})
@@ -121,13 +119,9 @@ def load_lora(path: Path) -> LoraFile:
     path = Path(path)
     path = path / LORA_FILE_NAME if path.is_dir() else path
     if path.suffix in (".bin", ".pt", ".ckpt", ".pth"):
-        raise MissingError(
-            f"{path} is pickled, which can run code when it is opened. Convert it to safetensors first."
-        )
+        raise MissingError(f"{path} is pickled, which can run code when it is opened. Convert it to safetensors first.")
     if not path.is_file():
-        raise MissingError(
-            f"LoRA {path} does not exist. Give the .safetensors file or the folder it lies in."
-        )
+        raise MissingError(f"LoRA {path} does not exist. Give the .safetensors file or the folder it lies in.")
     with open_tensors(path) as file:
         config = _read_header(file.metadata, str(path))
         arrays, alphas = _canonical({name: file.read(name) for name in file.names}, str(path))
@@ -211,9 +205,7 @@ def _canonical(arrays: dict[str, np.ndarray], source: str) -> tuple[dict[str, np
             strays.append(key)
             continue
         if name in result:
-            raise UnfitError(
-                f"{source}: two tensors mean {name!r} ({key!r} is the second). Keep one adapter per file."
-            )
+            raise UnfitError(f"{source}: two tensors mean {name!r} ({key!r} is the second). Keep one adapter per file.")
         result[name] = array
     if strays:
         raise UnfitError(
@@ -241,8 +233,7 @@ def _check_header(
         said = int(_of_pattern(config, "rank_pattern", "r", module))
         if said != rank:
             raise UnfitError(
-                f"{source}: its header gives {module} rank {said}, its tensors have rank {rank}. "
-                "Export the LoRA again."
+                f"{source}: its header gives {module} rank {said}, its tensors have rank {rank}. Export the LoRA again."
             )
     dora = _has_magnitudes(arrays)
     if bool(config.get("use_dora", dora)) != dora:

@@ -29,8 +29,8 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Record `values` (numbers, or lists and strings that only the JSONL row keeps) for `step`."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         self._file.write(json.dumps({"step": step, **{k: _finite(v) for k, v in values.items()}}) + "\n")
         self._file.flush()

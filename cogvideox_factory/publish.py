@@ -100,9 +100,7 @@ def publish_folder(target: Path) -> Iterator[Path]:
     """
     target = Path(target)
     if target.exists():
-        raise StorageError(
-            f"{target} exists already; it is never overwritten. Remove it or choose another name."
-        )
+        raise StorageError(f"{target} exists already; it is never overwritten. Remove it or choose another name.")
     temporary = _temporary(target)
     try:
         temporary.mkdir(parents=True)
@@ -225,9 +223,7 @@ def require_room(folder: Path, num_bytes: int, *, what: str) -> None:
     """
     parent = existing_parent(folder)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise StorageError(
-            f"{folder} cannot be written ({parent} is read-only or no folder). Choose another folder."
-        )
+        raise StorageError(f"{folder} cannot be written ({parent} is read-only or no folder). Choose another folder.")
     free = shutil.disk_usage(parent).free
     if free < 1.1 * num_bytes:
         raise StorageError(

@@ -60,10 +60,12 @@ for _tag, _pattern, _first in (
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^{_pattern}$"), list(_first))
 _Loader.add_constructor(
-    "tag:yaml.org,2002:float", lambda loader, node: float(loader.construct_scalar(node))  # type: ignore[arg-type]
+    "tag:yaml.org,2002:float",
+    lambda loader, node: float(loader.construct_scalar(node)),  # type: ignore[arg-type]
 )
 _Loader.add_constructor(
-    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node))  # type: ignore[arg-type]
+    "tag:yaml.org,2002:int",
+    lambda loader, node: int(loader.construct_scalar(node)),  # type: ignore[arg-type]
 )
 
 

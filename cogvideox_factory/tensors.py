@@ -92,15 +92,11 @@ def _what_it_is(start: bytes, size: int) -> str:
     if start[8:9] == b"{" and header > size - 8:
         return f"it is cut off ({size} bytes, the header alone says {header}). Download or export it again."
     if start[8:9] == b"{":
-        return (
-            f"it is damaged or cut off ({size} bytes do not match its header). Download or export it again."
-        )
+        return f"it is damaged or cut off ({size} bytes do not match its header). Download or export it again."
     return "it is no safetensors file. Download or export it again."
 
 
-def save_tensors(
-    path: Path, arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tensors(path: Path, arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file in place; publish it through `publish_file` or `publish_folder`.
 
     The header says `format: pt` unless `metadata` says otherwise: readers refuse a file that does not name

@@ -63,9 +63,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UnfitError(f"{path} is not valid JSON: {error}. Download or export the model again.") from error
     if not isinstance(values, dict):
-        raise UnfitError(
-            f"{path} holds a {type(values).__name__}, not a JSON object. Download the model again."
-        )
+        raise UnfitError(f"{path} holds a {type(values).__name__}, not a JSON object. Download the model again.")
     return values
 
 
@@ -79,9 +77,7 @@ def find_weight_files(folder: Path, stem: str = MODEL_STEM) -> list[Path]:
     folder = Path(folder)
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
     if index.is_file() and single.is_file():
-        raise UnfitError(
-            f"{folder} holds two sets of weights, {single.name} and {index.name}. Remove one of them."
-        )
+        raise UnfitError(f"{folder} holds two sets of weights, {single.name} and {index.name}. Remove one of them.")
     if index.is_file():
         return sorted(set(_weight_map(index).values()))
     if single.is_file():
@@ -95,11 +91,7 @@ def find_weight_files(folder: Path, stem: str = MODEL_STEM) -> list[Path]:
     others = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))[:5])
     raise MissingError(
         f"{folder} holds neither {single.name} nor {index.name}"
-        + (
-            f"; it holds {others}. Rename or convert what you want to load."
-            if others
-            else ". Check the path."
-        )
+        + (f"; it holds {others}. Rename or convert what you want to load." if others else ". Check the path.")
     )
 
 
@@ -135,9 +127,7 @@ def iterate_tensors(folder: Path, stem: str = MODEL_STEM) -> Iterator[tuple[str,
         with open_tensors(path) as file:
             for name in file.names:
                 if name in seen:
-                    raise UnfitError(
-                        f"{path}: tensor {name!r} is in an earlier shard too. Export the model again."
-                    )
+                    raise UnfitError(f"{path}: tensor {name!r} is in an earlier shard too. Export the model again.")
                 seen.add(name)
                 yield name, file.read(name)
     if promised is not None and seen != promised:
@@ -184,9 +174,7 @@ def save_folder(
         (fresh / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _write_shards(
-    folder: Path, pairs: Iterable[tuple[str, np.ndarray]], stem: str, max_shard_bytes: int
-) -> None:
+def _write_shards(folder: Path, pairs: Iterable[tuple[str, np.ndarray]], stem: str, max_shard_bytes: int) -> None:
     shards: list[list[str]] = []
     waiting: dict[str, np.ndarray] = {}
     seen: set[str] = set()
@@ -239,8 +227,7 @@ def resolve_model(
     if local.exists() or not _HUB_ID.fullmatch(name) or name.startswith("."):
         what = "is a file, not a model folder" if local.exists() else "does not exist"
         raise MissingError(
-            f"model {name!r} {what}. Give a folder in the diffusers layout, "
-            "or a hub id such as THUDM/CogVideoX-5b."
+            f"model {name!r} {what}. Give a folder in the diffusers layout, or a hub id such as THUDM/CogVideoX-5b."
         )
     return _from_hub(name, revision, tuple(subfolders))
 
@@ -263,11 +250,8 @@ def _from_hub(hub_id: str, revision: str | None, subfolders: tuple[str, ...]) ->
     except (OSError, ValueError, *network_errors) as error:  # not there, gated, offline, no such revision
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MissingError(
-            f"model {hub_id!r} is no local folder and could not be had from the Hugging Face hub: "
-            f"{reason} {way_out}"
+            f"model {hub_id!r} is no local folder and could not be had from the Hugging Face hub: {reason} {way_out}"
         ) from error
     if absent := [name for name in subfolders if not (folder / name).is_dir()]:
-        raise MissingError(
-            f"model {hub_id!r} in {folder} lacks {', '.join(absent)}: an unfinished download? {way_out}"
-        )
+        raise MissingError(f"model {hub_id!r} in {folder} lacks {', '.join(absent)}: an unfinished download? {way_out}")
     return folder

@@ -1,10 +1,14 @@
 """Fixtures for every room: tiny model folders, built once a session."""
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+# Tiny shapes gain nothing from threads and lose much when processes share the cores. Set before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from cogvideox_factory.tiny.build import build_tiny_model
 

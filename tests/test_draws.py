@@ -17,12 +17,8 @@ PINNED = np.array(
 )
 PINNED_INTEGERS = [540, 473, 138, 358]
 
-coordinate = st.one_of(
-    st.integers(-(2**63), 2**63 - 1), st.text(st.characters(exclude_characters="\x1f"), max_size=8)
-)
-place = st.tuples(
-    st.integers(0, 2**63), st.text("abc.", max_size=4), st.lists(coordinate, max_size=3).map(tuple)
-)
+coordinate = st.one_of(st.integers(-(2**63), 2**63 - 1), st.text(st.characters(exclude_characters="\x1f"), max_size=8))
+place = st.tuples(st.integers(0, 2**63), st.text("abc.", max_size=4), st.lists(coordinate, max_size=3).map(tuple))
 
 
 def first(seed, purpose, *coordinates):

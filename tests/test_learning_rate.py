@@ -14,9 +14,7 @@ def rates(schedule: str, num_steps: int = 100, warmup_steps: int = 10, **rest) -
     ]
 
 
-@given(
-    st.sampled_from(SCHEDULES), st.integers(1, 50), st.integers(0, 20), st.integers(1, 4), st.floats(0.3, 3.0)
-)
+@given(st.sampled_from(SCHEDULES), st.integers(1, 50), st.integers(0, 20), st.integers(1, 4), st.floats(0.3, 3.0))
 def test_stays_between_zero_and_peak_and_reaches_peak(schedule, extra, warmup, cycles, power):
     values = rates(schedule, warmup + extra, warmup, num_cycles=cycles, power=power)
     assert all(0 <= v <= 2.0 for v in values)

@@ -90,9 +90,7 @@ def test_half_a_pair(tmp_path, part):
 
 def test_ranks_of_a_pair_differ(tmp_path):
     name = "transformer_blocks.1.attn1.to_q.lora_B.weight"
-    file = lora(
-        tmp_path, 2, 32, change=lambda arrays: arrays.update({name: np.zeros((32, 8), dtype=np.float32)})
-    )
+    file = lora(tmp_path, 2, 32, change=lambda arrays: arrays.update({name: np.zeros((32, 8), dtype=np.float32)}))
     with pytest.raises(UnfitError, match=r"to_q: lora_B is \[32, 8\], the model needs \[32, 4\]"):
         check_lora(file, model(2, 32))
 
@@ -132,9 +130,7 @@ def test_targets_by_pattern(tmp_path):
 def test_another_kind_of_model(tmp_path):
     def rename(arrays):
         for name in list(arrays):
-            arrays[name.replace("transformer_blocks", "unet.blocks").replace("attn1", "attn2")] = arrays.pop(
-                name
-            )
+            arrays[name.replace("transformer_blocks", "unet.blocks").replace("attn1", "attn2")] = arrays.pop(name)
 
     with pytest.raises(UnfitError, match="another kind of model"):
         check_lora(lora(tmp_path, 2, 32, change=rename), model(2, 32))
@@ -143,8 +139,6 @@ def test_another_kind_of_model(tmp_path):
 def test_convolution_of_a_lora_is_no_pair(tmp_path):
     """A tensor of other dimensions is a mismatch, not a crash."""
     name = "transformer_blocks.1.attn1.to_q.lora_A.weight"
-    file = lora(
-        tmp_path, 2, 32, change=lambda arrays: arrays.update({name: np.zeros((4, 32, 1), dtype=np.float32)})
-    )
+    file = lora(tmp_path, 2, 32, change=lambda arrays: arrays.update({name: np.zeros((4, 32, 1), dtype=np.float32)}))
     with pytest.raises(UnfitError, match=r"lora_A is \[4, 32, 1\]"):
         check_lora(file, model(2, 32))

@@ -50,9 +50,7 @@ def tiny_transformer():
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_round_trip(tmp_path, dora, rslora, rank, alpha, dtype):
     arrays = lora_arrays(rank, dora=dora, dtype=dtype)
-    path = save_lora(
-        tmp_path, arrays, rank=rank, alpha=alpha, target_modules=TARGETS, use_rslora=rslora, use_dora=dora
-    )
+    path = save_lora(tmp_path, arrays, rank=rank, alpha=alpha, target_modules=TARGETS, use_rslora=rslora, use_dora=dora)
     assert path == tmp_path / LORA_FILE_NAME
     file = load_lora(tmp_path)
     assert_same(file.arrays, arrays)
@@ -119,9 +117,7 @@ def test_we_load_theirs_with_the_same_scale(tmp_path, how, settings):
     from diffusers.training_utils import _collate_lora_metadata
     from peft import LoraConfig, get_peft_model_state_dict
 
-    transformer.add_adapter(
-        LoraConfig(r=4, init_lora_weights=False, target_modules=list(TARGETS), **settings)
-    )
+    transformer.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=list(TARGETS), **settings))
     if how == "adapter":
         transformer.save_lora_adapter(tmp_path)
     else:
@@ -133,9 +129,7 @@ def test_we_load_theirs_with_the_same_scale(tmp_path, how, settings):
     assert file.use_dora == settings.get("use_dora", False)
     for module in MODULES:
         layer = transformer.get_submodule(module)
-        np.testing.assert_array_equal(
-            file.arrays[f"{module}.lora_A.weight"], layer.lora_A.default.weight.detach()
-        )
+        np.testing.assert_array_equal(file.arrays[f"{module}.lora_A.weight"], layer.lora_A.default.weight.detach())
         expected = 1.0 if how == "pipeline without metadata" else layer.scaling["default"]
         assert file.scaling(module) == pytest.approx(expected)
     assert sorted(file.target_modules) == sorted(
@@ -166,9 +160,7 @@ def test_without_header_alpha_is_rank_module_by_module(tmp_path):
     assert file.rank_pattern == {MODULES[0]: 16}
 
 
-@pytest.mark.parametrize(
-    "down_up", [("lora_down", "lora_up"), ("lora.down", "lora.up"), ("lora_A.x", "lora_B.x")]
-)
+@pytest.mark.parametrize("down_up", [("lora_down", "lora_up"), ("lora.down", "lora.up"), ("lora_A.x", "lora_B.x")])
 def test_other_spellings(tmp_path, down_up):
     arrays = {}
     for name, array in lora_arrays().items():
@@ -218,9 +210,7 @@ def test_partial_layers_are_targets_by_full_name(tmp_path):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_baked_adds_the_same_at_scale_one(tmp_path, rslora):
     ranks = {MODULES[1]: 8}
-    path = save_lora(
-        tmp_path, lora_arrays(4, ranks=ranks), rank=4, alpha=2, target_modules=TARGETS, use_rslora=rslora
-    )
+    path = save_lora(tmp_path, lora_arrays(4, ranks=ranks), rank=4, alpha=2, target_modules=TARGETS, use_rslora=rslora)
     file = load_lora(path)
     baked = bake_lora(file)
     save_lora(tmp_path / "baked", baked.arrays, rank=baked.rank, alpha=baked.alpha, target_modules=TARGETS,
@@ -253,14 +243,10 @@ def test_absent_and_pickled(tmp_path):
 
 def test_not_a_lora(tmp_path):
     arrays = {f"layer.{i}.weight": np.zeros(2) for i in range(7)}
-    with pytest.raises(
-        UnfitError, match=r"7 of 7 tensors belong to no LoRA .*layer\.0\.weight, .*full model"
-    ):
+    with pytest.raises(UnfitError, match=r"7 of 7 tensors belong to no LoRA .*layer\.0\.weight, .*full model"):
         load_lora(write(tmp_path / "x.safetensors", arrays))
     with pytest.raises(UnfitError, match="text_encoder"):
-        load_lora(
-            write(tmp_path / "x.safetensors", lora_arrays() | {"text_encoder.q.dora_scale": np.zeros(2)})
-        )
+        load_lora(write(tmp_path / "x.safetensors", lora_arrays() | {"text_encoder.q.dora_scale": np.zeros(2)}))
     with pytest.raises(UnfitError, match="holds no tensors"):
         load_lora(write(tmp_path / "x.safetensors", {}))
 

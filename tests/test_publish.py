@@ -96,9 +96,7 @@ def test_parent_is_a_file(tmp_path):
             pass
 
 
-@pytest.mark.parametrize(
-    "error", [FileNotFoundError(errno.ENOENT, "gone", "/clips/a.mp4"), ConnectionResetError("x")]
-)
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "gone", "/clips/a.mp4"), ConnectionResetError("x")])
 @pytest.mark.parametrize("publisher", [publish_file, publish_folder])
 def test_other_failures_of_the_block_stay_what_they_are(tmp_path, error, publisher):
     """A source that cannot be read is not a target that cannot be written."""
@@ -207,9 +205,7 @@ def test_killed_writer_leaves_only_a_temporary(tmp_path):
         "with publish_folder(root / 'folder') as f, publish_file(root / 'file') as t:\n"
         "    (f / 'a').write_text('x'); t.write_text('x'); print('ready', flush=True); time.sleep(60)\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         assert sweep(tmp_path) == 0  # the owner lives
@@ -229,9 +225,7 @@ def test_sweep_leaves_others_alone(tmp_path):
     ]  # fmt: skip
     for name in keep:
         (tmp_path / name).write_text("x")
-    dead = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
-    )
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     (tmp_path / f".tmp-{host}-{int(dead.stdout)}-00-theirs").mkdir()
     assert sweep(tmp_path) == 1
     assert names(tmp_path) == sorted(keep)

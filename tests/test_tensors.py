@@ -82,9 +82,7 @@ def test_one_tensor_in_memory_at_a_time(tmp_path):
         "with open_tensors(sys.argv[1]) as f:\n    for n in f.names: f.read(n).sum()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "x"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x"], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 60 * 1024  # KiB; one or two tensors
 
 

@@ -244,9 +244,7 @@ def test_diffusers_folder_there_and_back(tmp_path, variant, dtype, shard_size):
         config=config.to_dict(),
         max_shard_bytes=limit,
     )
-    again = diffusers.CogVideoXTransformer3DModel.from_pretrained(
-        tmp_path / "ours", torch_dtype=getattr(torch, dtype)
-    )
+    again = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "ours", torch_dtype=getattr(torch, dtype))
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, state[name]), name
 
@@ -296,9 +294,7 @@ def test_hub_is_asked_for_data_only(tmp_path, monkeypatch):
     assert asked["hub_id"] == "THUDM/CogVideoX-5b"
     assert "transformer/*.safetensors" in asked["allow_patterns"]
     assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in asked["allow_patterns"])
-    with pytest.raises(
-        MissingError, match=r"lacks text_encoder, tokenizer, scheduler: an unfinished download\?"
-    ):
+    with pytest.raises(MissingError, match=r"lacks text_encoder, tokenizer, scheduler: an unfinished download\?"):
         resolve_model("THUDM/CogVideoX-5b")
 
 
@@ -316,7 +312,5 @@ def test_hub_errors_of_every_kind(monkeypatch):
             raise error
 
         monkeypatch.setattr(hub, "snapshot_download", fail)
-        with pytest.raises(
-            MissingError, match=r"could not be had .*: (not cached|refused|no route) On a machine"
-        ):
+        with pytest.raises(MissingError, match=r"could not be had .*: (not cached|refused|no route) On a machine"):
             resolve_model("THUDM/CogVideoX-5b")

@@ -9,7 +9,10 @@ DESCRIPTION = """Make one video a prompt, with the model as published, with LoRA
 def run(argv: list[str]) -> None:
     """Parse and generate."""
     config = parse(
-        "generate", argv, sections=("task", "model", "text", "sampling", "generate", "run"), description=DESCRIPTION
+        "generate",
+        argv,
+        sections=("task", "model", "text", "sampling", "generate", "run"),
+        description=DESCRIPTION,
     )
     from cogvideox_factory.torch_engine import generate
 

@@ -127,9 +127,7 @@ class Cache:
         """
         assert prompt_embeds.shape[:-1] == (self.settings.text.max_sequence_length,), prompt_embeds.shape
         metadata = {"content": _text_hash(caption), "layout": "SE", "fingerprint": self._text}
-        self._write(
-            self.caption_file(caption), {"prompt_embeds": prompt_embeds}, metadata, f"caption {caption!r}"
-        )
+        self._write(self.caption_file(caption), {"prompt_embeds": prompt_embeds}, metadata, f"caption {caption!r}")
 
     def _write(self, file: str, arrays: dict[str, np.ndarray], metadata: dict[str, str], name: str) -> None:
         halves = {key: value.astype(_BFLOAT16) for key, value in arrays.items()}
@@ -152,9 +150,7 @@ class Cache:
         with _lock(self.folder, exclusive=True):
             rows = [self._row(clip) for clip in manifest.clips]
             text = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
-            text = text.encode(
-                "utf-8", "backslashreplace"
-            ).decode()  # half a surrogate pair becomes its JSON escape
+            text = text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair becomes its JSON escape
             empty = self.caption_file(EMPTY_CAPTION)
             described = self.settings.to_json() | {
                 "total": len(rows),
@@ -163,9 +159,7 @@ class Cache:
                 "clips": {"file": "clips.jsonl", "sha256": _text_hash(text)},
             }
             publish_text(self.folder / "clips.jsonl", text)
-            publish_text(
-                self.folder / "cache.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n"
-            )
+            publish_text(self.folder / "cache.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n")
             return _read_index(self.folder, "cogvideox prepare")
 
     def _row(self, clip: Clip) -> dict[str, Any]:
@@ -244,13 +238,21 @@ def open_cache(
         require_match(folder, index.recorded, wanted, command=command)
     problems = _problems(index, full=False, num_workers=num_workers)
     if problems:
-        shown = "\n  ".join(
-            problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        )
-        raise UnfitError(
-            f"the cache {folder} has {len(problems)} bad entries; run `{command}` again:\n  {shown}"
-        )
+        shown = "\n  ".join(problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else []))
+        raise UnfitError(f"the cache {folder} has {len(problems)} bad entries; run `{command}` again:\n  {shown}")
     return index
+
+
+def recorded_dtype(folder: Path) -> str | None:
+    """Return the arithmetic a cache's encoders ran in, or None where there is no finished cache.
+
+    Raises:
+        UnfitError: a damaged `cache.json`.
+    """
+    path = Path(folder) / "cache.json"
+    if not path.is_file():
+        return None
+    return _read_json(path, "cogvideox prepare").get("video", {}).get("settings", {}).get("dtype")
 
 
 def verify_cache(folder: Path, *, num_workers: int = 4) -> list[str]:
@@ -286,17 +288,13 @@ class _Check:
         except UnfitError as error:
             return str(error)
         if header.checksum != checksum or not _belongs(header, file):
-            return (
-                f"{path} is not the entry that was listed: its checksum differs. Remove it and prepare again."
-            )
+            return f"{path} is not the entry that was listed: its checksum differs. Remove it and prepare again."
         return None
 
 
 def _read_json(path: Path, command: str) -> dict[str, Any]:
     if not path.is_file():
-        raise UnfitError(
-            f"{path.parent} is no finished cache: {path.name} is not there. Run `{command}` first."
-        )
+        raise UnfitError(f"{path.parent} is no finished cache: {path.name} is not there. Run `{command}` first.")
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(described, dict)
@@ -309,9 +307,7 @@ def _read_rows(folder: Path, described: dict[str, Any], command: str) -> list[di
     path = folder / "clips.jsonl"
     text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
     if _text_hash(text) != described.get("clips", {}).get("sha256"):
-        raise UnfitError(
-            f"{path} does not belong to cache.json: prepare was interrupted. Run `{command}` again."
-        )
+        raise UnfitError(f"{path} does not belong to cache.json: prepare was interrupted. Run `{command}` again.")
     return [json.loads(line) for line in text.split("\n") if line]
 
 

@@ -171,9 +171,7 @@ def _packets(
             if len(stamps) > limits.max_frames:
                 raise ClipError("video.too_long", f"{path.name} has more than {limits.max_frames} frames")
     except av.error.FFmpegError as error:
-        raise ClipError(
-            "video.corrupt", f"{path.name} is damaged near frame {len(stamps) + 1} ({error})"
-        ) from error
+        raise ClipError("video.corrupt", f"{path.name} is damaged near frame {len(stamps) + 1} ({error})") from error
     if frame is None or frame.is_corrupt or not stamps:
         raise ClipError("video.corrupt", f"{path.name}: its first frame cannot be decoded")
     return stamps, durations, frame
@@ -208,9 +206,7 @@ def _describe(
 ) -> VideoInfo:
     if frame.color_trc in _HDR_TRANSFERS:
         name = _HDR_TRANSFERS[frame.color_trc]
-        raise ClipError(
-            "video.hdr", f"{path.name} is HDR ({name}) and would look washed out; convert it to SDR first"
-        )
+        raise ClipError("video.hdr", f"{path.name} is HDR ({name}) and would look washed out; convert it to SDR first")
     rotation, mirrored = orientation(frame, path.name)
     aspect = float(stream.sample_aspect_ratio or 1)
     size = (round(frame.width * aspect), frame.height)
@@ -253,9 +249,7 @@ def orientation(frame: VideoFrame, name: str) -> tuple[int, bool]:
         angle = float(np.degrees(np.arctan2(-b, a)))
     turns = round(angle / 90)
     if abs(angle - 90 * turns) > 1:
-        raise ClipError(
-            "video.rotation", f"{name} is to be shown turned by {angle:.0f} degrees; turn it upright first"
-        )
+        raise ClipError("video.rotation", f"{name} is to be shown turned by {angle:.0f} degrees; turn it upright first")
     return turns % 4 * 90, mirrored
 
 

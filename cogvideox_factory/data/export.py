@@ -18,9 +18,7 @@ log = logging.getLogger(__name__)
 # swscale averages chroma over 2 x 2 pixels, so it sits in their centre; decoders assume the left edge if
 # not told (worth 1.6 dB on a real clip and 2.8 dB on a gradient).
 _ENCODER = {"crf": "17", "preset": "medium", "chroma_sample_location": "center"}
-_FILTER = (
-    Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-)
+_FILTER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 _BT709 = 1  # AVCOL_SPC_BT709
 
 
@@ -52,16 +50,12 @@ def export_to_video(frames: Any, path: Path | str, fps: float = 8) -> Path:
         raise FactoryError(f"{path}: frames of one video have one size; these have {sorted(shapes)}.")
     height, width, _ = pictures[0].shape
     if height % 2 or width % 2:
-        log.warning(
-            "%s: %dx%d padded to %dx%d, H.264 needs even sizes", path, height, width, *_even(height, width)
-        )
+        log.warning("%s: %dx%d padded to %dx%d, H.264 needs even sizes", path, height, width, *_even(height, width))
     with publish_file(path) as temporary:
         try:
             _encode(pictures, temporary, Fraction(fps).limit_denominator(1001))
         except av.error.FFmpegError as error:
-            raise StorageError(
-                f"could not write {path}: {error}. Make room or choose another folder."
-            ) from error
+            raise StorageError(f"could not write {path}: {error}. Make room or choose another folder.") from error
     return path
 
 

@@ -147,9 +147,7 @@ def require_match(folder: Path, recorded: dict[str, Any], wanted: CacheSettings,
     if not differences:
         return
     width = max(len(difference.name) for difference in differences)
-    lines = [
-        f"  {d.name:<{width}}  cache: {_short(d.recorded)}  this run: {_short(d.wanted)}" for d in differences
-    ]
+    lines = [f"  {d.name:<{width}}  cache: {_short(d.recorded)}  this run: {_short(d.wanted)}" for d in differences]
     raise UnfitError(
         "\n".join(
             [
@@ -167,9 +165,7 @@ def _short(value: Any) -> str:
     return f"{value[:12]}…" if is_hash else json.dumps(value, ensure_ascii=False)
 
 
-def hash_folder(
-    folder: Path, *, suffixes: Iterable[str] = (".json", ".safetensors", ".model", ".txt")
-) -> str:
+def hash_folder(folder: Path, *, suffixes: Iterable[str] = (".json", ".safetensors", ".model", ".txt")) -> str:
     """Return one SHA-256 for the names and bytes of a model folder's files.
 
     Raises:
@@ -177,13 +173,9 @@ def hash_folder(
     """
     folder = Path(folder)
     chosen = tuple(suffixes)
-    files = (
-        sorted(p for p in folder.glob("*") if p.is_file() and p.suffix in chosen) if folder.is_dir() else []
-    )
+    files = sorted(p for p in folder.glob("*") if p.is_file() and p.suffix in chosen) if folder.is_dir() else []
     if not files:
-        raise UnfitError(
-            f"{folder} holds none of the files of a model ({', '.join(chosen)}). Download it again."
-        )
+        raise UnfitError(f"{folder} holds none of the files of a model ({', '.join(chosen)}). Download it again.")
     total = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:

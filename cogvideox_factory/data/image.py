@@ -48,9 +48,7 @@ def read_image(
             raise DataError(f"{shown} has more than {_MAX_BYTES >> 20} MiB; give a smaller picture.")
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{shown} cannot be read: {error.strerror or error}. Check the name and its rights."
-        ) from error
+        raise DataError(f"{shown} cannot be read: {error.strerror or error}. Check the name and its rights.") from error
     try:
         frame = _decode(data)
         rotation, mirrored = _orientation(data, frame, shown)
@@ -64,16 +62,12 @@ def read_image(
 
 
 def _decode(data: bytes) -> VideoFrame:
-    with av.open(
-        io.BytesIO(data), options={"format_whitelist": _FORMATS, "protocol_whitelist": ""}
-    ) as container:
+    with av.open(io.BytesIO(data), options={"format_whitelist": _FORMATS, "protocol_whitelist": ""}) as container:
         assert isinstance(container, InputContainer)
         stream = container.streams.video[0]
         context = stream.codec_context
         if context.width * context.height > _MAX_PIXELS:
-            raise ClipError(
-                "video.too_large", f"{context.width}x{context.height} pixels are more than {_MAX_PIXELS}"
-            )
+            raise ClipError("video.too_large", f"{context.width}x{context.height} pixels are more than {_MAX_PIXELS}")
         context.options = {"err_detect": "explode", "max_pixels": str(_MAX_PIXELS)}
         frame = next(container.decode(stream), None)
     if frame is None or frame.is_corrupt:

@@ -234,9 +234,7 @@ class Loader:
         try:
             return self._source.sample(pick, self._draws)
         except Exception as error:
-            error.add_note(
-                f"while reading clip {self._source.name(pick.clip_id)} ({pick.clip_id}) for step {step}"
-            )
+            error.add_note(f"while reading clip {self._source.name(pick.clip_id)} ({pick.clip_id}) for step {step}")
             raise
 
     def batches(self, start: int, stop: int | None = None) -> Iterator[Batch]:

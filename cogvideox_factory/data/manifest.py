@@ -121,10 +121,7 @@ class Manifest:
         """Return lines to print: the counts, then the first `limit` lost clips, then the notes."""
         counts = ", ".join(f"{count} {state}" for state, count in self.counts().items())
         lines = [f"{len(self.clips)} clips from {printable(self.source)}: {counts or 'none'}"]
-        lines += [
-            f"  row {c.row} {printable(c.name)}: {printable(c.detail)} [{c.reason}]"
-            for c in self.lost[:limit]
-        ]
+        lines += [f"  row {c.row} {printable(c.name)}: {printable(c.detail)} [{c.reason}]" for c in self.lost[:limit]]
         if len(self.lost) > limit:
             lines.append(f"  … and {len(self.lost) - limit} more")
         return lines + [f"  note: {note}" for note in self.notes]
@@ -201,9 +198,7 @@ class Source:
         tables = [name for name in _TABLES if (root / name).is_file()]
         if captions and videos:
             if len({(root / name).read_bytes() for name in captions}) > 1:
-                raise DataError(
-                    f"{root} has {' and '.join(captions)}, and they differ. Say which holds the captions."
-                )
+                raise DataError(f"{root} has {' and '.join(captions)}, and they differ. Say which holds the captions.")
             notes = _unread(captions[1:] + tables)
             return replace(found, captions=captions[0], videos=videos[0], notes=notes)
         if tables:
@@ -249,9 +244,7 @@ def read_manifest(
     read = _read_rows(source)
     resolver = PathResolver(source.root, allow_outside=allow_outside_root)
     seen: dict[tuple[Path | None, str], int] = {}
-    clips = [
-        _clip(row, resolver, seen, (trigger_word or "").strip(), allow_empty_captions) for row in read.rows
-    ]
+    clips = [_clip(row, resolver, seen, (trigger_word or "").strip(), allow_empty_captions) for row in read.rows]
     manifest = Manifest(source=source.description, clips=tuple(clips), notes=source.notes + read.notes)
     for note in manifest.notes:
         log.warning("%s: %s", manifest.source, note)
@@ -285,9 +278,7 @@ def _clip(
             raise ClipError(row.code, row.detail)
         caption = clean_caption(row.caption, allow_empty=allow_empty)
         replaced = sum(_is_control(c) for c in row.caption.strip())
-        clip = replace(
-            clip, caption=f"{trigger} {caption}".strip(), facts={"replaced": replaced} if replaced else {}
-        )
+        clip = replace(clip, caption=f"{trigger} {caption}".strip(), facts={"replaced": replaced} if replaced else {})
         clip = replace(clip, path=resolver.resolve(row.video))
         first = seen.setdefault((clip.path, clip.caption), row.line)
         if first != row.line:

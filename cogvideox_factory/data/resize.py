@@ -15,9 +15,7 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from cogvideox_factory.data.container import has_alpha, upright
 
-_FILTER = (
-    Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-)
+_FILTER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 _MATRIX_UNSPECIFIED = (2, 3)  # AVCOL_SPC_UNSPECIFIED, AVCOL_SPC_RESERVED
 
 

@@ -50,9 +50,7 @@ def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}. Check the name and its rights."
-        ) from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the name and its rights.") from error
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{path} is UTF-16 text; save it as UTF-8.")
     try:
@@ -101,8 +99,7 @@ def read_two_lists(captions_file: Path, videos_file: Path) -> Rows:
     if len(captions) != len(videos):
         raise DataError(
             f"{captions_file} has {len(captions)} lines, {videos_file} has {len(videos)}; they are paired "
-            "line by line and must have as many. "
-            + _suspect(captions_file.name, captions, videos_file.name, videos)
+            "line by line and must have as many. " + _suspect(captions_file.name, captions, videos_file.name, videos)
         )
     pairs = enumerate(zip(captions, videos), start=1)
     return Rows(rows=[Row(line=i, video=v.strip(), caption=c) for i, (c, v) in pairs], notes=tuple(notes))
@@ -145,13 +142,9 @@ def read_csv(path: Path, *, caption_column: str, video_column: str) -> Rows:
                 rows.append(Row(line=line, code="row.malformed", detail=detail))
             else:
                 values = dict(zip(header, fields))
-                rows.append(
-                    Row(line=line, video=values[video_column].strip(), caption=values[caption_column])
-                )
+                rows.append(Row(line=line, video=values[video_column].strip(), caption=values[caption_column]))
     except csv.Error as error:
-        raise DataError(
-            f"{path}, line {reader.line_num}: {error}. Quote values that hold quotes or commas."
-        ) from error
+        raise DataError(f"{path}, line {reader.line_num}: {error}. Quote values that hold quotes or commas.") from error
     if header is None:
         raise DataError(f"{path} is empty; its first line must name the columns.")
     return Rows(rows=rows)
@@ -223,16 +216,12 @@ def read_folder(root: Path) -> Rows:
             continue
         line, name, caption_file = len(rows) + 1, path.relative_to(root).as_posix(), path.with_suffix(".txt")
         if not caption_file.is_file():
-            rows.append(
-                Row(line=line, video=name, code="text.missing", detail=f"no {caption_file.name} beside it")
-            )
+            rows.append(Row(line=line, video=name, code="text.missing", detail=f"no {caption_file.name} beside it"))
         else:
             rows.append(_folder_row(line, name, caption_file))
     orphans = [p.name for p in found if p.suffix == ".txt" and p.with_suffix("") not in stems]
     if orphans:
-        notes.append(
-            f"{len(orphans)} .txt files have no clip beside them, for example {printable(orphans[0])}"
-        )
+        notes.append(f"{len(orphans)} .txt files have no clip beside them, for example {printable(orphans[0])}")
     return Rows(rows=rows, notes=tuple(notes))
 
 

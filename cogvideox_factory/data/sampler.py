@@ -41,17 +41,13 @@ class Sampler:
     ) -> None:
         self.clip_ids: list[str] = sorted(clip_ids)
         if not self.clip_ids:
-            raise DataError(
-                "there is no clip to train on; see the report of the data set for what became of each."
-            )
+            raise DataError("there is no clip to train on; see the report of the data set for what became of each.")
         assert len(set(self.clip_ids)) == len(self.clip_ids), "clip ids must differ"
         if batch_size < 1:
             raise FactoryError(f"batch_size={batch_size}: a step needs at least one clip.")
         shapes = sorted({buckets[clip_id] for clip_id in self.clip_ids}) if buckets else []
         if len(shapes) > 1:
-            raise DataError(
-                f"the clips have {len(shapes)} shapes ({', '.join(shapes[:5])}); prepare them at one size."
-            )
+            raise DataError(f"the clips have {len(shapes)} shapes ({', '.join(shapes[:5])}); prepare them at one size.")
         self.batch_size = batch_size
         self.seed = seed
         self._orders: dict[int, np.ndarray] = {}
@@ -79,9 +75,7 @@ class Sampler:
             picks.append(Pick(self.clip_ids[self._permutation(epoch)[place]], epoch))
         return picks
 
-    def share(
-        self, step: int, *, rank: int = 0, num_ranks: int = 1, micro: int = 0, num_micros: int = 1
-    ) -> list[Pick]:
+    def share(self, step: int, *, rank: int = 0, num_ranks: int = 1, micro: int = 0, num_micros: int = 1) -> list[Pick]:
         """Return the part of the global batch that data-parallel `rank` computes in accumulation step
         `micro`.
 

@@ -35,9 +35,7 @@ def survey(
     """
     first_rows: dict[str, int] = {}
     surveyed = []
-    for clip in ordered_map(
-        lambda clip: look_at(clip, spec, limits=limits), manifest.usable, num_workers=num_workers
-    ):
+    for clip in ordered_map(lambda clip: look_at(clip, spec, limits=limits), manifest.usable, num_workers=num_workers):
         if clip.usable:
             first = first_rows.setdefault(clip.id, clip.row)
             if first != clip.row:

@@ -106,9 +106,7 @@ def read_clip(
         first, last = np.searchsorted(plan.indices, (index, index + 1))
         pixels[first:last] = resize(frame)
     if file_stamp(path) != before:
-        raise ClipError(
-            "video.changed", f"{path.name} changed while it was read; leave the clips alone and run again"
-        )
+        raise ClipError("video.changed", f"{path.name} changed while it was read; leave the clips alone and run again")
     return DecodedClip(pixels=pixels, info=info, plan=plan, fit=fit)
 
 
@@ -148,14 +146,10 @@ def _chosen_frames(info: VideoInfo, indices: np.ndarray) -> Iterator[tuple[int, 
                 if index == wanted[found]:
                     found += 1
                     if orientation(frame, name) != (info.rotation, info.mirrored):
-                        raise ClipError(
-                            "video.rotation", f"{name} turns at frame {count + 1}; split it there"
-                        )
+                        raise ClipError("video.rotation", f"{name} turns at frame {count + 1}; split it there")
                     yield index, frame
                     if found == len(wanted):
                         return
         except av.error.FFmpegError as error:
-            raise ClipError(
-                "video.corrupt", f"{name} is damaged before frame {wanted[found] + 1} ({error})"
-            ) from error
+            raise ClipError("video.corrupt", f"{name} is damaged before frame {wanted[found] + 1} ({error})") from error
     raise ClipError("video.corrupt", f"{name}: the decoder gave {found} of the {len(wanted)} frames chosen")

@@ -95,11 +95,7 @@ def check_size(height: int, width: int) -> None:
     Raises:
         FactoryError: naming the nearest size that is allowed.
     """
-    if (
-        height >= SIZE_MULTIPLE
-        and width >= SIZE_MULTIPLE
-        and not (height % SIZE_MULTIPLE or width % SIZE_MULTIPLE)
-    ):
+    if height >= SIZE_MULTIPLE and width >= SIZE_MULTIPLE and not (height % SIZE_MULTIPLE or width % SIZE_MULTIPLE):
         return
     near = [max(round(size / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE for size in (height, width)]
     raise FactoryError(

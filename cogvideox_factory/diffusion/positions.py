@@ -71,9 +71,7 @@ def rotary_table(
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def sincos_table(
-    config: TransformerConfig, latent_frames: int, latent_height: int, latent_width: int
-) -> np.ndarray:
+def sincos_table(config: TransformerConfig, latent_frames: int, latent_height: int, latent_width: int) -> np.ndarray:
     """Return the sin-cos embedding added to the N video tokens of CogVideoX-2B, float32 `[N, width]`.
 
     A quarter of the channels for time, then 3/8 for *width*, then 3/8 for height; within each, sines before

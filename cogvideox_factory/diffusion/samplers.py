@@ -56,9 +56,7 @@ class SamplerTable:
         """Tell whether step `index` looks at the x0 of the step before (second order)."""
         return bool(self.coefficients[index, 2] != 0)
 
-    def step(
-        self, index: int, sample: Any, v: Any, *, previous_x0: Any = None, noise: Any = None
-    ) -> tuple[Any, Any]:
+    def step(self, index: int, sample: Any, v: Any, *, previous_x0: Any = None, noise: Any = None) -> tuple[Any, Any]:
         """Return (next sample, x0 prediction), of the arguments' type and shape.
 
         `previous_x0` and `noise` may be None where `uses_previous` and `uses_noise` say so. Run it in
@@ -77,9 +75,7 @@ class SamplerTable:
         return result, x0
 
 
-def ddim_table(
-    config: SchedulerConfig, num_inference_steps: int, *, spacing: Spacing | None = None
-) -> SamplerTable:
+def ddim_table(config: SchedulerConfig, num_inference_steps: int, *, spacing: Spacing | None = None) -> SamplerTable:
     """Return deterministic DDIM. `spacing` None takes the config's.
 
     Raises:
@@ -92,9 +88,7 @@ def ddim_table(
     return _table(timesteps, alpha, on_sample, on_x0, zero, zero)
 
 
-def dpm_table(
-    config: SchedulerConfig, num_inference_steps: int, *, spacing: Spacing | None = None
-) -> SamplerTable:
+def dpm_table(config: SchedulerConfig, num_inference_steps: int, *, spacing: Spacing | None = None) -> SamplerTable:
     """Return CogVideoX's DPM-Solver++ SDE 2M. `spacing` None takes the config's.
 
     Raises:
@@ -136,9 +130,7 @@ def sampler_table(
     return SAMPLERS[name](config, num_inference_steps, spacing=spacing)
 
 
-def dynamic_guidance(
-    guidance_scale: float, num_steps: int, *, raw_timesteps: np.ndarray | None = None
-) -> np.ndarray:
+def dynamic_guidance(guidance_scale: float, num_steps: int, *, raw_timesteps: np.ndarray | None = None) -> np.ndarray:
     """Return the guidance scale of every step, float64 `[num_steps]`, from 1 up towards 1 + `guidance_scale`.
 
     The formula is DynamicCFG of the models' original code base (exponent 5), over the index of the step.

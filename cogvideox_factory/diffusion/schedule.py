@@ -92,8 +92,7 @@ def sampling_timesteps(
             )
     else:
         raise FactoryError(
-            f"timestep_spacing={spacing!r} is unknown{nearest(spacing, list(_SPACINGS))}. "
-            f"Use {', '.join(_SPACINGS)}."
+            f"timestep_spacing={spacing!r} is unknown{nearest(spacing, list(_SPACINGS))}. Use {', '.join(_SPACINGS)}."
         )
     return np.ascontiguousarray(steps, dtype=np.int64)
 

@@ -96,9 +96,7 @@ def text_encoder_config(*, dtype: str = "float32") -> dict[str, Any]:
 
 def _random_arrays(part: str, shapes: Shapes, seed: int, dtype: str) -> dict[str, np.ndarray]:
     return {
-        name: _random_array(name, draws.normal(seed, "tiny model", part, name, shape=shape)).astype(
-            DTYPES[dtype]
-        )
+        name: _random_array(name, draws.normal(seed, "tiny model", part, name, shape=shape)).astype(DTYPES[dtype])
         for name, shape in shapes.items()
     }
 

@@ -17,18 +17,14 @@ def transformer_shapes(config: TransformerConfig) -> Shapes:
     """Return the tensors of `transformer/`, the learned position buffer included where there is one."""
     d, t, patch = config.width, config.time_embed_dim, config.patch_size**2 * (config.patch_size_t or 1)
     if config.patch_size_t is None:
-        shapes: Shapes = {
-            "patch_embed.proj.weight": (d, config.in_channels, config.patch_size, config.patch_size)
-        }
+        shapes: Shapes = {"patch_embed.proj.weight": (d, config.in_channels, config.patch_size, config.patch_size)}
     else:
         shapes = {"patch_embed.proj.weight": (d, config.in_channels * patch)}
     if config.patch_bias or config.patch_size_t is not None:
         shapes["patch_embed.proj.bias"] = (d,)
     if config.use_learned_positional_embeddings:
         frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-        grid = (
-            frames * (config.sample_height // config.patch_size) * (config.sample_width // config.patch_size)
-        )
+        grid = frames * (config.sample_height // config.patch_size) * (config.sample_width // config.patch_size)
         shapes["patch_embed.pos_embedding"] = (1, config.max_text_seq_length + grid, d)
     shapes |= _linear("patch_embed.text_proj", config.text_embed_dim, d)
     shapes |= _linear("time_embedding.linear_1", d, t) | _linear("time_embedding.linear_2", t, t)
@@ -38,12 +34,7 @@ def transformer_shapes(config: TransformerConfig) -> Shapes:
     for index in range(config.num_layers):
         shapes |= _transformer_block(f"transformer_blocks.{index}", config)
     affine = _norm("norm_out.norm", d) | _norm("norm_final", d) if config.norm_elementwise_affine else {}
-    return (
-        shapes
-        | affine
-        | _linear("norm_out.linear", t, 2 * d)
-        | _linear("proj_out", d, patch * config.out_channels)
-    )
+    return shapes | affine | _linear("norm_out.linear", t, 2 * d) | _linear("proj_out", d, patch * config.out_channels)
 
 
 def vae_shapes(config: VaeConfig) -> Shapes:

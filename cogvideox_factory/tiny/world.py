@@ -14,7 +14,12 @@ COLOURS = {
     "red": (214, 48, 49), "green": (39, 158, 84), "blue": (41, 98, 214), "yellow": (240, 200, 40),
     "purple": (132, 66, 190), "orange": (236, 126, 36),
 }  # fmt: skip
-BACKGROUNDS = {"black": (16, 16, 20), "white": (238, 238, 234), "grey": (122, 124, 128), "brown": (92, 62, 44)}
+BACKGROUNDS = {
+    "black": (16, 16, 20),
+    "white": (238, 238, 234),
+    "grey": (122, 124, 128),
+    "brown": (92, 62, 44),
+}
 DIRECTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "up": (-1.0, 0.0), "down": (1.0, 0.0)}
 SHAPES = ("circle", "square", "triangle", "ring")
 SIZES = {"small": 0.13, "large": 0.22}

@@ -49,12 +49,12 @@ def run(mode: Checkpointing, block: Callable[..., Tensor], *args: Any) -> Tensor
 
 
 def _full() -> _Contexts:
-    return nullcontext(), output_unread()
+    return nullcontext(), nullcontext() if torch.compiler.is_compiling() else output_unread()
 
 
 def _save_attention() -> _Contexts:
     first, second = create_selective_checkpoint_contexts(list(SAVED_OPS))
-    return first, _both(second, output_unread())
+    return first, second if torch.compiler.is_compiling() else _both(second, output_unread())
 
 
 @contextmanager

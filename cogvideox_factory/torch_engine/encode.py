@@ -56,7 +56,9 @@ class Encoder:
 
     def batch(self, raw: dict) -> dict:
         """Return a batch of raw clips with moments and embeddings in place of pixels and captions."""
-        done = {k: v for k, v in raw.items() if k not in ("pixels", "captions", "image_pixel_noise", "image_noise_sigma")}
+        done = {
+            k: v for k, v in raw.items() if k not in ("pixels", "captions", "image_pixel_noise", "image_noise_sigma")
+        }
         done["mean"], done["logvar"] = self.video(raw["pixels"])
         done["prompt_embeds"] = self.captions(raw["captions"])
         if "image_pixel_noise" in raw:

@@ -32,7 +32,14 @@ aten = torch.ops.aten
 
 
 def modulated_norm(
-    x: Tensor, scale: Tensor, shift: Tensor, text_scale: Tensor, text_shift: Tensor, *, text_length: int, eps: float
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    text_scale: Tensor,
+    text_shift: Tensor,
+    *,
+    text_length: int,
+    eps: float,
 ) -> Tensor:
     """Return LayerNorm(x) * scale + shift of `x` [B, S, D], its first `text_length` rows with the text's vectors.
 
@@ -96,9 +103,7 @@ class _ModulatedNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads):
         x, mean, rstd, *vectors = ctx.saved_tensors
         needs_vectors = any(ctx.needs_input_grad[1:5])
-        grads = norm_backward(
-            grads[0].contiguous(), x, mean, rstd, vectors, ctx.text_length, vectors_too=needs_vectors
-        )
+        grads = norm_backward(grads[0].contiguous(), x, mean, rstd, vectors, ctx.text_length, vectors_too=needs_vectors)
         return *grads, None, None
 
 
@@ -155,8 +160,7 @@ def gated_linear_backward(grad, a, weight, bias, gate, text_gate, text_length: i
         gated = gate_rows(grad, gate, text_gate, text_length).flatten(0, 1)
         d_weight = product(gated.T, a.flatten(0, 1)) if needs_weight else None
         return d_weight, gated.sum(0) if needs_bias else None, None, None
-    d_weight = torch.zeros_like(weight) if needs_weight else None
-    d_bias = torch.zeros_like(weight[:, 0]) if needs_bias else None
+    d_weight = d_bias = None
     d_gates = []
     gates = torch.stack([text_gate.reshape(-1, grad.shape[-1]), gate.reshape(-1, grad.shape[-1])], 1)  # [B, 2, D]
     for sample in range(grad.shape[0]):
@@ -165,10 +169,12 @@ def gated_linear_backward(grad, a, weight, bias, gate, text_gate, text_length: i
             total = grad[sample, rows].sum(0)  # [O]
             d_gate = torch.linalg.vecdot(g, weight)
             d_gates.append(d_gate if bias is None else torch.addcmul(d_gate, bias, total))
-            if d_weight is not None:
-                d_weight.addcmul_(g, gates[sample, part][:, None])
-            if d_bias is not None:
-                d_bias.addcmul_(total, gates[sample, part])
+            factor = gates[sample, part]
+            if needs_weight:
+                factors = factor[:, None]
+                d_weight = g.mul_(factors) if d_weight is None else d_weight.addcmul_(g, factors)
+            if needs_bias:
+                d_bias = total * factor if d_bias is None else d_bias.addcmul_(total, factor)
     d_text, d_video = torch.stack(d_gates).view(-1, 2, grad.shape[-1]).unbind(1)
     return d_weight, d_bias, d_video.view_as(gate), d_text.view_as(gate)
 
@@ -192,7 +198,14 @@ class _GatedLinear(torch.autograd.Function):
         others = (None, None, None, None)
         if any(needs[2:6]):
             others = gated_linear_backward(
-                grad, a, weight, bias, gate, text_gate, ctx.text_length, (needs[2], needs[3], needs[4] or needs[5])
+                grad,
+                a,
+                weight,
+                bias,
+                gate,
+                text_gate,
+                ctx.text_length,
+                (needs[2], needs[3], needs[4] or needs[5]),
             )
         return grad, d_a, *others, None
 
@@ -223,7 +236,12 @@ class _GatedResidual(torch.autograd.Function):
 
 
 def norm_rotate(
-    qkv: Tensor, weights: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None, *, num_heads: int, eps: float
+    qkv: Tensor,
+    weights: tuple[Tensor, ...],
+    rotary: tuple[Tensor, Tensor] | None,
+    *,
+    num_heads: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split a fused projection into normalised and rotated q and k, and v: each [B, L, S, K].
 
@@ -240,7 +258,12 @@ def norm_rotate(
 
 
 def norm_rotate_attention(
-    qkv: Tensor, weights: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None, *, num_heads: int, eps: float
+    qkv: Tensor,
+    weights: tuple[Tensor, ...],
+    rotary: tuple[Tensor, Tensor] | None,
+    *,
+    num_heads: int,
+    eps: float,
 ) -> Tensor:
     """Return the attention of `norm_rotate(...)` with heads joined, [B, S, L * K], keeping no q and k of its own."""
     return _NormRotateAttention.apply(qkv, *weights, *(rotary or (None, None)), num_heads, eps)  # pyright: ignore
@@ -338,7 +361,5 @@ class _NormRotateAttention(torch.autograd.Function):
         grad, q, k, v, out = (x.transpose(1, 2) for x in (heads[0], q, k, v, heads[1]))
         dq, dk, dv = (g.transpose(1, 2) for g in attention_backward(grad, q, k, v, None, out, lse))
         needs_weights = any(ctx.needs_input_grad[1:5])
-        out = _norm_rotate_backward(
-            dq, dk, dv, qkv, stats, weights, _rotary(cos, sin), num_heads, needs_weights
-        )
+        out = _norm_rotate_backward(dq, dk, dv, qkv, stats, weights, _rotary(cos, sin), num_heads, needs_weights)
         return *out, None, None, None, None

@@ -44,9 +44,7 @@ def run(config: Config) -> list[Path]:
     transformer_config = TransformerConfig.from_folder(replaced or folder / "transformer")
     check_task(config.task, transformer_config, source=str(replaced or folder))
     ask = config.generate
-    shape = clip_shape(
-        transformer_config, num_frames=ask.num_frames, height=ask.height, width=ask.width, fps=ask.fps
-    )
+    shape = clip_shape(transformer_config, num_frames=ask.num_frames, height=ask.height, width=ask.width, fps=ask.fps)
     jobs = plan_jobs(config)
     lora_files = [resolve_lora(path) for path in ask.lora]
     for file in lora_files:
@@ -55,7 +53,11 @@ def run(config: Config) -> list[Path]:
 
     set_determinism(config.run.deterministic)
     pipe = CogVideoXPipeline.from_pretrained(
-        folder, transformer=replaced, dtype=config.run.dtype, device=config.run.device, tiling=config.sampling.tiling
+        folder,
+        transformer=replaced,
+        dtype=config.run.dtype,
+        device=config.run.device,
+        tiling=config.sampling.tiling,
     )
     names = [f"lora-{index}" for index in range(len(lora_files))]
     for name, file in zip(names, lora_files, strict=True):
@@ -100,9 +102,13 @@ def _make(config, pipe, job, shape: ClipShape, prompt_embeds, negative_embeds, p
             f"{job.path.name}: {shape.num_frames} frames asked, the VAE decodes {len(video)}; "
             f"the last {len(video) - shape.num_frames} are cut (8k+1 comes out as asked)"
         )
-    export_to_video(video[: shape.num_frames], job.path, fps=shape.fps, overwrite=config.generate.overwrite)
+    export_to_video(video[: shape.num_frames], job.path, fps=shape.fps)
     record = config.model_dump(include={"task", "model", "text", "sampling", "generate", "run"})
-    record |= {"prompt": job.prompt, "image": str(job.image) if job.image else None, "torch": torch.__version__}
+    record |= {
+        "prompt": job.prompt,
+        "image": str(job.image) if job.image else None,
+        "torch": torch.__version__,
+    }
     publish_text(job.path.with_suffix(".json"), json.dumps(record, indent=1, ensure_ascii=False))
 
 
@@ -118,7 +124,7 @@ def plan_jobs(config: Config) -> list[Job]:
     if ask.prompt_file:
         prompts += [line for line in read_lines(Path(ask.prompt_file)) if line.strip()]
     if not prompts:
-        raise FactoryError("no prompt: give --generate.prompt \"...\" or --generate.prompt-file FILE")
+        raise FactoryError('no prompt: give --generate.prompt "..." or --generate.prompt-file FILE')
     images = [Path(image) for image in ask.image]
     if config.task == "i2v" and len(images) not in (1, len(prompts)):
         raise FactoryError(

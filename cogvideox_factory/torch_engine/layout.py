@@ -61,9 +61,7 @@ def diffusers_names(config: TransformerConfig) -> dict[str, Slot]:
                 put(f"{norm}.norm.weight", "modulation.weight", d, start=row, rows=1)
                 put(f"{norm}.norm.bias", "modulation.bias", d, start=row, rows=1)
         for part, name in enumerate(("to_q", "to_k", "to_v")):
-            put_linear(
-                f"{block}.attn1.{name}", f"{block}.attn.qkv", d, d, bias=config.attention_bias, start=part * d
-            )
+            put_linear(f"{block}.attn1.{name}", f"{block}.attn.qkv", d, d, bias=config.attention_bias, start=part * d)
         put_norm(f"{block}.attn1.norm_q", f"{block}.attn.norm_q", config.attention_head_dim)
         put_norm(f"{block}.attn1.norm_k", f"{block}.attn.norm_k", config.attention_head_dim)
         put_linear(f"{block}.attn1.to_out.0", f"{block}.attn.out", d, d)

@@ -159,7 +159,11 @@ class Loop:
     def _save(self, step: int) -> None:
         if checkpoint.checkpoint_folder(self.run_folder, step).exists():
             return  # a resumed run that had nothing left to do
-        state = {"identity": self.identity, "scalars": self.update.scalars(), "versions": checkpoint.versions()}
+        state = {
+            "identity": self.identity,
+            "scalars": self.update.scalars(),
+            "versions": checkpoint.versions(),
+        }
         checkpoint.save_checkpoint(self.run_folder, step, self._tensors(), state, keep=self.keep_checkpoints)
 
     def _restore(self, folder: Path) -> int:

@@ -67,9 +67,7 @@ def add_lora(
         FactoryError: a pattern that matches no linear layer, a rank below 1, or a name in use.
     """
     if rank < 1 or alpha <= 0:
-        raise FactoryError(
-            f"rank={rank}, alpha={alpha:g}: rank is at least 1 and alpha above 0; 64 and 64 are usual."
-        )
+        raise FactoryError(f"rank={rank}, alpha={alpha:g}: rank is at least 1 and alpha above 0; 64 and 64 are usual.")
     targets = find_targets(transformer)
     names = match_targets(list(targets), target_modules)
     _require_new(transformer, adapter_name)
@@ -94,17 +92,18 @@ def load_lora_into(
     adapter_name: str = "default",
     *,
     trainable: bool = False,
-) -> None:
-    """Add the adapter of a LoRA file, the only one that is then on; adapters may differ in rank and targets.
+) -> int:
+    """Add the adapter of a LoRA file, the only one that is then on; return how many modules it adapts.
 
-    With `trainable` all else is frozen, as in `add_lora`.
+    That is every module in the file. Adapters may differ in rank and targets. With `trainable` all else is
+    frozen, as in `add_lora`.
 
     Raises:
         UnfitError: a tensor of the file has no place in this model or another shape, or a half is missing.
         FactoryError: `adapter_name` is in use.
     """
     targets = find_targets(transformer)
-    check_lora(file, shapes_of(targets))
+    count = check_lora(file, shapes_of(targets))
     _require_new(transformer, adapter_name)
     if trainable:
         transformer.requires_grad_(False)
@@ -117,15 +116,14 @@ def load_lora_into(
     for name in [name for name in targets if f"{name}.lora_A.weight" in file.arrays]:
         down, up = (to_tensor(file.arrays[f"{name}.lora_{half}.weight"]) for half in "AB")
         rank = down.shape[0]
-        part = _attach(
-            transformer, targets[name], adapter_name, rank=rank, scale=file.scaling(name), settings=settings
-        )
+        part = _attach(transformer, targets[name], adapter_name, rank=rank, scale=file.scaling(name), settings=settings)
         part.lora_A.data.copy_(down)
         part.lora_B.data.copy_(up)
         if part.magnitude is not None:
             part.magnitude.data.copy_(to_tensor(file.arrays[f"{name}.lora_magnitude_vector"]))
         part.requires_grad_(trainable)
     set_adapters(transformer, [adapter_name])
+    return count
 
 
 def check_fit(file: LoraFile, config: TransformerConfig) -> None:
@@ -146,6 +144,8 @@ def set_adapters(
 ) -> None:
     """Switch on exactly the adapters `names`, each with its weight (default 1); others stay loaded, off.
 
+    DoRA adapters apply in the order of `names`, as in peft. A weight of 0 is off.
+
     Raises:
         FactoryError: an unknown or repeated name, or another number of weights.
     """
@@ -153,9 +153,7 @@ def set_adapters(
     _require_unmerged(transformer)
     for name in names:
         _require_known(transformer, name)
-    values = (
-        list(weights) if isinstance(weights, Sequence) else [1.0 if weights is None else weights] * len(names)
-    )
+    values = list(weights) if isinstance(weights, Sequence) else [1.0 if weights is None else weights] * len(names)
     if len(values) != len(names) or len(set(names)) != len(names):
         raise FactoryError(
             f"set_adapters got names {names} and weights {values}: give each adapter once, with one weight."
@@ -189,9 +187,7 @@ def lora_arrays(transformer: CogVideoXTransformer, adapter_name: str = "default"
 def lora_settings(transformer: CogVideoXTransformer, adapter_name: str = "default") -> dict[str, Any]:
     """Return what one adapter was made with, as keyword arguments of `save_lora`."""
     _require_known(transformer, adapter_name)
-    return dict(
-        next(layer.settings[adapter_name] for layer in _layers(transformer) if adapter_name in layer.settings)
-    )
+    return dict(next(layer.settings[adapter_name] for layer in _layers(transformer) if adapter_name in layer.settings))
 
 
 def merge_lora(transformer: CogVideoXTransformer, *, restorable: bool = False) -> None:
@@ -281,9 +277,7 @@ def _require_known(transformer: CogVideoXTransformer, adapter_name: str) -> None
 def _require_new(transformer: CogVideoXTransformer, adapter_name: str) -> None:
     _require_unmerged(transformer)
     if adapter_name in adapter_names(transformer):
-        raise FactoryError(
-            f"adapter name {adapter_name!r} is in use. Choose another, or remove_lora it first."
-        )
+        raise FactoryError(f"adapter name {adapter_name!r} is in use. Choose another, or remove_lora it first.")
     if not re.fullmatch(r"[\w-]+", adapter_name) or hasattr(nn.ModuleDict, adapter_name):
         raise FactoryError(
             f"adapter name {adapter_name!r} cannot be in a parameter name: use letters, digits, - and _, "

@@ -175,9 +175,7 @@ class LoraLinear(Linear):
         return torch.cat([*pieces, zeros[end:]])
 
 
-def low_rank_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: list[Any]
-) -> torch.Tensor:
+def low_rank_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: list[Any]) -> torch.Tensor:
     """Return `x W^T + bias` with `scale * x A^T B^T` added to the rows of each (factors, scale) of `parts`.
 
     Args:
@@ -200,9 +198,7 @@ class _LowRankLinear(torch.autograd.Function):
         hidden = product(flat, _stack(factors[::2], x.dtype).T)  # [N, R]
         out = linear(flat, weight, bias)  # [N, O]
         ups = factors[1::2]
-        for (start, stop, scale), up, low in zip(
-            slices, ups, hidden.split([up.shape[1] for up in ups], dim=1)
-        ):
+        for (start, stop, scale), up, low in zip(slices, ups, hidden.split([up.shape[1] for up in ups], dim=1)):
             # The sign is there for -0.0: with B = 0 this computes out - (+0), which keeps every bit of `out`,
             # whereas -0.0 + 0.0 is +0.0.
             _add_product(out[:, start:stop], low, (up * -scale).to(x.dtype).T, sign=-1)
@@ -220,10 +216,7 @@ class _LowRankLinear(torch.autograd.Function):
         ranks = [up.shape[1] for up in ups]
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.cat(
-            [
-                product(grad[:, a:b], (up * scale).to(grad.dtype))
-                for (a, b, scale), up in zip(ctx.slices, ups)
-            ],
+            [product(grad[:, a:b], (up * scale).to(grad.dtype)) for (a, b, scale), up in zip(ctx.slices, ups)],
             dim=1,
         )  # [N, R]
         grad_x = None

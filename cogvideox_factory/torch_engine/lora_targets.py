@@ -64,16 +64,12 @@ def match_targets(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
         FactoryError: a pattern without a match (with the nearest names) or an invalid regular expression.
     """
     if isinstance(patterns, str) or not patterns:
-        raise FactoryError(
-            f"target_modules={patterns!r}: give a list of at least one name, e.g. {list(ATTENTION)}."
-        )
+        raise FactoryError(f"target_modules={patterns!r}: give a list of at least one name, e.g. {list(ATTENTION)}.")
     matched: set[str] = set()
     for pattern in patterns:
         hits = {name for name in names if _matches(name, pattern)}
         if not hits:
-            endings = sorted(
-                {".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1)}
-            )
+            endings = sorted({".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1)})
             kinds = sorted({re.sub(r"^transformer_blocks\.\d+\.", "", name) for name in names})
             raise FactoryError(
                 f"target_modules: {pattern!r} matches no linear layer of this transformer"

@@ -94,9 +94,7 @@ def pad_image_latents(image_latents: Tensor, num_frames: int) -> Tensor:
     return torch.cat([image_latents, zeros.expand(shape)], dim=1)  # [B, F, C, H, W]
 
 
-def predict_v(
-    transformer: CogVideoXTransformer, latents: Tensor, prompt_embeds: Tensor, timesteps: Tensor
-) -> Tensor:
+def predict_v(transformer: CogVideoXTransformer, latents: Tensor, prompt_embeds: Tensor, timesteps: Tensor) -> Tensor:
     """Call the transformer with the positions and the `ofs` its shape asks for."""
     positions = transformer.positions(
         latent_frames=latents.shape[1],

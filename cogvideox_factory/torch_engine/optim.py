@@ -48,6 +48,7 @@ class StochasticAdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         beta1, beta2 = group["betas"]
+        assert param.grad is not None
         grad = param.grad.float()
         first = state["exp_avg"].float().lerp_(grad, 1 - beta1)
         second = state["exp_avg_sq"].float().lerp_(grad.square(), 1 - beta2)
@@ -132,7 +133,8 @@ class Update:
         master.grad = torch.zeros_like(master)
 
         def move(p: Tensor) -> None:
-            assert master.grad is not None and p.grad is not None
+            assert master.grad is not None
+            assert p.grad is not None
             master.grad.add_(p.grad)
             p.grad = None
 

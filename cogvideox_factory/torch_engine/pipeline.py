@@ -242,7 +242,11 @@ def resolve_lora(path: str | Path) -> Path:
         FactoryError: nothing there.
     """
     path = Path(path)
-    candidates = [path, path / "pytorch_lora_weights.safetensors", path / "final/pytorch_lora_weights.safetensors"]
+    candidates = [
+        path,
+        path / "pytorch_lora_weights.safetensors",
+        path / "final/pytorch_lora_weights.safetensors",
+    ]
     for candidate in candidates:
         if candidate.is_file():
             return candidate

@@ -54,7 +54,10 @@ def run(config: Config) -> CacheIndex:
     device = pick_device(config.run.device)
     dtype = pick_dtype(config.run.dtype, device, transformer)
     set_determinism(config.run.deterministic)
-    cache = Cache(Path(config.cache.dir), cache_settings(config, folder, transformer, spec, dtype))
+    cache = Cache(
+        Path(config.cache.dir),
+        cache_settings(config, folder, transformer, spec, str(dtype).removeprefix("torch.")),
+    )
     captions, clips = cache.missing_captions(manifest.usable), cache.missing_clips(manifest.usable)
     _check_room(cache, shape, transformer, num_captions=len(captions), num_clips=len(clips))
     if cache.folder.exists():
@@ -74,9 +77,7 @@ def run(config: Config) -> CacheIndex:
 def training_shape(config: Config, transformer: TransformerConfig) -> ClipShape:
     """Return the shape clips are brought to."""
     data = config.data
-    return clip_shape(
-        transformer, num_frames=data.num_frames, height=data.height, width=data.width, fps=data.fps
-    )
+    return clip_shape(transformer, num_frames=data.num_frames, height=data.height, width=data.width, fps=data.fps)
 
 
 def clip_spec(config: Config, shape: ClipShape) -> ClipSpec:
@@ -96,16 +97,15 @@ def checked_manifest(config: Config, spec: ClipSpec) -> Manifest:
     data = config.data
     if not data.root:
         raise FactoryError("which clips? give --data.root FOLDER")
-    columns = {"caption_column": data.caption_column, "video_column": data.video_column}
+    root, caption, video = Path(data.root), data.caption_column, data.video_column
     if data.table or data.captions:
         source = Source(
-            root=Path(data.root), table=data.table, captions=data.captions, videos=data.videos, **columns
-        )
+            root=root, table=data.table, captions=data.captions, videos=data.videos, caption_column=caption,
+            video_column=video,
+        )  # fmt: skip
     else:
-        source = Source.detect(Path(data.root), **columns)
-    rows = read_manifest(
-        source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root
-    )
+        source = Source.detect(root, caption_column=caption, video_column=video)
+    rows = read_manifest(source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
     with progress_bar("reading clips", len(rows.usable)) as advance:
         manifest = survey(rows, spec, on_clip=lambda clip: advance())
     for line in manifest.report():
@@ -115,20 +115,19 @@ def checked_manifest(config: Config, spec: ClipSpec) -> Manifest:
 
 
 def cache_settings(
-    config: Config, folder: Path, transformer: TransformerConfig, spec: ClipSpec, dtype: torch.dtype
+    config: Config, folder: Path, transformer: TransformerConfig, spec: ClipSpec, dtype: str
 ) -> CacheSettings:
     """Return what the cache of these settings is made with, weights hashed."""
     variants = 1 + config.cache.image_noise_variants if config.task == "i2v" else 0
-    arithmetic = str(dtype).removeprefix("torch.")
     return CacheSettings(
         model=config.model.path,
         video=VideoSettings.from_spec(
-            spec, vae=hash_folder(folder / "vae"), dtype=arithmetic, tiling=config.data.vae_tiling,
+            spec, vae=hash_folder(folder / "vae"), dtype=dtype, tiling=config.data.vae_tiling,
             image_variants=variants, seed=config.run.seed,
         ),
         text=TextSettings(
             text_encoder=hash_folder(folder / "text_encoder"), tokenizer=hash_folder(folder / "tokenizer"),
-            dtype=arithmetic, max_sequence_length=text_length(config, transformer),
+            dtype=dtype, max_sequence_length=text_length(config, transformer),
         ),
         trigger_word=(config.data.trigger_word or "").strip(),
     )  # fmt: skip
@@ -177,9 +176,7 @@ def progress_bar(what: str, total: int) -> Iterator:
         yield lambda count=1: bar.advance(task, count)
 
 
-def _encode_captions(
-    cache: Cache, captions: list[str], folder: Path, device: torch.device, dtype: torch.dtype
-) -> None:
+def _encode_captions(cache: Cache, captions: list[str], folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     encoder = TextEncoder.from_folder(folder, dtype=dtype, device=device)
     length = cache.settings.text.max_sequence_length
     with progress_bar("captions", len(captions)) as advance:
@@ -208,7 +205,8 @@ def _encode_clips(
     seed = config.run.seed
 
     def decode(clip: Clip) -> DecodedClip | ClipError:
-        assert clip.path is not None and clip.content is not None
+        assert clip.path is not None
+        assert clip.content is not None
         try:
             return read_clip(clip.path, spec, rng=draws.generator(seed, "crop", clip.content), stamp=clip.stamp)
         except ClipError as error:

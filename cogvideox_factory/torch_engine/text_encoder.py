@@ -30,9 +30,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
 
     @classmethod
-    def from_folder(
-        cls, model_folder: Path | str, *, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> Self:
+    def from_folder(cls, model_folder: Path | str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Self:
         """Load `text_encoder/` and `tokenizer/` of a model folder; nothing is downloaded or executed.
 
         Raises:
@@ -81,9 +79,7 @@ class TextEncoder:
         if isinstance(captions, str):
             raise FactoryError("encode takes a list of captions; put a single one in brackets: [caption].")
         if max_sequence_length < 1:
-            raise FactoryError(
-                f"max_sequence_length={max_sequence_length}: at least 1 token; CogVideoX uses 226."
-            )
+            raise FactoryError(f"max_sequence_length={max_sequence_length}: at least 1 token; CogVideoX uses 226.")
         if not captions:
             raise FactoryError("encode was given no caption; it takes at least one.")
         tokens = self.tokenizer(
@@ -125,9 +121,7 @@ def load_tokenizer(model_folder: Path | str) -> Any:
     except (ValueError, OSError, TypeError, KeyError) as error:
         raise UnfitError(f"{folder} cannot be read as a tokenizer: {error}. Download it again.") from error
     if tokenizer.pad_token_id is None:
-        raise UnfitError(
-            f"{folder} names no pad token; CogVideoX pads every caption. Is tokenizer_config.json T5's?"
-        )
+        raise UnfitError(f"{folder} names no pad token; CogVideoX pads every caption. Is tokenizer_config.json T5's?")
     return tokenizer
 
 

@@ -13,7 +13,7 @@ import torch
 
 from cogvideox_factory import weights
 from cogvideox_factory.config import Config
-from cogvideox_factory.data.cache import open_cache
+from cogvideox_factory.data.cache import open_cache, recorded_dtype
 from cogvideox_factory.data.loader import CacheSource, Draws, Loader, RawSource
 from cogvideox_factory.data.sampler import Sampler, hold_out
 from cogvideox_factory.diffusion.schedule import alphas_cumprod
@@ -39,7 +39,16 @@ from cogvideox_factory.torch_engine.vae import CogVideoXVAE
 from cogvideox_factory.torch_engine.watch import SampleVideos
 
 # Settings that may change between the start of a run and its resumption, because no number depends on them.
-_FREE = {"dir", "steps", "log_every", "save_every", "keep_checkpoints", "resume", "num_workers", "checkpointing"}
+_FREE = {
+    "dir",
+    "steps",
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+    "resume",
+    "num_workers",
+    "checkpointing",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +96,12 @@ def run(config: Config) -> Path:
 
 def complete(config: Config, model: TransformerConfig, shape: ClipShape) -> Config:
     """Return the settings with every `None` that the model decides filled in."""
-    data = {"num_frames": shape.num_frames, "height": shape.height, "width": shape.width, "fps": float(shape.fps)}
+    data = {
+        "num_frames": shape.num_frames,
+        "height": shape.height,
+        "width": shape.width,
+        "fps": float(shape.fps),
+    }
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=data),
@@ -133,8 +147,14 @@ def open_source(
     """
     spec = prepare.clip_spec(config, shape)
     if config.cache.dir:
-        settings = prepare.cache_settings(config, place.folder, model, spec, place.dtype)
-        index = open_cache(Path(config.cache.dir), settings, command=f"cogvideox prepare … --cache.dir {config.cache.dir}")
+        # What the encoders ran in is the cache's affair: float32 latents feed a bfloat16 run as well.
+        dtype = recorded_dtype(Path(config.cache.dir)) or str(place.dtype).removeprefix("torch.")
+        settings = prepare.cache_settings(config, place.folder, model, spec, dtype)
+        index = open_cache(
+            Path(config.cache.dir),
+            settings,
+            command=f"cogvideox prepare (with this recipe) --cache.dir {config.cache.dir}",
+        )
         identity = f"{settings.to_json()} {sorted(clip.id for clip in index.clips)}"
         return CacheSource(index), hashlib.sha256(identity.encode()).hexdigest()
     manifest = prepare.checked_manifest(config, spec)
@@ -174,7 +194,11 @@ def _train(
     )  # fmt: skip
     draws = make_draws(config, model, shape)
     loader = Loader(
-        source, sampler, draws, num_micros=config.train.gradient_accumulation, num_workers=config.train.num_workers
+        source,
+        sampler,
+        draws,
+        num_micros=config.train.gradient_accumulation,
+        num_workers=config.train.num_workers,
     )
     wanted = identity(config, described)
     if start is not None:
@@ -233,9 +257,7 @@ def make_draws(config: Config, model: TransformerConfig, shape: ClipShape, *, qu
 
 def load_transformer(config: Config, place: Place) -> CogVideoXTransformer:
     """Load the transformer, with a fresh LoRA or with all weights trainable."""
-    transformer = CogVideoXTransformer.from_folder(
-        place.transformer_folder, dtype=place.dtype, device=place.device
-    )
+    transformer = CogVideoXTransformer.from_folder(place.transformer_folder, dtype=place.dtype, device=place.device)
     transformer.set_checkpointing(config.train.checkpointing)
     if config.train.method == "lora":
         targets = lora.add_lora(transformer, seed=config.run.seed, **config.lora.model_dump())
@@ -341,7 +363,12 @@ def _check_validation(config: Config) -> None:
 
 
 def _say_arithmetic(
-    config: Config, place: Place, model: TransformerConfig, shape: ClipShape, sampler: Sampler, update: Update,
+    config: Config,
+    place: Place,
+    model: TransformerConfig,
+    shape: ClipShape,
+    sampler: Sampler,
+    update: Update,
     start: Path | None,
 ) -> None:
     trained = sum(p.numel() for p in update.trained.values())

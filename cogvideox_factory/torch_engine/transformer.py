@@ -266,9 +266,7 @@ class CogVideoXTransformer(nn.Module):
         Raises:
             StorageError: the disk is full, read-only or failing.
         """
-        weights.save_folder(
-            Path(folder), self.iterate_arrays(), config=self.config.to_dict(), stem=weights.MODEL_STEM
-        )
+        weights.save_folder(Path(folder), self.iterate_arrays(), config=self.config.to_dict(), stem=weights.MODEL_STEM)
 
 
 class _PatchEmbed(nn.Module):
@@ -319,9 +317,7 @@ class _OutputNorm(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.linear = Linear(config.time_embed_dim, 2 * config.width)
-        self.norm = nn.LayerNorm(
-            config.width, eps=config.norm_eps, elementwise_affine=config.norm_elementwise_affine
-        )
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps, elementwise_affine=config.norm_elementwise_affine)
 
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
         """Return `x` [B, N, D] normalised, scaled and shifted by what `conditioning` [B, E] says."""

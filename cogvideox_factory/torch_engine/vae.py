@@ -56,9 +56,7 @@ class CogVideoXVAE(nn.Module):
             initialize(self, seed)
 
     @classmethod
-    def from_folder(
-        cls, folder: Path | str, *, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> Self:
+    def from_folder(cls, folder: Path | str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Self:
         """Load a `vae/` folder in the diffusers layout, frozen.
 
         Raises:
@@ -198,9 +196,7 @@ class CogVideoXVAE(nn.Module):
         shape = (batch, self.config.out_channels, *shape)
         return self._run(latents, shape, self.decoder, in_scale=1, out_scale=self.spatial_scale)
 
-    def _run(
-        self, video: Tensor, shape: tuple[int, ...], coder: Coder, *, in_scale: int, out_scale: int
-    ) -> Tensor:
+    def _run(self, video: Tensor, shape: tuple[int, ...], coder: Coder, *, in_scale: int, out_scale: int) -> Tensor:
         """Code `video` [B, C, F, H, W] to a tensor of `shape`, by slices and tiles as set."""
         trainable = video.requires_grad or any(parameter.requires_grad for parameter in coder.parameters())
         recording = torch.is_grad_enabled() and trainable
@@ -319,9 +315,10 @@ def uint8_from_pixels(pixels: Tensor) -> Tensor:
 def _check_config(config: VaeConfig) -> None:
     channels, groups = config.block_out_channels, config.norm_num_groups
     levels = len(channels)
-    if config.down_block_types != ("CogVideoXDownBlock3D",) * levels or config.up_block_types != (
-        "CogVideoXUpBlock3D",
-    ) * levels:
+    if (
+        config.down_block_types != ("CogVideoXDownBlock3D",) * levels
+        or config.up_block_types != ("CogVideoXUpBlock3D",) * levels
+    ):
         raise UnfitError(
             f"down_block_types={config.down_block_types}, up_block_types={config.up_block_types}: this VAE has one "
             f"CogVideoXDownBlock3D and one CogVideoXUpBlock3D for each of the {levels} block_out_channels."

@@ -60,7 +60,11 @@ class ResnetBlock(nn.Module):
         chunk.scratch.give(padded)
         padded = norm_silu_pad(self.norm2, hidden, chunk, self.conv2)
         chunk.scratch.give(hidden)
-        out = self.conv2(padded, chunk, onto=double_frames(residual) if is_doubled else residual)
+        if is_doubled:
+            doubled = double_frames(residual)
+            chunk.scratch.give(residual)
+            residual = doubled
+        out = self.conv2(padded, chunk, onto=residual)
         chunk.scratch.give(padded)
         return out
 

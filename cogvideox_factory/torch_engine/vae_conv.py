@@ -26,9 +26,7 @@ _WORKING_SET = 2**20
 """Elements that `winograd` transforms at a time, so that its intermediate results stay in the CPU's caches."""
 
 
-def conv_frames(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 1
-) -> Tensor:
+def conv_frames(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 1) -> Tensor:
     """Convolve each frame of `x` [B, T, H, W, I] with `weight` [O, I, k, k]; return [B, T, H', W', O]."""
     images = x.flatten(0, 1).permute(0, 3, 1, 2)  # [B*T, I, H, W], channels-last in memory
     out = F.conv2d(images, weight, bias, stride=stride, padding=padding)
@@ -63,9 +61,7 @@ def winograd_kernels(weight: Tensor) -> tuple[Tensor, ...]:
     return tuple(_store(k, weight) for k in (first, ends + middle / 2, ends - middle / 2, last))
 
 
-def winograd(
-    padded: Tensor, kernels: tuple[Tensor, ...], bias: Tensor, out: Tensor, *, add: bool = False
-) -> None:
+def winograd(padded: Tensor, kernels: tuple[Tensor, ...], bias: Tensor, out: Tensor, *, add: bool = False) -> None:
     """Convolve `padded` [B, 2 + T, H, W, I], T even, into `out` [B, T, H, W, O], or add to what is there.
 
     With input frames d0..d3, taps g0..g2 and outputs y0 = d0 g0 + d1 g1 + d2 g2, y1 = d1 g0 + d2 g1 + d3 g2:

@@ -131,8 +131,9 @@ class CausalConv(nn.Module):
             else:
                 first = vae_conv.direct(padded[:, :3], weight, bias)
             out[:, :1] = first if onto is None else onto[:, :1] + first
-        kernels = chunk.kernel(self, vae_conv.winograd_kernels, weight)
-        vae_conv.winograd(padded[:, odd:], kernels, bias, out[:, odd:], add=onto is not None)
+        if frames > odd:
+            kernels = chunk.kernel(self, vae_conv.winograd_kernels, weight)
+            vae_conv.winograd(padded[:, odd:], kernels, bias, out[:, odd:], add=onto is not None)
         return out
 
     def forward_doubled(self, padded: Tensor, chunk: Chunk) -> Tensor:
@@ -252,7 +253,10 @@ def _norm_as_affine(norm: GroupNorm, x: Tensor, *, is_doubled: bool) -> tuple[Te
 
 def _frame_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and variance [B, T, C] over height and width, at least in float32."""
-    if x.dtype in (torch.float16, torch.bfloat16):  # the input's rounding outweighs what E[x^2] - E[x]^2 loses
+    if x.dtype in (
+        torch.float16,
+        torch.bfloat16,
+    ):  # the input's rounding outweighs what E[x^2] - E[x]^2 loses
         mean = x.mean((2, 3), dtype=torch.float32)
         root = torch.linalg.vector_norm(x, dim=(2, 3), dtype=torch.float32)
         return mean, (root.square() / (x.shape[2] * x.shape[3]) - mean.square()).clamp_min(0)

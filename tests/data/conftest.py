@@ -60,9 +60,7 @@ def make_video():
                 stream.codec_context.color_trc = color_trc
             pictures = pictures or [grey(i, height, width) for i in range(num_frames)]
             for number, picture in enumerate(pictures):
-                frame = av.VideoFrame.from_ndarray(
-                    picture, format="rgb24" if picture.shape[2] == 3 else "rgba"
-                )
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24" if picture.shape[2] == 3 else "rgba")
                 frame.pts = pts[number] if pts else number
                 frame.time_base = time_base or Fraction(1, fps)
                 container.mux(stream.encode(frame))
@@ -77,9 +75,7 @@ def dataset(tmp_path, make_video):
     """Three good clips in two lists."""
     root = tmp_path / "set"
     for number in range(3):
-        make_video(
-            root / f"videos/{number}.mp4", 9, pictures=[grey(i + 3 * number, 32, 48) for i in range(9)]
-        )
+        make_video(root / f"videos/{number}.mp4", 9, pictures=[grey(i + 3 * number, 32, 48) for i in range(9)])
     (root / "prompts.txt").write_text("a first clip\na second clip\na third clip\n")
     (root / "videos.txt").write_text("videos/0.mp4\nvideos/1.mp4\nvideos/2.mp4\n")
     return root

@@ -25,9 +25,7 @@ SHAPE = (3, 4, 4, 6)
 
 
 def settings(**more) -> CacheSettings:
-    video = VideoSettings.from_spec(
-        SPEC, vae="a" * 64, dtype="float32", image_variants=more.pop("image_variants", 0)
-    )
+    video = VideoSettings.from_spec(SPEC, vae="a" * 64, dtype="float32", image_variants=more.pop("image_variants", 0))
     text = TextSettings(text_encoder="b" * 64, tokenizer="c" * 64, dtype="float32", max_sequence_length=5)
     return CacheSettings(model="tiny", video=replace(video, **more), text=text)
 

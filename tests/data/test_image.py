@@ -95,9 +95,7 @@ def test_no_picture(tmp_path, content):
 def test_missing_and_cut_pictures(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         read_image(tmp_path / "nowhere.png", 16, 16)
-    path = write_png(
-        tmp_path / "x.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    )
+    path = write_png(tmp_path / "x.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(DataError):
         read_image(path, 16, 16)

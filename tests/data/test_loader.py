@@ -74,12 +74,8 @@ def test_a_cached_batch_has_its_shapes_and_dtypes(index):
         "image_posterior_noise": (2, 1, *SHAPE[1:]),
     }  # fmt: skip
     kinds = {key: value.dtype for key, value in batch.items() if isinstance(value, np.ndarray)}
-    assert {kinds[key] for key in ("mean", "logvar", "prompt_embeds", "image_mean")} == {
-        np.dtype(ml_dtypes.bfloat16)
-    }
-    assert {kinds[key] for key in ("noise", "posterior_noise", "image_posterior_noise")} == {
-        np.dtype(np.float32)
-    }
+    assert {kinds[key] for key in ("mean", "logvar", "prompt_embeds", "image_mean")} == {np.dtype(ml_dtypes.bfloat16)}
+    assert {kinds[key] for key in ("noise", "posterior_noise", "image_posterior_noise")} == {np.dtype(np.float32)}
     assert kinds["timesteps"] == np.int64
     assert kinds["caption_keep"] == kinds["image_keep"] == np.bool_
     assert len(batch["clip_ids"]) == 2
@@ -118,9 +114,7 @@ def test_ranks_and_accumulation_see_the_numbers_of_one_rank(index):
     whole = loader(source, batch_size=4).batch(3)
     for num_ranks, num_micros in ((2, 1), (1, 2), (2, 2), (4, 1)):
         parts = [
-            loader(source, batch_size=4, rank=rank, num_ranks=num_ranks, num_micros=num_micros).batch(
-                3, micro
-            )
+            loader(source, batch_size=4, rank=rank, num_ranks=num_ranks, num_micros=num_micros).batch(3, micro)
             for micro in range(num_micros)
             for rank in range(num_ranks)
         ]

@@ -30,9 +30,7 @@ def test_lines_survive_separators_marks_and_endings(tmp_path_factory, lines, crl
         assert split_lines(read_text(path)) == wanted
 
 
-@given(
-    st.lists(st.tuples(line, st.text(string.ascii_letters, min_size=1, max_size=5)), min_size=1, max_size=8)
-)
+@given(st.lists(st.tuples(line, st.text(string.ascii_letters, min_size=1, max_size=5)), min_size=1, max_size=8))
 @settings(max_examples=40, deadline=None)
 def test_blank_captions_never_shift_the_pairs(tmp_path_factory, pairs):
     root = tmp_path_factory.mktemp("t")

@@ -37,9 +37,7 @@ def test_ranks_and_accumulation_share_one_global_order(count, parts, size):
             pick
             for micro in range(num_micros)
             for rank in range(num_ranks)
-            for pick in sampler.share(
-                step, rank=rank, num_ranks=num_ranks, micro=micro, num_micros=num_micros
-            )
+            for pick in sampler.share(step, rank=rank, num_ranks=num_ranks, micro=micro, num_micros=num_micros)
         ]
         assert shares == sampler.batch(step)
 
@@ -61,9 +59,7 @@ def test_shuffles_are_fair():
 
 def test_uneven_batches_are_refused():
     sampler = Sampler(ids(10), batch_size=8, seed=0)
-    with pytest.raises(
-        FactoryError, match=r"batch of 8 does not divide over 3 ranks x 1 .* Use a batch of 6 or 9"
-    ):
+    with pytest.raises(FactoryError, match=r"batch of 8 does not divide over 3 ranks x 1 .* Use a batch of 6 or 9"):
         sampler.share(0, num_ranks=3)
     with pytest.raises(FactoryError, match="Use a batch of 16"):
         sampler.share(0, num_ranks=16)

@@ -105,9 +105,7 @@ def test_a_slower_source_repeats_frames_and_says_so():
 
 
 def test_too_short_says_needed_and_found():
-    with pytest.raises(
-        ClipError, match=r"lasts 1\.960 s, which gives 16 frames at 8 fps; 49 need more than 6\.000 s"
-    ):
+    with pytest.raises(ClipError, match=r"lasts 1\.960 s, which gives 16 frames at 8 fps; 49 need more than 6\.000 s"):
         plan_frames(source(np.arange(49) / 25), spec(49))
     with pytest.raises(ClipError, match=r"has 1 frames; 9 are asked"):
         plan_frames(source([0.0]), spec(9, fps_policy="stretch"))

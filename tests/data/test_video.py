@@ -83,9 +83,7 @@ def test_nothing_is_distorted_unless_asked(tmp_path, make_video):
     y, x = np.mgrid[:96, :128]
     disc = np.where(((y - 48) ** 2 + (x - 64) ** 2 < 30**2)[..., None], 230, 20).astype(np.uint8).repeat(3, 2)
     square = make_video(tmp_path / "s.mp4", pictures=[disc] * 9, height=96, width=128)
-    wide = make_video(
-        tmp_path / "w.mp4", pictures=[disc[:, ::2]] * 9, height=96, width=64, aspect=Fraction(2, 1)
-    )
+    wide = make_video(tmp_path / "w.mp4", pictures=[disc[:, ::2]] * 9, height=96, width=64, aspect=Fraction(2, 1))
 
     def roundness(path, **more) -> float:
         bright = read_clip(path, spec(height=64, width=64, **more)).pixels[0, ..., 0] > 125
@@ -99,10 +97,7 @@ def test_nothing_is_distorted_unless_asked(tmp_path, make_video):
 def test_random_crop_follows_its_generator(tmp_path, make_video):
     ramp = np.linspace(0, 255, 128).astype(np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2)
     path = make_video(tmp_path / "a.mp4", pictures=[ramp] * 9, height=64, width=128)
-    clips = [
-        read_clip(path, spec(height=64, width=64, crop="random"), rng=np.random.default_rng(s))
-        for s in (1, 1, 2)
-    ]
+    clips = [read_clip(path, spec(height=64, width=64, crop="random"), rng=np.random.default_rng(s)) for s in (1, 1, 2)]
     assert (clips[0].pixels == clips[1].pixels).all()
     assert clips[0].fit != clips[2].fit
     assert int(clips[0].pixels[0, 32, 0, 0]) == pytest.approx(int(ramp[32, clips[0].fit.left, 0]), abs=12)
@@ -139,9 +134,7 @@ def test_transparency_is_laid_on_black(tmp_path, make_video):
     picture = np.full((32, 48, 4), 200, np.uint8)
     picture[:, :24, 3] = 255
     picture[:, 24:, 3] = 51
-    clip = read_clip(
-        make_video(tmp_path / "a.mov", pictures=[picture] * 9, codec="qtrle", pix_fmt="argb"), spec()
-    )
+    clip = read_clip(make_video(tmp_path / "a.mov", pictures=[picture] * 9, codec="qtrle", pix_fmt="argb"), spec())
     assert clip.facts["alpha"] is True
     assert clip.pixels[:, :, :24].mean() == pytest.approx(200, abs=1)
     assert clip.pixels[:, :, 24:].mean() == pytest.approx(40, abs=1)

@@ -63,9 +63,7 @@ def test_chunks_and_closed_forms_agree(frames):
 
     halved = sum(math.ceil(math.ceil((stop - start) / 2) / 2) for start, stop in encode_chunks(frames))
     assert halved == num_latent_frames(frames)
-    assert sum(double(double(stop - start)) for start, stop in decode_chunks(frames)) == num_decoded_frames(
-        frames
-    )
+    assert sum(double(double(stop - start)) for start, stop in decode_chunks(frames)) == num_decoded_frames(frames)
 
 
 @calm

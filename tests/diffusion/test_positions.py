@@ -114,9 +114,7 @@ def test_rotary_1_5_equals_diffusers(head_dim, size):
 def test_grid_larger_than_the_checkpoints():
     older = replace(T_15, sample_height=96, sample_width=170)
     rotary_table(older, 2, 96, 170)
-    with pytest.raises(
-        FactoryError, match=r"size 784x1360 .*49x85 tokens.*end at 48x85.*Use at most 768x1360"
-    ):
+    with pytest.raises(FactoryError, match=r"size 784x1360 .*49x85 tokens.*end at 48x85.*Use at most 768x1360"):
         rotary_table(older, 2, 98, 170)
     with pytest.raises(FactoryError, match="Use at most 2400x2400"):
         rotary_table(T_15, 2, 96, 302)
@@ -150,9 +148,7 @@ def test_sincos_equals_diffusers(size, scales):
     """Theirs is float64; ours is that, rounded to float32 (half an ulp below 1 is 3e-8)."""
     config = replace(T_2B, spatial_interpolation_scale=scales[0], temporal_interpolation_scale=scales[1])
     num_frames, height, width = size
-    theirs = diffusers_patch_embed(config)._get_positional_embeddings(
-        height, width, (num_frames - 1) * 4 + 1
-    )[0]
+    theirs = diffusers_patch_embed(config)._get_positional_embeddings(height, width, (num_frames - 1) * 4 + 1)[0]
     ours = sincos_table(config, *size)
     assert ours.dtype == np.float32
     assert (theirs[:226] == 0).all()
@@ -201,8 +197,6 @@ def test_learned_positions_are_used_as_diffusers_uses_them():
     assert added_positions(config, 3, 4, 6) == "learned"
     torch.testing.assert_close(added(3, 4, 6), embed.pos_embedding[0], rtol=0, atol=0)
     assert added_positions(config, 2, 4, 6) == "sincos"
-    np.testing.assert_allclose(
-        added(2, 4, 6)[3:].detach(), sincos_table(config, 2, 4, 6), rtol=0, atol=3.1e-8
-    )
+    np.testing.assert_allclose(added(2, 4, 6)[3:].detach(), sincos_table(config, 2, 4, 6), rtol=0, atol=3.1e-8)
     with pytest.raises(ValueError, match="different resolution"):
         added(3, 8, 6)

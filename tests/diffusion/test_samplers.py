@@ -169,9 +169,7 @@ def test_final_alpha_from_the_schedule(name):
 
 def test_spacing_none_is_the_configs():
     config = SchedulerConfig(timestep_spacing="linspace")
-    np.testing.assert_array_equal(
-        ddim_table(config, 7).timesteps, ddim_table(config, 7, spacing="linspace").timesteps
-    )
+    np.testing.assert_array_equal(ddim_table(config, 7).timesteps, ddim_table(config, 7, spacing="linspace").timesteps)
     assert ddim_table(config, 7).timesteps[-1] == 0
 
 
@@ -190,8 +188,7 @@ def test_numpy_and_torch_agree():
     for a, b in zip(ours, theirs):
         np.testing.assert_array_equal(a, b.numpy())
     assert (
-        table.step(4, sample.half(), v.half(), previous_x0=previous.half(), noise=noise.half())[0].dtype
-        == torch.half
+        table.step(4, sample.half(), v.half(), previous_x0=previous.half(), noise=noise.half())[0].dtype == torch.half
     )
 
 

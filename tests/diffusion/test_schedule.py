@@ -76,9 +76,7 @@ def test_equals_diffusers(config):
 
 
 def test_trained_betas():
-    config = SchedulerConfig(
-        num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3), rescale_betas_zero_snr=False
-    )
+    config = SchedulerConfig(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3), rescale_betas_zero_snr=False)
     np.testing.assert_allclose(alphas_cumprod(config), [0.9, 0.72, 0.504], rtol=1e-14)
     with pytest.raises(UnfitError, match="trained_betas has 3 values, num_train_timesteps is 1000"):
         alphas_cumprod(replace(config, num_train_timesteps=1000))

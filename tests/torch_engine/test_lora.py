@@ -70,9 +70,13 @@ class Pair:
             frames = self.latents.shape[1]
             rotary = self.pipe._prepare_rotary_positional_embeddings(64, 96, frames, torch.device("cpu"))
         return self.theirs(
-            hidden_states=self.latents, encoder_hidden_states=self.embeds, timestep=self.timesteps, ofs=self.ofs,
-            image_rotary_emb=rotary, return_dict=False,
-        )[0]  # fmt: skip
+            self.latents,
+            self.embeds,
+            self.timesteps,
+            ofs=self.ofs,
+            image_rotary_emb=rotary,
+            return_dict=False,
+        )[0]
 
     def assert_equal(self):
         with torch.no_grad():
@@ -99,9 +103,7 @@ def add_theirs(transformer, *, rank, alpha, targets=ATTENTION, adapter_name="def
     from peft import LoraConfig
 
     torch.manual_seed(2)
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian", **flags
-    )
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian", **flags)
     transformer.add_adapter(config, adapter_name)
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
@@ -171,6 +173,17 @@ def test_a_file_of_ours_gives_the_same_output_in_diffusers(pair, tmp_path, kind,
     base = pair.run_theirs()
     pair.pipe.load_lora_weights(tmp_path)
     assert (pair.run_theirs() - base).abs().max() > 0.01
+    pair.assert_equal()
+
+
+def test_ranks_and_alphas_may_differ_by_module(pair, tmp_path):
+    patterns = {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_v": 9, "0.attn1.to_k": 3}}
+    add_theirs(pair.theirs, rank=4, alpha=6, **patterns)
+    assert load_lora_into(pair.ours, load_lora(save_theirs(pair, tmp_path / "theirs")), "it") == 8
+    pair.assert_equal()
+    save_lora(tmp_path / "ours", lora_arrays(pair.ours, "it"), **lora_settings(pair.ours, "it"))
+    pair.theirs.delete_adapters("default")
+    pair.pipe.load_lora_weights(tmp_path / "ours")
     pair.assert_equal()
 
 

@@ -12,9 +12,7 @@ HALVES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 """Allowed relative error: a few roundings of the dtype."""
 
 
-def layer(
-    dtype=torch.float32, *, targets="qkv", adapters=("default",), use_dora=False, bias=True, trained=True
-):
+def layer(dtype=torch.float32, *, targets="qkv", adapters=("default",), use_dora=False, bias=True, trained=True):
     """Return a fused q, k, v projection with adapters on some of its thirds; `trained` fills B."""
     generator = torch.Generator().manual_seed(0)
     fused = LoraLinear(nn.Linear(WIDTH, 3 * WIDTH, bias=bias, dtype=dtype))

@@ -79,9 +79,9 @@ def test_frames_equal_diffusers(tiny_model, same_noise, variant, sampler):
     is_i2v = PUBLISHED[variant].transformer.is_image_to_video
     theirs = reference(folder, sampler, is_i2v)
     pipe = ours.CogVideoXPipeline.from_pretrained(folder, device="cpu", tiling=False)
-    video = pipe(
-        PROMPT, picture() if is_i2v else None, negative_prompt=NEGATIVE, sampler=sampler, seed=SEED, **CALL
-    )[0][0]
+    video = pipe(PROMPT, picture() if is_i2v else None, negative_prompt=NEGATIVE, sampler=sampler, seed=SEED, **CALL)[
+        0
+    ][0]
     assert video.dtype == np.uint8
     assert video.shape == theirs.shape
     assert np.abs(np.rint(theirs * 255) - video.astype(np.float64)).max() <= 1

@@ -95,9 +95,7 @@ def _write_sentencepiece_tokenizer(folder, spm):
     """Write the four files of a published tokenizer folder, with a vocabulary of about sixty pieces."""
     folder.mkdir()
     corpus = folder.parent / "corpus.txt"
-    corpus.write_text(
-        "a red circle moves left\nthe slow pan of two lines and spaces\nfine quotes don't\n" * 50
-    )
+    corpus.write_text("a red circle moves left\nthe slow pan of two lines and spaces\nfine quotes don't\n" * 50)
     spm.SentencePieceTrainer.train(
         input=str(corpus), model_prefix=str(folder / "spiece"), vocab_size=60, hard_vocab_limit=False,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, normalization_rule_name="nmt_nfkc", minloglevel=2,
@@ -118,9 +116,7 @@ def _write_sentencepiece_tokenizer(folder, spm):
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "added_tokens.json").write_text(json.dumps(extra))
-    (folder / "special_tokens_map.json").write_text(
-        json.dumps({"additional_special_tokens": list(extra), **special})
-    )
+    (folder / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": list(extra), **special}))
     return folder
 
 

@@ -95,7 +95,13 @@ def test_two_runs_are_bit_identical_and_so_is_a_resumed_one(
     tiny_model, clips, caches, tmp_path, monkeypatch, task, method
 ):
     runs = [tmp_path / name for name in ("first", "second", "stopped")]
-    options = {"method": method, "ema_decay": 0.9, "gradient_accumulation": 2, "batch_size": 1, "num_workers": 1}
+    options = {
+        "method": method,
+        "ema_decay": 0.9,
+        "gradient_accumulation": 2,
+        "batch_size": 1,
+        "num_workers": 1,
+    }
     for run in runs[:2]:
         train.run(cached(tiny_model, clips, caches, tmp_path, task=task, train=options | {"dir": str(run)}))
     config = cached(tiny_model, clips, caches, tmp_path, task=task, train=options | {"dir": str(runs[2])})
@@ -152,7 +158,9 @@ def test_a_lora_trained_at_rate_zero_changes_no_bit(tiny_model, clips, caches, t
 
 @pytest.mark.parametrize("alpha", [4.0, 16.0])
 def test_a_lora_trained_here_gives_the_same_frames_in_diffusers(tiny_model, clips, caches, tmp_path, alpha):
-    config = cached(tiny_model, clips, caches, tmp_path, lora={"rank": 4, "alpha": alpha}, train={"learning_rate": 5e-2})
+    config = cached(
+        tiny_model, clips, caches, tmp_path, lora={"rank": 4, "alpha": alpha}, train={"learning_rate": 5e-2}
+    )
     run = train.run(config)
     folder = tiny_model("cogvideox1.5-5b")
     pipe = OurPipeline.from_pretrained(folder, device="cpu", tiling=False)
@@ -173,9 +181,7 @@ def test_a_lora_trained_here_gives_the_same_frames_in_diffusers(tiny_model, clip
 
     theirs.scheduler = CogVideoXDDIMScheduler.from_config(theirs.scheduler.config)
     latents = torch.from_numpy(draws.normal(42, "initial noise", shape=(1, 4, 16, 8, 12)))
-    reference = theirs(
-        "a red circle", latents=latents, output_type="np", max_sequence_length=16, **call
-    ).frames[0]
+    reference = theirs("a red circle", latents=latents, output_type="np", max_sequence_length=16, **call).frames[0]
     assert np.abs(np.rint(reference * 255) - video).max() <= 1
 
 
@@ -189,12 +195,12 @@ def test_a_fine_tuned_transformer_loads_in_diffusers_with_equal_weights(tiny_mod
 
 @pytest.mark.parametrize("master_weights", ["float32", "stochastic_bf16"])
 def test_full_fine_tuning_in_bfloat16_follows_float32(tiny_model, clips, caches, tmp_path, master_weights):
-    """From raw clips, because a cache belongs to the dtype it was made in."""
-    exact = train.run(settings(tiny_model, clips, train={"dir": str(tmp_path / "exact"), "method": "full", "steps": 12}))
+    options = {"method": "full", "steps": 12, "save_every": 12}
+    exact = train.run(cached(tiny_model, clips, caches, tmp_path, train=options | {"dir": str(tmp_path / "exact")}))
     half = train.run(
-        settings(
-            tiny_model, clips, run={"dtype": "bfloat16"},
-            train={"dir": str(tmp_path / "half"), "method": "full", "steps": 12, "master_weights": master_weights},
+        cached(
+            tiny_model, clips, caches, tmp_path, run={"dtype": "bfloat16"},
+            train=options | {"dir": str(tmp_path / "half"), "master_weights": master_weights},
         )
     )  # fmt: skip
     for (_, a), (_, b) in zip(losses(exact), losses(half), strict=True):
@@ -215,7 +221,9 @@ def test_checkpointing_changes_no_loss(tiny_model, clips, caches, tmp_path, mode
 def test_raw_clips_train_like_their_cache(tiny_model, clips, caches, tmp_path, task):
     """The cache rounds moments to bfloat16, so losses agree closely, not exactly; noise is off for i2v."""
     options = {"image_noise": False, "caption_dropout": 0.5}
-    fed = train.run(cached(tiny_model, clips, caches, tmp_path, task=task, train=options | {"dir": str(tmp_path / "c")}))
+    fed = train.run(
+        cached(tiny_model, clips, caches, tmp_path, task=task, train=options | {"dir": str(tmp_path / "c")})
+    )
     raw = train.run(settings(tiny_model, clips, task=task, train=options | {"dir": str(tmp_path / "r")}))
     assert [x for _, x in losses(raw)] == pytest.approx([x for _, x in losses(fed)], rel=2e-2)
 
