@@ -42,14 +42,18 @@ def run(mode: Checkpointing, block: Callable[..., Tensor], *args: Any) -> Tensor
     """Return `block(*args)`, keeping for the backward pass what `mode` says."""
     if mode == "none" or not torch.is_grad_enabled():
         return block(*args)
-    contexts = _full if mode == "full" else _save_attention
-    out = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random in a block
+    if mode == "save_attention":
+        options["context_fn"] = _save_attention
+    elif not torch.compiler.is_compiling():
+        options["context_fn"] = _full
+    out = checkpoint(block, *args, **options)
     assert isinstance(out, Tensor)
     return out
 
 
 def _full() -> _Contexts:
-    return nullcontext(), nullcontext() if torch.compiler.is_compiling() else output_unread()
+    return nullcontext(), output_unread()
 
 
 def _save_attention() -> _Contexts:

@@ -238,33 +238,36 @@ def _modulate_boxes(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None)
 
 def _norm_as_affine(norm: GroupNorm, x: Tensor, *, is_doubled: bool) -> tuple[Tensor, Tensor]:
     """Return scale and shift [B, 1, 1, 1, C] that normalise `x` [B, T, H, W, C]."""
-    mean, var = _frame_moments(x)  # [B, T, C]
-    weights = mean.new_full((x.shape[1], 1), 1.0)
-    if is_doubled and x.shape[1] % 2 == 1:
-        weights[1:] = 2.0  # the first frame stands for itself, the others for two
-    weights = weights / (weights.sum() * (x.shape[-1] // norm.groups))
-    mean, var = (m.unflatten(2, (norm.groups, -1)) for m in (mean, var))  # [B, T, G, C/G]
-    group_mean = (mean * weights[:, :, None]).sum((1, 3), keepdim=True)  # [B, 1, G, 1]
-    group_var = ((var + (mean - group_mean).square()) * weights[:, :, None]).sum((1, 3), keepdim=True)
-    scale = torch.rsqrt(group_var + norm.eps) * norm.weight.unflatten(0, (norm.groups, -1))  # [B, 1, G, C/G]
-    shift = norm.bias.unflatten(0, (norm.groups, -1)) - group_mean * scale
-    return tuple(s.flatten(2)[:, :, None, None].to(x.dtype) for s in (scale, shift))
+    if is_doubled and x.shape[1] % 2 == 1:  # the first frame stands for itself, the others for two
+        parts, counts = x.split([1, x.shape[1] - 1], dim=1), [1, 2 * (x.shape[1] - 1)]
+    else:
+        parts, counts = [x], [1]
+    shares = [count / sum(counts) for count in counts]
+    moments = [[m.unflatten(1, (norm.groups, -1)) for m in _moments(part)] for part in parts]  # [B, G, C/G] each
+    means = [share * mean.mean(2, keepdim=True) for share, (mean, _) in zip(shares, moments)]
+    group_mean = sum(means[1:], means[0])  # [B, G, 1]
+    variances = [
+        share * (var + (mean - group_mean).square()).mean(2, keepdim=True)
+        for share, (mean, var) in zip(shares, moments)
+    ]
+    scale = torch.rsqrt(sum(variances[1:], variances[0]) + norm.eps) * norm.weight.unflatten(0, (norm.groups, -1))
+    shift = norm.bias.unflatten(0, (norm.groups, -1)) - group_mean * scale  # [B, G, C/G]
+    return scale.flatten(1)[:, None, None, None].to(x.dtype), shift.flatten(1)[:, None, None, None].to(x.dtype)
 
 
-def _frame_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance [B, T, C] over height and width, at least in float32."""
-    if x.dtype in (
-        torch.float16,
-        torch.bfloat16,
-    ):  # the input's rounding outweighs what E[x^2] - E[x]^2 loses
-        mean = x.mean((2, 3), dtype=torch.float32)
-        root = torch.linalg.vector_norm(x, dim=(2, 3), dtype=torch.float32)
-        return mean, (root.square() / (x.shape[2] * x.shape[3]) - mean.square()).clamp_min(0)
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance [B, C] of `x` [B, T, H, W, C], at least in float32."""
+    if x.dtype in (torch.float16, torch.bfloat16):  # the input's rounding outweighs what E[x^2] - E[x]^2 loses
+        mean = x.mean((1, 2, 3), dtype=torch.float32)
+        root = torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=torch.float32)
+        return mean, (root.square() / x[0, ..., 0].numel() - mean.square()).clamp_min(0)
     if x.device.type != "cpu":
-        var, mean = torch.var_mean(x, dim=(2, 3), correction=0)
+        var, mean = torch.var_mean(x, dim=(1, 2, 3), correction=0)
         return mean, var
-    # The statistics half of batch norm: two exact passes, vectorised over channels; var_mean is 20 times slower here.
-    images = x.flatten(0, 1).permute(0, 3, 1, 2).split(1)  # B*T of [1, C, H, W]
-    pairs = [torch.batch_norm_update_stats(image, None, None, 0.0) for image in images]
-    mean, var = (torch.stack(part).unflatten(0, x.shape[:2]) for part in zip(*pairs))
-    return mean, var
+    # The statistics half of batch norm makes two vectorised passes; var_mean is 20 times slower here. Its float32
+    # sums run down each column of pixels on its own, and are too short to lose digits.
+    columns = x.flatten(3).flatten(1, 2).transpose(1, 2)[..., None]  # [B, W*C, T*H, 1]
+    pairs = [torch.batch_norm_update_stats(column, None, None, 0.0) for column in columns.split(1)]
+    means, variances = (torch.stack(part).unflatten(1, (x.shape[3], -1)) for part in zip(*pairs))  # [B, W, C]
+    mean = means.mean(1)
+    return mean, (variances + (means - mean[:, None]).square()).mean(1)
