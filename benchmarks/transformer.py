@@ -64,7 +64,9 @@ def block_ratio(name: str, dtype: torch.dtype, *, backward: bool, target: float,
 
     _require_equal(run_theirs(), run_ours())
     if not backward:
-        return interleave(name, _without_grad(run_theirs), _without_grad(run_ours), target=target, num_rounds=num_rounds)
+        return interleave(
+            name, _without_grad(run_theirs), _without_grad(run_ours), target=target, num_rounds=num_rounds
+        )
     grad = torch.randn(x.shape, generator=generator).to(dtype)
 
     def step_theirs() -> None:

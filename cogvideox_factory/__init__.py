@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cogvideox_factory.data.video import export_to_video as export_to_video
+    from cogvideox_factory.data.export import export_to_video as export_to_video
     from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline as CogVideoXPipeline
 
 _LAZY = {
     "CogVideoXPipeline": "cogvideox_factory.torch_engine.pipeline",
-    "export_to_video": "cogvideox_factory.data.video",
+    "export_to_video": "cogvideox_factory.data.export",
 }
 __all__ = ["CogVideoXPipeline", "__version__", "export_to_video"]
 

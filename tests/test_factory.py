@@ -251,6 +251,15 @@ def test_demo_makes_everything_it_names(tmp_path, capsys):
     assert run("demo", "--out", tmp_path / "demo") == 2
 
 
+def test_python_interface_of_the_readme(tiny_model, tmp_path):
+    from cogvideox_factory import CogVideoXPipeline, export_to_video
+
+    pipe = CogVideoXPipeline.from_pretrained(tiny_model("cogvideox-5b"), device="cpu")
+    video = pipe("a red fox", num_inference_steps=2)[0][0]
+    export_to_video(video, tmp_path / "fox.mp4", fps=8)
+    assert read(tmp_path / "fox.mp4")[0].shape == (9, 64, 96, 3)
+
+
 def test_help_of_every_command_teaches():
     for command in ("demo", "prepare", "train", "generate"):
         done = subprocess.run(

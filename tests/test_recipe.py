@@ -44,7 +44,7 @@ def test_numbers_mean_what_they_look_like(tmp_path):
     ],
 )
 def test_refuses_with_a_reason(tmp_path, text, says):
-    with pytest.raises(FactoryError, match="recipe.yaml") as caught:
+    with pytest.raises(FactoryError, match=r"recipe\.yaml") as caught:
         read_recipe(write(tmp_path, text))
     assert says in str(caught.value)
 

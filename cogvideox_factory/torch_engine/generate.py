@@ -3,11 +3,11 @@
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cogvideox_factory import weights
 from cogvideox_factory.config import Config
@@ -15,7 +15,7 @@ from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.manifest import read_lines
 from cogvideox_factory.errors import DataError, FactoryError, StorageError
 from cogvideox_factory.lora_files import load_lora
-from cogvideox_factory.metrics import console, duration, say
+from cogvideox_factory.metrics import duration, progress_bar, say
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.publish import publish_text, require_room
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
@@ -73,16 +73,22 @@ def run(config: Config) -> list[Path]:
     negative_embeds = pipe.encode_prompts([config.sampling.negative_prompt], max_sequence_length=length)
     pipe.text_encoder = None
     started = time.monotonic()
-    with _progress() as progress:
-        task = progress.add_task("", total=len(jobs) * config.sampling.steps)
+    with progress_bar("denoising", len(jobs) * config.sampling.steps) as advance:
         for index, job in enumerate(jobs):
-            progress.update(task, description=job.path.name)
-            _make(config, pipe, job, shape, prompt_embeds[index : index + 1], negative_embeds, progress, task)
+            _make(config, pipe, job, shape, prompt_embeds[index : index + 1], negative_embeds, advance)
     say(f"done in {duration(time.monotonic() - started)}: {', '.join(str(job.path) for job in jobs)}")
     return [job.path for job in jobs]
 
 
-def _make(config, pipe, job, shape: ClipShape, prompt_embeds, negative_embeds, progress: Progress, task) -> None:
+def _make(
+    config: Config,
+    pipe: CogVideoXPipeline,
+    job: Job,
+    shape: ClipShape,
+    prompt_embeds: torch.Tensor,
+    negative_embeds: torch.Tensor,
+    advance: Callable[[], None],
+) -> None:
     video = pipe(
         prompt_embeds=prompt_embeds,
         negative_prompt_embeds=negative_embeds,
@@ -95,7 +101,7 @@ def _make(config, pipe, job, shape: ClipShape, prompt_embeds, negative_embeds, p
         use_dynamic_cfg=config.sampling.dynamic_guidance,
         sampler=config.sampling.sampler,
         seed=config.run.seed,
-        progress=lambda step: progress.advance(task),
+        progress=lambda step: advance(),
     )[0][0]
     if len(video) != shape.num_frames:
         say(
@@ -152,10 +158,3 @@ def file_name(index: int, prompt: str) -> str:
     """Return a short file name that says which prompt it was."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-")
     return f"{index:03}-{slug or 'video'}.mp4"
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
-        TimeRemainingColumn(), console=console, transient=True,
-    )  # fmt: skip

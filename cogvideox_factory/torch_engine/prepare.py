@@ -4,14 +4,11 @@ Everything that can be known without a model is checked first, for all clips at 
 clips, each in its turn with only its own model loaded; what is in the cache already is not made again.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cogvideox_factory import draws, weights
 from cogvideox_factory.config import Config
@@ -24,7 +21,7 @@ from cogvideox_factory.data.survey import survey
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import DecodedClip, read_clip
 from cogvideox_factory.errors import FactoryError, UnfitError
-from cogvideox_factory.metrics import console, say
+from cogvideox_factory.metrics import progress_bar, say
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.publish import require_room, sweep
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
@@ -164,18 +161,6 @@ def say_counts(manifest: Manifest) -> None:
     say(f"{len(manifest.clips)} clips: {counts}")
 
 
-@contextmanager
-def progress_bar(what: str, total: int) -> Iterator:
-    """Show a bar with rate and time left; yields a function to call after each item."""
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, transient=True,
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count=1: bar.advance(task, count)
-
-
 def _encode_captions(cache: Cache, captions: list[str], folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     encoder = TextEncoder.from_folder(folder, dtype=dtype, device=device)
     length = cache.settings.text.max_sequence_length
@@ -184,7 +169,7 @@ def _encode_captions(cache: Cache, captions: list[str], folder: Path, device: to
             chunk = captions[start : start + _CAPTIONS_AT_ONCE]
             for caption, embeds in zip(chunk, encoder.encode(chunk, length), strict=True):
                 cache.write_caption(caption, to_array(embeds))
-            advance(len(chunk))
+                advance()
 
 
 def _encode_clips(

@@ -222,7 +222,8 @@ class CogVideoXVAE(nn.Module):
             if recording and tiles is None:
                 return torch.cat([code(part) for part in parts])
             out = video.new_empty(shape, dtype=self.dtype)
-            for part, target in zip(parts, out.split(len(parts[0]))):
+            for index, part in enumerate(parts):
+                target = out[index * len(part) : (index + 1) * len(part)]
                 if tiles is None:
                     code(part, target)
                 else:

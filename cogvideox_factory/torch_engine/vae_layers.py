@@ -197,10 +197,10 @@ def norm_silu_pad(
     if scale is None:
         scale, shift = norm_scale, norm_shift
     else:
-        scale, shift = norm_scale * scale, torch.addcmul(shift, norm_shift, scale)
+        scale, shift = norm_scale * scale, norm_shift * scale + shift
     halo = 1 if is_doubled else 2
     padded = chunk.scratch.take(x, x.shape[0], halo + x.shape[1], *x.shape[2:])
-    modulate(x, scale, shift, out=padded[:, halo:])
+    modulate(x, scale.to(x.dtype), shift.to(x.dtype), out=padded[:, halo:])
     F.silu(padded[:, halo:], inplace=True)
     conv.fill_halo(padded, chunk, halo)
     return padded
@@ -237,7 +237,7 @@ def _modulate_boxes(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None)
 
 
 def _norm_as_affine(norm: GroupNorm, x: Tensor, *, is_doubled: bool) -> tuple[Tensor, Tensor]:
-    """Return scale and shift [B, 1, 1, 1, C] that normalise `x` [B, T, H, W, C]."""
+    """Return scale and shift [B, 1, 1, 1, C] that normalise `x` [B, T, H, W, C], at least in float32."""
     if is_doubled and x.shape[1] % 2 == 1:  # the first frame stands for itself, the others for two
         parts, counts = x.split([1, x.shape[1] - 1], dim=1), [1, 2 * (x.shape[1] - 1)]
     else:
@@ -252,7 +252,7 @@ def _norm_as_affine(norm: GroupNorm, x: Tensor, *, is_doubled: bool) -> tuple[Te
     ]
     scale = torch.rsqrt(sum(variances[1:], variances[0]) + norm.eps) * norm.weight.unflatten(0, (norm.groups, -1))
     shift = norm.bias.unflatten(0, (norm.groups, -1)) - group_mean * scale  # [B, G, C/G]
-    return scale.flatten(1)[:, None, None, None].to(x.dtype), shift.flatten(1)[:, None, None, None].to(x.dtype)
+    return scale.flatten(1)[:, None, None, None], shift.flatten(1)[:, None, None, None]
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

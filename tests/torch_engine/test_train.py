@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.numpy import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.errors import FactoryError, NonFiniteError, UnfitError
@@ -244,6 +245,36 @@ def test_validation_uses_held_out_clips_and_makes_videos(tiny_model, clips, cach
     ]
 
 
+class HostReads(TorchDispatchMode):
+    """Counts how often a value is fetched from a tensor, which on a card waits for all that was queued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_step_never_waits_for_the_device(tiny_model, clips, caches, tmp_path, monkeypatch, method):
+    original, reads = loop.Loop._step, []
+
+    def watched(self, step, batches):
+        with HostReads() as mode:
+            original(self, step, batches)
+        reads.append(mode.count)
+
+    monkeypatch.setattr(loop.Loop, "_step", watched)
+    options = {"method": method, "ema_decay": 0.9, "gradient_accumulation": 2, "checkpointing": "save_attention"}
+    train.run(cached(tiny_model, clips, caches, tmp_path, task="i2v", train=options))
+    assert reads == [0] * 6
+    with HostReads() as mode:
+        torch.ones(1).item()
+    assert mode.count == 1, "the counter counts"
+
+
 def test_sigterm_saves_and_the_same_command_goes_on(tiny_model, clips, caches, tmp_path, monkeypatch):
     whole = train.run(cached(tiny_model, clips, caches, tmp_path, train={"dir": str(tmp_path / "whole")}))
     config = cached(tiny_model, clips, caches, tmp_path, train={"dir": str(tmp_path / "cut")})
@@ -312,11 +343,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(
     ],
 )
 def test_refuses_before_anything_is_trained(tiny_model, clips, caches, tmp_path, change, error, says):
+    values = cached(tiny_model, clips, caches, tmp_path).model_dump()
+    for section, fields in change.items():
+        values[section] = fields if isinstance(fields, str) else values[section] | fields
+    config = check(values, source="test")
     with pytest.raises(error) as caught:
-        values = cached(tiny_model, clips, caches, tmp_path).model_dump()
-        for section, fields in change.items():
-            values[section] = fields if isinstance(fields, str) else values[section] | fields
-        train.run(check(values, source="test"))
+        train.run(config)
     assert says in str(caught.value)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
