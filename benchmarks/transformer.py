@@ -1,13 +1,10 @@
 """The transformer against diffusers', turn by turn: one block, and four blocks under checkpointing.
 
-    python -m benchmarks.transformer [name ...] [--rounds 7]
-
-Names as in the table of README.md. Each pair is first held to equal numbers. Time inside matrix products and the
-attention kernel is the same for both; what differs is all around them, so a ratio grows with the speed of those (AVX-512)
-and with the load of the machine (every operation waits for the slower of two threads).
+Each pair is first held to equal numbers. Time inside matrix products and the attention kernel is the same for both;
+what differs is all around them, so a float32 ratio grows with the speed of those (AVX-512) and with the load of the
+machine (every operation waits for the slower of two threads).
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -36,7 +33,7 @@ def models(config: TransformerConfig, dtype: torch.dtype):
     values = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
     theirs = CogVideoXTransformer3DModel(**values)
     theirs.load_state_dict({name: torch.from_numpy(a.copy()) for name, a in ours.iterate_arrays()})
-    return theirs.to(dtype), ours.to(dtype)
+    return torch.nn.Module.to(theirs, dtype), ours.to(dtype)
 
 
 def block_ratio(name: str, dtype: torch.dtype, *, backward: bool, target: float, num_rounds: int) -> Ratio:
@@ -131,27 +128,15 @@ def _clear(model: torch.nn.Module, *leaves: Tensor) -> None:
         leaf.grad = None
 
 
-BENCHMARKS: dict[str, Callable[[str, int], Ratio]] = {
-    "cpu.block.fwd": lambda name, n: block_ratio(name, torch.float32, backward=False, target=1.15, num_rounds=n),
-    "cpu.block.fwdbwd": lambda name, n: block_ratio(name, torch.float32, backward=True, target=1.5, num_rounds=n),
-    "cpu.block.fwd.bf16": lambda name, n: block_ratio(name, torch.bfloat16, backward=False, target=1.3, num_rounds=n),
-    # diffusers takes half a minute a round where the CPU has no bfloat16 instructions
-    "cpu.block.fwdbwd.bf16": lambda name, n: block_ratio(
-        name, torch.bfloat16, backward=True, target=1.5, num_rounds=min(n, 3)
-    ),
-    "cpu.model.full": lambda name, n: checkpointed_ratio(name, "full", target=None, num_rounds=n),
-    "cpu.model.save_attention": lambda name, n: checkpointed_ratio(name, "save_attention", target=None, num_rounds=n),
-}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; all by default")
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    for name in args.names or BENCHMARKS:
-        print(BENCHMARKS[name](name, args.rounds).row, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def run() -> list[Ratio]:
+    """Return all ratios of this suite."""
+    f32, bf16 = torch.float32, torch.bfloat16
+    return [
+        block_ratio("cpu.block.fwd", f32, backward=False, target=1.15, num_rounds=9),
+        block_ratio("cpu.block.fwdbwd", f32, backward=True, target=1.5, num_rounds=9),
+        block_ratio("cpu.block.fwd.bf16", bf16, backward=False, target=1.3, num_rounds=5),
+        # diffusers takes half a minute a round where the CPU has no bfloat16 instructions
+        block_ratio("cpu.block.fwdbwd.bf16", bf16, backward=True, target=1.5, num_rounds=3),
+        checkpointed_ratio("cpu.model.full", "full", target=None, num_rounds=5),
+        checkpointed_ratio("cpu.model.save_attention", "save_attention", target=None, num_rounds=5),
+    ]

@@ -4,6 +4,7 @@ A recipe (YAML) is one `Config`; command-line flags override single fields. `Non
 for" and is filled in before a run starts, so the `config.yaml` in a run folder is complete and reruns as it is.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -266,10 +267,9 @@ class Config(_Section):
             problems.append(
                 "data.flip_probability has no effect on cached latents; set it to 0 or train without cache.dir"
             )
-        if self.validation.images and self.task == "t2v":
-            problems.append("validation.images has no effect with task=t2v; remove it or set task=i2v")
-        if self.generate.image and self.task == "t2v":
-            problems.append("generate.image has no effect with task=t2v; remove it or set task=i2v")
+        for applies, why, names in _WITHOUT_EFFECT:
+            if applies(self):
+                problems += [f"{name} has no effect with {why}; remove it" for name in names if self._is_set(name)]
         if self.generate.lora_weight and len(self.generate.lora_weight) != len(self.generate.lora):
             problems.append(
                 f"generate.lora_weight has {len(self.generate.lora_weight)} values for "
@@ -278,3 +278,34 @@ class Config(_Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _is_set(self, name: str) -> bool:
+        section, field = name.split(".")
+        values = getattr(self, section)
+        return getattr(values, field) != type(values).model_fields[field].default
+
+
+# Settings that would be read by nobody, and when: setting one away from its default is a mistake worth a line.
+_WITHOUT_EFFECT: tuple[tuple[Callable[[Config], bool], str, tuple[str, ...]], ...] = (
+    (
+        lambda config: config.task == "t2v",
+        "task=t2v",
+        (
+            "generate.image", "validation.images", "cache.image_noise_variants", "train.image_dropout",
+            "train.image_noise", "train.image_scale",
+        ),
+    ),
+    (
+        lambda config: config.train.method == "full",
+        "train.method=full",
+        ("lora.rank", "lora.alpha", "lora.use_rslora", "lora.use_dora", "lora.target_modules"),
+    ),
+    (
+        lambda config: config.train.method == "lora",
+        "train.method=lora",
+        ("train.master_weights",),
+    ),
+    (lambda config: config.train.schedule != "cosine_with_restarts", "this schedule", ("train.num_cycles",)),
+    (lambda config: config.train.schedule != "polynomial", "this schedule", ("train.power",)),
+    (lambda config: not config.validation.every, "validation.every=0", ("validation.prompts", "validation.images")),
+)  # fmt: skip

@@ -12,6 +12,7 @@ COMMANDS = {
     "prepare": "videos + captions -> cache of latents and text embeddings",
     "train": "cache or raw clips -> run folder with a LoRA or a fine-tuned transformer",
     "generate": "prompts (and images) -> mp4",
+    "evaluate": "metrics of a folder of videos; judges of what they show",
 }
 
 _EPILOG = """

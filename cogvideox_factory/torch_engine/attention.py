@@ -3,12 +3,12 @@
 `attention(q, k, v)` runs as one operator of our own, `cogvideox::attention_forward`, whatever kernel does the work.
 So there is one name to keep under "save attention" checkpointing, one to count, and one that compilers see; lists of
 kernel names miss some and then recompute attention unnoticed. The pair is explicit (output and log-sum-exp out, both
-back in) so that a caller may recompute q and k in the backward pass instead of keeping them (see `fused`).
+back in) so that a caller may recompute q and k in the backward pass instead of keeping them (see `rotary`).
 
 Kernels: FlashAttention-3 (`flash_attn_interface`), cuDNN, FlashAttention-2 and memory-efficient attention as torch
 has them, `npu_fusion_attention` on Ascend, torch's flash kernel for CPUs, and plain matrix products anywhere. The
-choice is made once for each (device, dtype, head size, mask or none): the preferred kernels are tried in order on a small
-problem, forward and backward, against plain matrix products, and the first that is right is taken and logged.
+choice is made once for each (device, dtype, head size, mask or none): the preferred kernels are tried in order on a
+small problem, forward and backward, against plain matrix products, and the first that is right is taken and logged.
 `set_attention_backend(name)` or the variable COGVIDEOX_ATTENTION overrides it.
 
 Legend: B batch, L heads, S query tokens, T key tokens, K head size.
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cogvideox_factory.errors import FactoryError, MissingError, nearest
+from cogvideox_factory.torch_engine import attention_math
 from cogvideox_factory.torch_engine.linear import emulated
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ ENVIRONMENT_VARIABLE = "COGVIDEOX_ATTENTION"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Return softmax(q k^T / sqrt(K) + mask) v as [B, L, S, K], in memory [B, S, L, K].
+    """Return softmax(q k^T / sqrt(K) + mask) v as [B, L, S, K], in memory [B, S, L, K] as projections read it.
 
     Args:
         q: [B, L, S, K]; views of a fused projection are welcome.
@@ -45,14 +46,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) ->
         mask: broadcastable to [B, L, S, T]; bool (True attends) or added to the scores. It gets no gradient, and
             every query must see some key.
     """
-    return _Attention.apply(q, k, v, None if mask is None else additive(mask, q))  # pyright: ignore[reportReturnType]
+    rows = _swap(q, k, v)
+    out = _Attention.apply(*rows, None if mask is None else additive(mask, q))
+    return out.transpose(1, 2)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def additive(mask: Tensor, q: Tensor) -> Tensor:
-    """Return a bool or float `mask` as a term of the scores of `q`, in its dtype."""
+    """Return a bool or float `mask` as a term of the scores of `q`, in its dtype and with four axes."""
+    mask = mask.view((1,) * (4 - mask.dim()) + mask.shape)
     if mask.dtype != torch.bool:
         return mask.to(q.dtype)
     return torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+
+
+def _swap(*tensors: Tensor) -> list[Tensor]:
+    """Exchange the axes of heads and tokens."""
+    return [x.transpose(1, 2) for x in tensors]
 
 
 class _Attention(torch.autograd.Function):
@@ -69,47 +78,38 @@ class _Attention(torch.autograd.Function):
         return *attention_backward(grads[0], q, k, v, mask, out, lse), None
 
 
-# --- the operator -----------------------------------------------------------------------------------------------------
+# --- the operator: tokens before heads, as projections give and take them ---------------------------------------------
 
 
 @torch.library.custom_op("cogvideox::attention_forward", mutates_args=())
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the output [B, L, S, K] and the log-sum-exp of the scores [B, L, S] in float32."""
-    out, lse = _choose(q, mask).forward(q, k, v, mask)
-    return _rows_outside(out), lse.contiguous()
+    """Return the output [B, S, L, K] and the log-sum-exp of the scores [B, L, S], at least float32.
+
+    `q` is [B, S, L, K], `k` and `v` are [B, T, L, K], `mask` is additive or None.
+    """
+    out, lse = _choose(q, mask).run_forward(q, k, v, mask)
+    return out.contiguous(), lse.contiguous()
 
 
-@attention_forward.register_fake
+@torch.library.register_fake("cogvideox::attention_forward")
 def _(q, k, v, mask):
-    batch, heads, tokens, size = q.shape
+    batch, tokens, heads, _ = q.shape
     lse = q.new_empty(batch, heads, tokens, dtype=torch.promote_types(q.dtype, torch.float32))
-    return q.new_empty(batch, tokens, heads, size).transpose(1, 2), lse
+    return q.new_empty(q.shape), lse
 
 
 @torch.library.custom_op("cogvideox::attention_backward", mutates_args=())
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v, each as [B, L, tokens, K] in memory [B, tokens, L, K]."""
-    grads = _choose(q, mask).backward(grad, q, k, v, mask, out, lse)
-    dq, dk, dv = (_rows_outside(g) for g in grads)
-    return dq, dk, dv
+    """Return the gradients of q, k and v, each of its shape, contiguous, from that of the output [B, S, L, K]."""
+    dq, dk, dv = _choose(q, mask).run_backward(grad, q, k, v, mask, out, lse)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-def _rows_outside(x: Tensor) -> Tensor:
-    """Return `x` [B, L, S, K] in the one memory layout all kernels give here, [B, S, L, K]: projections read that."""
-    _, heads, tokens, size = x.shape
-    if x.stride() == (tokens * heads * size, size, heads * size, 1):
-        return x
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-@attention_backward.register_fake
+@torch.library.register_fake("cogvideox::attention_backward")
 def _(grad, q, k, v, mask, out, lse):
-    def like(x):
-        return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-    return like(q), like(k), like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 SAVED_OPS = (torch.ops.cogvideox.attention_forward.default,)
@@ -121,7 +121,10 @@ SAVED_OPS = (torch.ops.cogvideox.attention_forward.default,)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Backend:
-    """A kernel: forward(q, k, v, mask) -> (out, lse), backward(grad, q, k, v, mask, out, lse) -> (dq, dk, dv)."""
+    """A kernel: forward(q, k, v, mask) -> (out, lse), backward(grad, q, k, v, mask, out, lse) -> (dq, dk, dv).
+
+    It takes tensors as [B, L, tokens, K], or as [B, tokens, L, K] with `tokens_first`; `lse` is [B, L, S] either way.
+    """
 
     name: str
     device_types: tuple[str, ...]
@@ -129,6 +132,7 @@ class Backend:
     backward: Callable[..., tuple[Tensor, ...]]
     masks: bool = True
     half_only: bool = True
+    tokens_first: bool = False
     package: str | None = None
 
     def fits(self, device_type: str, dtype: torch.dtype, *, masked: bool) -> bool:
@@ -139,6 +143,21 @@ class Backend:
             and (not self.half_only or dtype in (torch.float16, torch.bfloat16))
             and (self.package is None or importlib.util.find_spec(self.package) is not None)
         )
+
+    def run_forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Call `forward` with tensors [B, tokens, L, K]."""
+        if self.tokens_first:
+            return self.forward(q, k, v, mask)
+        out, lse = self.forward(*_swap(q, k, v), mask)
+        return out.transpose(1, 2), lse
+
+    def run_backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Call `backward` with tensors [B, tokens, L, K]."""
+        if self.tokens_first:
+            return self.backward(grad, q, k, v, mask, out, lse)
+        return tuple(_swap(*self.backward(*_swap(grad, q, k, v), mask, out.transpose(1, 2), lse)))
 
 
 def _cpu_forward(q, k, v, mask):
@@ -206,88 +225,55 @@ def _whole(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
 def _flash3_forward(q, k, v, mask):
     from flash_attn_interface import _flash_attn_forward  # pyright: ignore[reportMissingImports]
 
-    out, lse, *_ = _flash_attn_forward(*_rows_first(q, k, v), softmax_scale=q.shape[-1] ** -0.5)
-    return out.transpose(1, 2), lse
+    out, lse, *_ = _flash_attn_forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5)
+    return out, lse
 
 
 def _flash3_backward(grad, q, k, v, mask, out, lse):
     from flash_attn_interface import _flash_attn_backward  # pyright: ignore[reportMissingImports]
 
-    grad, q, k, v, out = _rows_first(grad, q, k, v, out)
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     _flash_attn_backward(
-        grad, q, k, v, out, lse, dq=grads[0], dk=grads[1], dv=grads[2], softmax_scale=q.shape[-1] ** -0.5,
+        grad, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, softmax_scale=q.shape[-1] ** -0.5,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
-    return tuple(g.transpose(1, 2) for g in grads)
-
-
-def _rows_first(*tensors: Tensor) -> list[Tensor]:
-    return [x.transpose(1, 2) for x in tensors]  # [B, tokens, L, K]
+    return dq, dk, dv
 
 
 def _npu_forward(q, k, v, mask):
     import torch_npu  # pyright: ignore[reportMissingImports]
 
     out, top, total, *_ = torch_npu.npu_fusion_attention(
-        *_rows_first(q, k, v), q.shape[1], "BSND", atten_mask=_hidden(mask, q, k), scale=q.shape[-1] ** -0.5
+        q, k, v, q.shape[2], "BSND", atten_mask=_hidden(mask, q, k), scale=q.shape[-1] ** -0.5
     )
     # Maximum and sum come eight times over, [B, L, S, 8]; their log-sum-exp once is a sixteenth of that.
-    return out.transpose(1, 2), top[..., 0] + total[..., 0].log()
+    return out, top[..., 0] + total[..., 0].log()
 
 
 def _npu_backward(grad, q, k, v, mask, out, lse):
     import torch_npu  # pyright: ignore[reportMissingImports]
 
     top = lse.unsqueeze(-1).expand(*lse.shape, 8).contiguous()  # exp(s - lse) / 1 is the same softmax
-    grads = torch_npu.npu_fusion_attention_grad(
-        *_rows_first(q, k, v, grad), q.shape[1], "BSND", atten_mask=_hidden(mask, q, k), softmax_max=top,
-        softmax_sum=torch.ones_like(top), attention_in=_rows_first(out)[0], scale_value=q.shape[-1] ** -0.5,
-    )  # fmt: skip
-    return tuple(g.transpose(1, 2) for g in grads[:3])
+    return torch_npu.npu_fusion_attention_grad(
+        q, k, v, grad, q.shape[2], "BSND", atten_mask=_hidden(mask, q, k), softmax_max=top,
+        softmax_sum=torch.ones_like(top), attention_in=out, scale_value=q.shape[-1] ** -0.5,
+    )[:3]  # fmt: skip
 
 
 def _hidden(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """Return what Ascend's kernel must not see, bool [B, 1, S, T]; it has no additive masks."""
-    return None if mask is None else (mask < 0)[:, :1].expand(q.shape[0], 1, q.shape[2], k.shape[2])
+    return None if mask is None else (mask < 0)[:, :1].expand(q.shape[0], 1, q.shape[1], k.shape[1])
 
 
-def _math_forward(q, k, v, mask):
-    scale = q.shape[-1] ** -0.5
-    out, lse = torch.empty_like(q), []
-    for head in range(q.shape[1]):  # one head at a time: all scores at once do not fit
-        scores = _scores(q, k, mask, head, scale)
-        lse.append(scores.logsumexp(-1))
-        out[:, head] = (scores - lse[-1][..., None]).exp().to(v.dtype) @ v[:, head]
-    return out, torch.stack(lse, dim=1)
-
-
-def _math_backward(grad, q, k, v, mask, out, lse):
-    """Differentiate softmax attention as in FlashAttention (arXiv 2205.14135), algorithm 4, without its tiling."""
-    scale = q.shape[-1] ** -0.5
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    for head in range(q.shape[1]):
-        p = (_scores(q, k, mask, head, scale) - lse[:, head, :, None]).exp()  # [B, S, T]
-        dout = grad[:, head]
-        dv[:, head] = p.to(v.dtype).mT @ dout
-        delta = (dout.to(p.dtype) * out[:, head].to(p.dtype)).sum(-1, keepdim=True)  # D of the paper
-        ds = (p * ((dout @ v[:, head].mT).to(p.dtype) - delta) * scale).to(q.dtype)
-        dq[:, head], dk[:, head] = ds @ k[:, head], ds.mT @ q[:, head]
-    return dq, dk, dv
-
-
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, head: int, scale: float) -> Tensor:
-    scores = (q[:, head] @ k[:, head].mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
-    return scores if mask is None else scores + mask.expand(-1, q.shape[1], -1, -1)[:, head]
-
-
-_MATH = Backend(name="math", device_types=(), forward=_math_forward, backward=_math_backward, half_only=False)
+_MATH = Backend(
+    name="math", device_types=(), forward=attention_math.forward, backward=attention_math.backward, half_only=False
+)
 _BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend(
             name="fa3", device_types=("cuda",), forward=_flash3_forward, backward=_flash3_backward,
-            masks=False, package="flash_attn_interface",
+            masks=False, tokens_first=True, package="flash_attn_interface",
         ),
         Backend(name="cudnn", device_types=("cuda",), forward=_cudnn_forward, backward=_cudnn_backward),
         Backend(name="flash", device_types=("cuda",), forward=_flash_forward, backward=_flash_backward, masks=False),
@@ -295,7 +281,10 @@ _BACKENDS: dict[str, Backend] = {
             name="efficient", device_types=("cuda",), forward=_efficient_forward, backward=_efficient_backward,
             half_only=False,
         ),
-        Backend(name="npu", device_types=("npu",), forward=_npu_forward, backward=_npu_backward, package="torch_npu"),
+        Backend(
+            name="npu", device_types=("npu",), forward=_npu_forward, backward=_npu_backward, tokens_first=True,
+            package="torch_npu",
+        ),
         Backend(
             name="cpu", device_types=("cpu",), forward=_cpu_forward, backward=_cpu_backward, half_only=False,
         ),
@@ -353,7 +342,8 @@ def _pick(q: Tensor, *, masked: bool) -> Backend:
             set_attention_backend(wanted)  # raises, and names the choices
         if not _BACKENDS[wanted].fits(q.device.type, q.dtype, masked=masked):
             raise FactoryError(
-                f"attention backend {wanted!r} cannot do {q.dtype} on {q.device.type}{' with a mask' if masked else ''}. "
+                f"attention backend {wanted!r} cannot do {q.dtype} on {q.device.type}"
+                f"{' with a mask' if masked else ''}. "
                 f"Unset {ENVIRONMENT_VARIABLE}, or choose one of {', '.join(_BACKENDS)}."
             )
         return _BACKENDS[wanted]
@@ -378,18 +368,18 @@ def _works(backend: Backend, q: Tensor, masked: bool) -> bool:
     with torch.inference_mode(False), torch.no_grad():
         # Two heads of an odd number of tokens, laid out as the model does; sines, so as not to touch any generator.
         wave = torch.arange(4 * 77 * 2 * q.shape[-1], device=q.device, dtype=torch.float32).mul(0.7).sin().to(q.dtype)
-        one, two, three, grad = wave.view(4, 1, 77, 2, -1).transpose(2, 3).unbind(0)
+        one, two, three, grad = wave.view(4, 1, 77, 2, -1).unbind(0)
         mask = None
         if masked:
             mask = additive(torch.arange(77, device=q.device).view(1, 1, 1, 77) < 70, q)
         try:
-            ours = [*backend.forward(one, two, three, mask)]
-            ours += backend.backward(grad, one, two, three, mask, *ours)
+            ours = [*backend.run_forward(one, two, three, mask)]
+            ours += backend.run_backward(grad, one, two, three, mask, *ours)
         except (RuntimeError, TypeError, ImportError, AttributeError) as error:
             logger.warning("attention backend %s does not run here: %s", backend.name, str(error).split("\n")[0])
             return False
-        theirs = [*_math_forward(one, two, three, mask)]
-        theirs += _math_backward(grad, one, two, three, mask, *theirs)
+        theirs = [*_MATH.run_forward(one, two, three, mask)]
+        theirs += _MATH.run_backward(grad, one, two, three, mask, *theirs)
     error = max((a.float() - b.float()).abs().max().item() for a, b in zip(ours, theirs, strict=True))
     if not error < 0.05:  # sines are at most 1; half precision leaves about 0.01
         logger.warning("attention backend %s is off by %.3g on a test problem and is not used", backend.name, error)

@@ -6,14 +6,14 @@ Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748):
 Legend: B batch, S joint tokens (text first), D width, L heads, N layers, E size of the time embedding.
 """
 
-from torch import Tensor, nn
-
 import torch
+from torch import Tensor, nn
 
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.torch_engine.feed_forward import FeedForward
-from cogvideox_factory.torch_engine.fused import gated_linear, modulated_norm, norm_rotate_attention
+from cogvideox_factory.torch_engine.fused import gated_linear, modulated_norm
 from cogvideox_factory.torch_engine.linear import Linear
+from cogvideox_factory.torch_engine.rotary import norm_rotate_attention
 
 QK_NORM_EPS = 1e-6
 """Of the LayerNorms of q and k in every checkpoint; no config says it."""

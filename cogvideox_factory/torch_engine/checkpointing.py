@@ -1,12 +1,13 @@
 """Gradient checkpointing of one block: keep its input and make the rest again in the backward pass.
 
-- "none" keeps all that the backward pass needs (about 10 units a block, see `fused`);
+- "none" keeps all that the backward pass needs (11 units a block with trained weights, 9 with frozen ones);
 - "full" keeps 1 unit, the block's input, and runs the block's forward twice;
-- "save_attention" keeps 2, the input and the attention output (with its log-sum-exp), so that attention, the dearest part
-  of a long video, runs forward once.
+- "save_attention" keeps 2, the input and the attention output (with its log-sum-exp), so that attention, the dearest
+  part of a long video, runs forward once.
 
-Two details. Attention is one operator whatever kernel runs (`attention.SAVED_OPS`), so none is missed. And the second run
-stops short of the last projection of the feed-forward, whose result nobody reads.
+A unit is one activation of the token stream. Two details. Attention is one operator whatever kernel runs
+(`attention.SAVED_OPS`), so none is missed. And the second run stops short of the last projection of the feed-forward,
+whose result nobody reads.
 """
 
 from collections.abc import Callable

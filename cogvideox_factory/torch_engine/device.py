@@ -155,5 +155,6 @@ def set_determinism(enabled: bool) -> None:
         # cuBLAS reads this when its first handle is made, see its documentation on reproducibility.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(enabled)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # every new tensor would be filled with NaN first
+    # Otherwise every new tensor is filled with NaN first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = False

@@ -117,7 +117,7 @@ class _FeedForward(torch.autograd.Function):
         grad, kept = grads[0].contiguous(), hidden.shape[-1]
         vectors = scale, shift, text_scale, text_shift
 
-        normed = None
+        normed = x
         if needs_up or kept < len(up):
             normed = norm_forward(x, *vectors, text, ctx.eps)[0].flatten(0, 1)  # [B * S, D]
         if kept < len(up):

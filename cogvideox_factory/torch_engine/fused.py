@@ -1,19 +1,13 @@
-"""The pieces of a transformer block between its matrix products, each one node of the autograd graph.
+"""Adaptive LayerNorm and gated residual of a transformer block, each one node of the autograd graph.
 
 All work on the joint token stream, text rows first, and treat text and video rows by row ranges: the rows get their
-own shift, scale and gate, nothing is split or joined. What can be recomputed cheaply is not saved:
-
-- `modulated_norm` keeps its input and two numbers a row, as a plain LayerNorm does;
-- `norm_rotate_attention` keeps the fused projection, the attention output and its log-sum-exp; the normalised and
-  rotated q and k are made again in the backward pass (a torch graph would keep them too, 2 units a block);
-- `gated_linear` needs its input only: the gradient of the gate is read off the weight's.
-
-A unit is one activation of the stream, S * D elements. `norm_rotate` and `attention.attention` are the two halves of
-`norm_rotate_attention` for callers that exchange tokens for heads in between (sequence parallelism).
+own shift, scale and gate, nothing is split or joined. What can be recomputed cheaply is not saved: `modulated_norm`
+keeps its input and two numbers a row, as a plain LayerNorm does, and `gated_linear` its input only, for the gradient
+of the gate is read off the weight's.
 
 Vectors (scale, shift, gate) are [D] when the batch has one sample, [B, 1, D] otherwise.
 
-Legend: B batch, S joint tokens, T text tokens, D width, L heads, K head size, O rows of a weight.
+Legend: B batch, S joint tokens, T text tokens, D width, I O inputs and outputs of a weight.
 """
 
 from typing import Any
@@ -23,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cogvideox_factory.torch_engine.attention import attention_backward, attention_forward
 from cogvideox_factory.torch_engine.linear import is_plain, linear, product
 
 aten = torch.ops.aten
@@ -151,9 +144,9 @@ def gate_rows(grad: Tensor, gate: Tensor, text_gate: Tensor, text_length: int) -
 def gated_linear_backward(grad, a, weight, bias, gate, text_gate, text_length: int, needs: tuple[bool, bool, bool]):
     """Return the gradients of (weight, bias, gate, text_gate) of x + gate * (a weight^T + bias).
 
-    With G = grad^T a over the rows that share a gate, the weight's gradient is gate * G summed over such groups and the
-    gate's is rowsum(weight * G) + bias * sum(grad): the product `a weight^T` itself is not needed. `needs` says which of
-    weight, bias and gates want one.
+    With G = grad^T a over the rows that share a gate, the weight's gradient is gate * G summed over such groups and
+    the gate's is rowsum(weight * G) + bias * sum(grad): the product `a weight^T` itself is not needed. `needs` says
+    which of weight, bias and gates want one.
     """
     needs_weight, needs_bias, needs_gates = needs
     if not needs_gates:
@@ -230,136 +223,3 @@ class _GatedResidual(torch.autograd.Function):
             d_gate = weighted[:, text:].sum(1, keepdim=True).view_as(gate)
             d_text = weighted[:, :text].sum(1, keepdim=True).view_as(gate)
         return grad, d_y, d_gate, d_text, None
-
-
-# --- q and k: LayerNorm and rotary position embedding -----------------------------------------------------------------
-
-
-def norm_rotate(
-    qkv: Tensor,
-    weights: tuple[Tensor, ...],
-    rotary: tuple[Tensor, Tensor] | None,
-    *,
-    num_heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a fused projection into normalised and rotated q and k, and v: each [B, L, S, K].
-
-    Args:
-        qkv: [B, S, 3 * L * K].
-        weights: LayerNorm weight and bias of q, then of k, each [K].
-        rotary: (cos, sin), each float32 [S, 1, K / 2], identity (1, 0) in text rows; None for a model without.
-        num_heads: L.
-        eps: of the LayerNorms.
-    """
-    v = qkv.unflatten(-1, (3, num_heads, -1))[:, :, 2].transpose(1, 2)
-    q, k = _NormRotate.apply(qkv, *weights, *(rotary or (None, None)), num_heads, eps)  # pyright: ignore
-    return q, k, v
-
-
-def norm_rotate_attention(
-    qkv: Tensor,
-    weights: tuple[Tensor, ...],
-    rotary: tuple[Tensor, Tensor] | None,
-    *,
-    num_heads: int,
-    eps: float,
-) -> Tensor:
-    """Return the attention of `norm_rotate(...)` with heads joined, [B, S, L * K], keeping no q and k of its own."""
-    return _NormRotateAttention.apply(qkv, *weights, *(rotary or (None, None)), num_heads, eps)  # pyright: ignore
-
-
-def rotation(rotary: tuple[Tensor, Tensor], dtype: torch.dtype, *, back: bool = False) -> tuple[Tensor, ...]:
-    """Return the tables `rotate` needs for tensors of `dtype`, from (cos, sin) [S, 1, K / 2]; `back` turns the other way."""
-    cos, sin = rotary
-    sin = -sin if back else sin
-    if cos.device.type == "cpu" and dtype != torch.float64 and not torch.compiler.is_compiling():
-        # One pass over memory instead of three; elsewhere complex numbers are slow or missing.
-        return (torch.complex(cos, sin),)
-    return cos.unsqueeze(-1), torch.stack([-sin, sin], dim=-1)  # [S, 1, K / 2, 1 or 2]
-
-
-def rotate(x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
-    """Turn channels 2i and 2i + 1 of `x` [B, S, L, K] by the angle of column i of its row's tables.
-
-    Su et al., RoFormer (arXiv 2104.09864), equation 34, in float32 as the checkpoints were trained.
-    """
-    pairs = x.unflatten(-1, (-1, 2))
-    if len(tables) == 1:
-        turned = torch.view_as_real(torch.view_as_complex(pairs.float()) * tables[0])
-    else:
-        turned = torch.addcmul(pairs * tables[0], pairs.flip(-1), tables[1])
-    return turned.flatten(-2).to(x.dtype)
-
-
-def _norm_rotate_forward(qkv, weights, rotary, num_heads: int, eps: float):
-    """Return q, k, v as [B, S, L, K] and the statistics of both norms."""
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)  # each [B, S, L, K]
-    q, *q_stats = torch.native_layer_norm(q, q.shape[-1:], weights[0], weights[1], eps)
-    k, *k_stats = torch.native_layer_norm(k, k.shape[-1:], weights[2], weights[3], eps)
-    if rotary is not None:
-        tables = rotation(rotary, q.dtype)
-        q, k = rotate(q, tables), rotate(k, tables)
-    return q, k, v, [*q_stats, *k_stats]
-
-
-def _norm_rotate_backward(dq, dk, dv, qkv, stats, weights, rotary, num_heads: int, needs_weights: bool):
-    """Return the gradients of qkv [B, S, 3D] and of the four weights, from those of q, k and v [B, S, L, K]."""
-    q, k, _ = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
-    if rotary is not None:
-        tables = rotation(rotary, dq.dtype, back=True)
-        dq, dk = rotate(dq, tables), rotate(dk, tables)
-    mask = [True, needs_weights, needs_weights]
-    size = list(q.shape[-1:])
-    dq, dqw, dqb = aten.native_layer_norm_backward(dq, q, size, *stats[:2], *weights[:2], mask)
-    dk, dkw, dkb = aten.native_layer_norm_backward(dk, k, size, *stats[2:], *weights[2:], mask)
-    return torch.stack([dq, dk, dv], dim=2).view_as(qkv), dqw, dqb, dkw, dkb
-
-
-def _rotary(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if cos is None or sin is None else (cos, sin)
-
-
-class _NormRotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, qkv, qw, qb, kw, kb, cos, sin, num_heads, eps):
-        q, k, _, stats = _norm_rotate_forward(qkv, (qw, qb, kw, kb), _rotary(cos, sin), num_heads, eps)
-        ctx.save_for_backward(qkv, *stats, qw, qb, kw, kb, cos, sin)
-        ctx.num_heads = num_heads
-        return q.transpose(1, 2), k.transpose(1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads):
-        qkv, *saved, cos, sin = ctx.saved_tensors
-        dq, dk = (g.transpose(1, 2) for g in grads)
-        out = _norm_rotate_backward(
-            dq, dk, torch.zeros_like(dq), qkv, saved[:4], saved[4:], _rotary(cos, sin), ctx.num_heads,
-            any(ctx.needs_input_grad[1:5]),
-        )  # fmt: skip
-        return *out, None, None, None, None
-
-
-class _NormRotateAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, qkv, qw, qb, kw, kb, cos, sin, num_heads, eps):
-        q, k, v, _ = _norm_rotate_forward(qkv, (qw, qb, kw, kb), _rotary(cos, sin), num_heads, eps)
-        out, lse = attention_forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None)
-        out = out.transpose(1, 2).flatten(2)  # [B, S, D], a view
-        ctx.save_for_backward(qkv, qw, qb, kw, kb, cos, sin, out, lse)
-        ctx.settings = num_heads, eps
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads):
-        qkv, qw, qb, kw, kb, cos, sin, out, lse = ctx.saved_tensors
-        num_heads, eps = ctx.settings
-        weights = (qw, qb, kw, kb)
-        q, k, v, stats = _norm_rotate_forward(qkv, weights, _rotary(cos, sin), num_heads, eps)
-        heads = [x.unflatten(-1, (num_heads, -1)) for x in (grads[0], out)]
-        grad, q, k, v, out = (x.transpose(1, 2) for x in (heads[0], q, k, v, heads[1]))
-        dq, dk, dv = (g.transpose(1, 2) for g in attention_backward(grad, q, k, v, None, out, lse))
-        needs_weights = any(ctx.needs_input_grad[1:5])
-        out = _norm_rotate_backward(dq, dk, dv, qkv, stats, weights, _rotary(cos, sin), num_heads, needs_weights)
-        return *out, None, None, None, None

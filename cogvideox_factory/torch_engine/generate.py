@@ -21,8 +21,10 @@ from cogvideox_factory.publish import publish_text, require_room
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.attention import backend_name
-from cogvideox_factory.torch_engine.device import set_determinism
+from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_determinism
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline, resolve_lora, resolve_transformer
+from cogvideox_factory.torch_engine.prepare import text_length
+from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +54,13 @@ def run(config: Config) -> list[Path]:
     require_room(jobs[0].path.parent, len(jobs) * shape.num_frames * shape.height * shape.width, what="the videos")
 
     set_determinism(config.run.deterministic)
+    device = pick_device(config.run.device)
+    dtype = pick_dtype(config.run.dtype, device, transformer_config)
+    prompt_embeds, negative_embeds = _encode(config, folder, jobs, transformer_config, device, dtype)
     pipe = CogVideoXPipeline.from_pretrained(
-        folder,
-        transformer=replaced,
-        dtype=config.run.dtype,
-        device=config.run.device,
-        tiling=config.sampling.tiling,
-    )
+        folder, transformer=replaced, dtype=config.run.dtype, device=config.run.device,
+        tiling=config.sampling.tiling, text_encoder=False,
+    )  # fmt: skip
     names = [f"lora-{index}" for index in range(len(lora_files))]
     for name, file in zip(names, lora_files, strict=True):
         pipe.load_lora_weights(file, adapter_name=name)
@@ -66,18 +68,29 @@ def run(config: Config) -> list[Path]:
         pipe.set_adapters(names, ask.lora_weight or None)
     say(
         f"{len(jobs)} video(s) of {shape.num_frames} frames {shape.height}x{shape.width} at {shape.fps:g} fps, "
-        f"{config.sampling.steps} steps, {pipe.dtype} on {pipe.device}, attention: {backend_name()}"
+        f"{config.sampling.steps} steps, {dtype} on {device}, attention: {backend_name(device, dtype)}"
     )
-    length = config.text.max_sequence_length
-    prompt_embeds = pipe.encode_prompts([job.prompt for job in jobs], max_sequence_length=length)
-    negative_embeds = pipe.encode_prompts([config.sampling.negative_prompt], max_sequence_length=length)
-    pipe.text_encoder = None
     started = time.monotonic()
     with progress_bar("denoising", len(jobs) * config.sampling.steps) as advance:
         for index, job in enumerate(jobs):
             _make(config, pipe, job, shape, prompt_embeds[index : index + 1], negative_embeds, advance)
     say(f"done in {duration(time.monotonic() - started)}: {', '.join(str(job.path) for job in jobs)}")
     return [job.path for job in jobs]
+
+
+def _encode(
+    config: Config,
+    folder: Path,
+    jobs: list[Job],
+    transformer: TransformerConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the embeddings of all prompts [B, S, E] and of the negative one; the encoder is gone afterwards."""
+    length = text_length(config, transformer)
+    encoder = TextEncoder.from_folder(folder, dtype=dtype, device=device)
+    embeds = encoder.encode([config.sampling.negative_prompt, *(job.prompt for job in jobs)], length).to(dtype)
+    return embeds[1:], embeds[:1]
 
 
 def _make(

@@ -77,8 +77,11 @@ class CogVideoXPipeline:
         dtype: str = "auto",
         device: str = "auto",
         tiling: bool = True,
+        text_encoder: bool = True,
     ) -> Self:
         """Load a model folder in the diffusers layout, or a hub id; `transformer` replaces its transformer.
+
+        Without the text encoder (9.5 GB of the published models) calls need `prompt_embeds`.
 
         Raises:
             MissingError: no such model here, and the hub cannot be reached.
@@ -95,7 +98,7 @@ class CogVideoXPipeline:
         return cls(
             transformer=CogVideoXTransformer.from_folder(transformer_folder, dtype=arithmetic, device=place),
             vae=vae,
-            text_encoder=TextEncoder.from_folder(folder, dtype=arithmetic, device=place),
+            text_encoder=TextEncoder.from_folder(folder, dtype=arithmetic, device=place) if text_encoder else None,
             scheduler=SchedulerConfig.from_folder(folder / "scheduler", filename="scheduler_config.json"),
             device=place,
             dtype=arithmetic,

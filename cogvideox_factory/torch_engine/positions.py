@@ -43,7 +43,7 @@ def make_positions(
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> Positions:
-    """Return the positions of a video of `latent_frames` x `latent_height` x `latent_width` behind `text_length` tokens.
+    """Return the positions of one video of that size, behind `text_length` text tokens.
 
     Frames count front padding. `dtype` is that of the model; rotary tables stay float32. The last 16 shapes are kept.
 

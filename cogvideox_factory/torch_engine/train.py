@@ -358,8 +358,6 @@ def _check_validation(config: Config) -> None:
     for image in images:
         if not Path(image).is_file():
             raise FactoryError(f"validation.images: {image} is no file")
-    if (prompts or images) and not config.validation.every:
-        raise FactoryError("validation.prompts have no effect while validation.every is 0; set it to some steps")
 
 
 def _say_arithmetic(

@@ -1,7 +1,7 @@
 """The CogVideoX diffusion transformer (Yang et al. 2024, arXiv 2408.06072): all published variants, any size by config.
 
 Same mathematics and, at its borders, the same tensors as diffusers' `CogVideoXTransformer3DModel`; inside, one joint
-token stream instead of two that are joined and split in every block (see `block`, `fused`, `feed_forward`).
+token stream instead of two that are joined and split in every block (see `block`, `fused`, `rotary`, `feed_forward`).
 
 ```python
 model = CogVideoXTransformer.from_folder(folder / "transformer", dtype=torch.bfloat16, device="cuda")
@@ -153,7 +153,7 @@ class CogVideoXTransformer(nn.Module):
         if config.patch_size_t is not None and frames % config.patch_size_t:
             raise FactoryError(
                 f"{frames} latent frames; this model cuts time into patches of {config.patch_size_t}. "
-                "Pad one frame in front (diffusion.frames.latent_frames_for_model), or choose 16k + 5 or 16k + 13 frames."
+                "Pad one in front (diffusion.frames.latent_frames_for_model), or choose e.g. 77 or 85 frames of video."
             )
         if (ofs is None) != (config.ofs_embed_dim is None):
             raise FactoryError(
@@ -169,8 +169,8 @@ class CogVideoXTransformer(nn.Module):
         tokens, text = frames // p_t * (height // p) * (width // p), prompt_embeds.shape[1]
         if (positions.num_video_tokens, positions.text_length) != (tokens, text):
             raise FactoryError(
-                f"positions are of {positions.text_length} text and {positions.num_video_tokens} video tokens, the input "
-                f"has {text} and {tokens}. Make them for latents {frames}x{height}x{width}."
+                f"positions are of {positions.text_length} text and {positions.num_video_tokens} video tokens, "
+                f"the input has {text} and {tokens}. Make them for latents {frames}x{height}x{width}."
             )
         return positions
 
@@ -181,7 +181,8 @@ class CogVideoXTransformer(nn.Module):
         Linears are normal with variance 1 / inputs; norms are 1 and biases 0. Two exceptions: gates start at
         1 / sqrt(2 num_layers), so that the stream keeps its size through any depth, with small shifts, scales and
         time dependence around that; and the last projection is a fifth of its usual size, so that the first
-        predictions are near the mean, 0. Neither is zero, as in DiT: a LoRA on drawn weights must have something to turn.
+        predictions are near the mean, 0. Neither is zero, as they would be in DiT: a LoRA on drawn weights must have
+        something to turn.
         """
         config = self.config
         own = self.state_dict()

@@ -15,7 +15,7 @@ then `encode` and `decode` are differentiable (and slower).
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from cogvideox_factory.errors import FactoryError, UnfitError
 from cogvideox_factory.models import VaeConfig
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
 from cogvideox_factory.torch_engine.vae_blocks import Coder, Decoder, Encoder, initialize, num_time_levels
-from cogvideox_factory.torch_engine.vae_layers import Chunk, Weights, pointwise
+from cogvideox_factory.torch_engine.vae_layers import Chunk, Kernels, Weights, pointwise
 from cogvideox_factory.torch_engine.vae_scratch import Scratch
 from cogvideox_factory.torch_engine.vae_tiling import TileAxis, run_tiled, tile_axis
 
@@ -200,7 +200,7 @@ class CogVideoXVAE(nn.Module):
         """Code `video` [B, C, F, H, W] to a tensor of `shape`, by slices and tiles as set."""
         trainable = video.requires_grad or any(parameter.requires_grad for parameter in coder.parameters())
         recording = torch.is_grad_enabled() and trainable
-        kernels: dict[nn.Module, Any] = {}
+        kernels: Kernels = {}
         scratch = Scratch()
 
         def code(part: Tensor, out: Tensor | None = None) -> Tensor:
@@ -231,7 +231,7 @@ class CogVideoXVAE(nn.Module):
         return out
 
     def _code_chunks(
-        self, video: Tensor, coder: Coder, *, recording: bool, kernels: dict[nn.Module, Any], scratch: Scratch
+        self, video: Tensor, coder: Coder, *, recording: bool, kernels: Kernels, scratch: Scratch
     ) -> Iterator[Tensor]:
         """Yield the frame batches of `video` [B, C, F, H, W], coded: [B, C', T, H', W']."""
         is_encoder = coder is self.encoder

@@ -92,7 +92,7 @@ class Upsample(nn.Module):
             out = vae_conv.conv_frames(large, self.conv.weight, self.conv.bias)
             return (double_frames(out) if in_time else out), False
         batch, frames, height, width, channels = x.shape
-        kernels = chunk.kernel(self, vae_conv.subpixel_kernels, self.conv.weight)
+        kernels = chunk.kernel(vae_conv.subpixel_kernels, self.conv.weight)
         out = chunk.scratch.take(x, batch, frames, 2 * height, 2 * width, channels)
         vae_conv.subpixel(x, kernels, self.conv.bias, out)
         chunk.scratch.give(x)

@@ -26,6 +26,8 @@ from cogvideox_factory.torch_engine.vae_scratch import Scratch
 # Legend: B batch, T frames of a chunk, H W height and width, C channels, F h w Z the chunk's latents, G norm groups.
 # All activations are [B, T, H, W, C].
 
+Kernels = dict[tuple[Callable[[Tensor], Any], int], Any]
+
 
 @dataclass(kw_only=True, slots=True)
 class Chunk:
@@ -41,17 +43,17 @@ class Chunk:
     """Recompute blocks in the backward pass instead of keeping their activations."""
     tails: dict[nn.Module, Tensor] = field(default_factory=dict)
     """Last input frames of each convolution in time."""
-    kernels: dict[nn.Module, Any] = field(default_factory=dict)
+    kernels: Kernels = field(default_factory=dict)
     """Rearranged weights; they live as long as one call, so they are never stale."""
-
     scratch: Scratch = field(default_factory=Scratch)
     """Where the paths that record nothing get their large buffers."""
 
-    def kernel(self, layer: nn.Module, make: Callable[[Tensor], Any], weight: Tensor) -> Any:
+    def kernel(self, make: Callable[[Tensor], Any], weight: Tensor) -> Any:
         """Return `make(weight)`, made once a call."""
-        if layer not in self.kernels:
-            self.kernels[layer] = make(weight)
-        return self.kernels[layer]
+        key = make, id(weight)
+        if key not in self.kernels:
+            self.kernels[key] = make(weight)
+        return self.kernels[key]
 
     def cache_bytes(self) -> int:
         """Return the bytes kept for the next chunk."""
@@ -114,7 +116,7 @@ class CausalConv(nn.Module):
         elif padded.device.type == "cpu" and padded.dtype == torch.float32:
             return self._winograd(padded, chunk, onto)
         else:
-            out = vae_conv.direct(padded, chunk.kernel(self, _channels_last, weight), bias)
+            out = vae_conv.direct(padded, chunk.kernel(_channels_last, weight), bias)
         if onto is None:
             return out
         return onto + out if chunk.recording else onto.add_(out)
@@ -132,13 +134,15 @@ class CausalConv(nn.Module):
                 first = vae_conv.direct(padded[:, :3], weight, bias)
             out[:, :1] = first if onto is None else onto[:, :1] + first
         if frames > odd:
-            kernels = chunk.kernel(self, vae_conv.winograd_kernels, weight)
-            vae_conv.winograd(padded[:, odd:], kernels, bias, out[:, odd:], add=onto is not None)
+            four = (frames - odd) % 4 == 0
+            kernels = chunk.kernel(vae_conv.winograd4_kernels if four else vae_conv.winograd2_kernels, weight)
+            run = vae_conv.winograd4 if four else vae_conv.winograd2
+            run(padded[:, odd:], kernels, bias, out[:, odd:], add=onto is not None)
         return out
 
     def forward_doubled(self, padded: Tensor, chunk: Chunk) -> Tensor:
         """Convolve frames that stand for two equal ones each, `padded` [B, 1 + n, H, W, C], to all T frames."""
-        kernels = chunk.kernel(self, vae_conv.doubled_kernels, self.conv.weight)
+        kernels = chunk.kernel(vae_conv.doubled_kernels, self.conv.weight)
         single = int(chunk.is_first and padded.shape[1] % 2 == 0)
         shape = (padded.shape[0], 2 * (padded.shape[1] - 1) - single, *padded.shape[2:4], len(self.conv.bias))
         out = chunk.scratch.take(padded, *shape)

@@ -46,6 +46,8 @@ def masks(kind, queries, keys):
     if kind == "none":
         return None
     padding = torch.arange(keys).view(1, 1, 1, keys) < keys - 5
+    if kind == "two axes":
+        return padding.view(1, keys)
     return padding if kind == "bool" else torch.randn(2, 1, queries, keys, generator=torch.Generator().manual_seed(1))
 
 
@@ -65,7 +67,7 @@ def check(ours, q, k, v, mask, dtype):
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("backend", ["cpu", "math"])
-@pytest.mark.parametrize("kind", ["none", "bool", "float"])
+@pytest.mark.parametrize("kind", ["none", "bool", "float", "two axes"])
 def test_output_and_gradients_are_those_of_torch(dtype, backend, kind):
     set_attention_backend(backend)
     q, k, v = inputs(dtype, queries=37, keys=29)
@@ -83,7 +85,7 @@ def test_memory_is_laid_out_for_the_projection_that_follows():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_operators_keep_the_rules_compilers_rely_on(masked):
-    q, k, v = (x.detach() for x in inputs(heads=2))
+    q, k, v = (x.detach().transpose(1, 2) for x in inputs(heads=2))
     mask = torch.zeros(1, 1, 1, 37) if masked else None
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(attention_forward, (q, k, v, mask), test_utils=checks)
@@ -110,7 +112,7 @@ def test_what_cannot_be_chosen(monkeypatch):
     with pytest.raises(FactoryError, match="did you mean 'flash'"):
         set_attention_backend("flsh")
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "flash")
-    with pytest.raises(FactoryError, match="cannot do torch.float32 on cpu"):
+    with pytest.raises(FactoryError, match="cannot do torch"):
         attention(*inputs())
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingError, match="flash_attn_interface"):
@@ -141,26 +143,16 @@ def test_calls_match_the_signatures_of_torch(name, masked):
         return
     with FakeTensorMode():
         fused = torch.empty(2, 37, 3, 4, 64, dtype=torch.bfloat16, device="cuda")
-        q, k, v = (x.transpose(1, 2) for x in fused.unbind(2))
+        q, k, v = fused.unbind(2)
         mask = torch.empty(1, 1, 1, 37, dtype=torch.bfloat16, device="cuda") if masked else None
-        out, lse = backend.forward(q, k, v, mask)
+        out, lse = backend.run_forward(q, k, v, mask)
         assert out.shape == q.shape
-        assert lse.shape == q.shape[:3]
-        grads = backend.backward(out, q, k, v, mask, out, lse)
+        assert lse.shape == (2, 4, 37)
+        grads = backend.run_backward(out, q, k, v, mask, out, lse)
     assert [g.shape for g in grads] == [q.shape] * 3
 
 
-def reference(q, k, v, mask):
-    """Rows-first tensors in, as the two packages below take them."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = module._math_forward(q, k, v, mask)
-    return out.transpose(1, 2).contiguous(), lse
-
-
-def reference_backward(grad, q, k, v, mask, out, lse):
-    args = (x.transpose(1, 2) for x in (grad, q, k, v))
-    grads = module._math_backward(*args, mask, out.transpose(1, 2), lse)
-    return tuple(g.transpose(1, 2) for g in grads)
+reference, reference_backward = module._MATH.run_forward, module._MATH.run_backward
 
 
 class Ascend:

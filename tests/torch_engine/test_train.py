@@ -45,20 +45,25 @@ def caches(tmp_path_factory, tiny_model, clips):
     def make(task: str) -> Path:
         if task not in made:
             folder = tmp_path_factory.mktemp(f"cache-{task}")
-            prepare.run(settings(tiny_model, clips, task=task, cache={"dir": str(folder), "image_noise_variants": 2}))
+            prepare.run(settings(tiny_model, clips, task=task, cache=cache_section(task, folder)))
             made[task] = folder
         return made[task]
 
     return make
 
 
+def cache_section(task: str, folder: Path) -> dict:
+    return {"dir": str(folder)} | ({"image_noise_variants": 2} if task == "i2v" else {})
+
+
 def settings(tiny_model, clips, *, task="t2v", **sections):
+    is_lora = sections.get("train", {}).get("method") != "full"
     values = {
         "task": task,
         "model": {"path": str(tiny_model(VARIANT[task]))},
         "data": {"root": str(clips), "fps": 8.0} | sections.pop("data", {}),
         "run": {"device": "cpu", "dtype": "float32"} | sections.pop("run", {}),
-        "lora": {"rank": 4, "alpha": 8.0} | sections.pop("lora", {}),
+        "lora": ({"rank": 4, "alpha": 8.0} if is_lora else {}) | sections.pop("lora", {}),
         "train": {
             "steps": 6, "log_every": 1, "save_every": 3, "learning_rate": 1e-2, "batch_size": 2, "checkpointing": "none"
         } | sections.pop("train", {}),
@@ -68,7 +73,7 @@ def settings(tiny_model, clips, *, task="t2v", **sections):
 
 
 def cached(tiny_model, clips, caches, tmp_path, *, task="t2v", train=None, **sections):
-    cache = {"dir": str(caches(task)), "image_noise_variants": 2}
+    cache = cache_section(task, caches(task))
     train = {"dir": str(tmp_path / "run")} | (train or {})
     return settings(tiny_model, clips, task=task, cache=cache, train=train, **sections)
 
@@ -336,9 +341,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(
         ({"data": {"trigger_word": "sks"}}, UnfitError, "trigger_word"),
         ({"lora": {"target_modules": ["to_z"]}}, FactoryError, "to_z"),
         ({"train": {"resume": "nowhere"}}, UnfitError, "MANIFEST.json is missing"),
-        ({"train": {"master_weights": "stochastic_bf16"}}, FactoryError, "full fine-tuning in bfloat16"),
+        (
+            {"train": {"master_weights": "stochastic_bf16", "method": "full"}, "lora": {"rank": 64, "alpha": 64.0}},
+            FactoryError,
+            "full fine-tuning in bfloat16",
+        ),
         ({"validation": {"every": 2, "num_clips": 6}}, FactoryError, "leave none to train on"),
-        ({"validation": {"prompts": ["x"]}}, FactoryError, "validation.every is 0"),
         ({"model": {"path": "/nowhere/model"}}, FactoryError, "/nowhere/model"),
     ],
 )

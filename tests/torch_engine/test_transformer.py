@@ -94,7 +94,7 @@ def test_forward_and_gradients_are_those_of_diffusers(variant, batch):
 ODD = {
     "2b at another size": ("cogvideox-2b", {}, {"frames": 2, "height": 6, "width": 10}),
     "5b, short text, portrait": ("cogvideox-5b", {}, {"frames": 1, "height": 14, "width": 6, "text": 5}),
-    "5b without a text token": ("cogvideox-5b", {}, {"text": 0}),
+    "5b with one text token": ("cogvideox-5b", {}, {"text": 1}),
     "i2v at another length": ("cogvideox-5b-i2v", {}, {"frames": 2}),
     "1.5, six frames, small": ("cogvideox1.5-5b", {}, {"frames": 6, "height": 4, "width": 6, "text": 7}),
     "1.5-i2v, batch of 3": ("cogvideox1.5-5b-i2v", {}, {"frames": 2, "batch": 3}),
@@ -226,7 +226,7 @@ def test_inputs_that_do_not_fit_say_so():
         i2v(latents, prompt, timesteps, positions=positions)
     with pytest.raises(FactoryError, match="3 latent frames; this model cuts time into patches of 2"):
         late(latents[:, :3], prompt, timesteps, positions=positions)
-    with pytest.raises(FactoryError, match="only CogVideoX1.5-I2V"):
+    with pytest.raises(FactoryError, match="leave it out"):
         late(latents, prompt, timesteps, positions=positions, ofs=torch.ones(1))
     late_i2v = CogVideoXTransformer(config_of("cogvideox1.5-5b-i2v"))
     latents, prompt, timesteps, _ = example(late_i2v.config, frames=4)
@@ -290,16 +290,15 @@ def test_weights_that_do_not_fit_are_all_named():
     model.load_arrays([("proj_out.bias", np.ones(64, np.float32))], strict=False)
     assert (model.proj_out.bias == 1).all()
     pairs = [("proj_out.bias", np.ones(64, np.float32))] * 2
-    with pytest.raises(UnfitError, match="proj_out.bias comes twice"):
+    with pytest.raises(UnfitError, match="comes twice"):
         model.load_arrays(pairs, strict=False)
 
 
 def test_another_models_folder_is_refused(tmp_path):
     CogVideoXTransformer(config_of("cogvideox-5b")).save(tmp_path)
-    config_of("cogvideox-5b", num_layers=3)
     text = (tmp_path / "config.json").read_text().replace('"num_layers": 2', '"num_layers": 3')
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UnfitError, match="transformer_blocks.2.norm1.linear.weight is missing"):
+    with pytest.raises(UnfitError, match=r"transformer_blocks\.2\.norm1\.linear\.weight is missing"):
         CogVideoXTransformer.from_folder(tmp_path)
 
 

@@ -1,0 +1,274 @@
+"""The judge of the tiny world: what does a video show, and is it what the prompt asked for?
+
+It knows nothing of how a video was made, so it judges renders, decoded files and generated clips alike. It works by
+un-mixing: every pixel is background plus a share of one palette colour, and those shares, summed, give place, area
+and outline that survive blur, noise and lossy coding. A video without a plain background or a clear outline gets
+None, which no prompt asks for, so noise and emptiness score nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cogvideox_factory.tiny import captions
+from cogvideox_factory.tiny.world import BACKGROUNDS, COLOURS, RESERVED_COLOURS, SHAPES, SIZES, Scene, Thing, distance
+
+PALETTE = COLOURS | RESERVED_COLOURS
+ATTRIBUTES = ("colour", "shape", "motion", "background", "size", "count")
+_SHAPES = (*SHAPES, "star")
+_AREA = {"circle": np.pi, "square": 4 * 0.87**2, "triangle": 3 * 3**0.5 * 0.62**2,
+         "ring": np.pi * 4 * 0.79 * 0.26, "star": 5 * 1.25**2 * 0.45 * np.sin(np.pi / 5)}  # fmt: skip
+"""Area of each shape of radius 1, as `world.distance` draws it."""
+_SIZE_LIMIT = float(np.sqrt(SIZES["small"] * SIZES["large"]))
+_WORKING_SIDE = 96
+"""Larger pictures are averaged down to about this many pixels on the shorter side."""
+_MAX_FRAMES = 17
+_FAINT = 0.15
+"""Smaller shares of a colour are taken for noise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sighting:
+    """A thing seen in a video; an attribute that cannot be told is None."""
+
+    colour: str
+    shape: str | None
+    motion: str | None
+    size: str
+    fit: float
+    """How well the outline fits the shape (soft intersection over union, 0 to 1)."""
+    track: np.ndarray
+    """Centre (y, x) in shorter sides and radius, for each frame it is seen in, float64 [frames, 3]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What a video shows: the background and up to two things, the most visible first."""
+
+    background: str | None
+    things: tuple[Sighting, ...]
+
+
+def parse_caption(text: str) -> Scene:
+    """Return the scene a caption describes, with paths on the centre line and the plainest wording.
+
+    Raises:
+        FactoryError: it is no sentence of the tiny world.
+    """
+    things, background = captions.understand(text)
+    made = (Thing(size=size, colour=colour, shape=shape, motion=motion) for size, colour, shape, motion in things)
+    return Scene(things=tuple(made), background=background)
+
+
+def score(video: np.ndarray, wanted: Scene | str) -> dict[str, bool]:
+    """Tell for each of `ATTRIBUTES` whether `video` (uint8 [F, H, W, 3]) shows what `wanted` says.
+
+    With two things an attribute is right when it is right for both. A thing that was not asked for makes `count`
+    wrong, nothing else.
+    """
+    scene = parse_caption(wanted) if isinstance(wanted, str) else wanted
+    seen = detect(video)
+    pairs = _match(scene.things, seen.things)
+    verdict = {
+        name: all(s is not None and getattr(s, name) == getattr(t, name) for t, s in pairs)
+        for name in ("colour", "shape", "motion", "size")
+    }
+    verdict |= {"background": seen.background == scene.background, "count": len(seen.things) == len(scene.things)}
+    return {name: verdict[name] for name in ATTRIBUTES}
+
+
+def detect(video: np.ndarray) -> Verdict:
+    """Say what `video` (uint8 [F, H, W, 3]) shows.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or 0 in video.shape:
+        raise ValueError(f"video is {video.dtype} {list(video.shape)}; it must be uint8 [frames, height, width, 3].")
+    pixels, unit = _working_copy(video)
+    background = _background(pixels)
+    if background is None:
+        return Verdict(background=None, things=())
+    name, ground = background
+    shares = _unmix(pixels, ground)
+    things = (_look(colour, share, unit) for colour, share in shares.items())
+    return Verdict(background=name, things=tuple(thing for thing in things if thing is not None))
+
+
+def _match(wanted: Sequence[Thing], seen: Sequence[Sighting]) -> list[tuple[Thing, Sighting | None]]:
+    """Pair each wanted thing with the sighting of its colour, else with one that is left."""
+    left = list(seen)
+    pairs: list[tuple[Thing, Sighting | None]] = []
+    for thing in wanted:
+        found = next((s for s in left if s.colour == thing.colour), None)
+        if found is None and len(wanted) == 1 and left:
+            found = left[0]
+        if found is not None:
+            left.remove(found)
+        pairs.append((thing, found))
+    spare = iter(left)
+    return [(thing, found if found is not None else next(spare, None)) for thing, found in pairs]
+
+
+def _working_copy(video: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return (float32 [f, h, w, 3] of moderate size, its shorter side)."""
+    if len(video) > _MAX_FRAMES:
+        video = video[np.linspace(0, len(video) - 1, _MAX_FRAMES).round().astype(int)]
+    frames, height, width, _ = video.shape
+    factor = max(1, round(min(height, width) / _WORKING_SIDE))
+    rows, columns = height // factor, width // factor
+    cut = video[:, : rows * factor, : columns * factor].astype(np.float32)
+    pixels = cut.reshape(frames, rows, factor, columns, factor, 3).mean(axis=(2, 4))  # [f, h, w, 3]
+    return pixels, min(rows, columns)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Blur [f, h, w, ...] by the binomial filter [1 2 1]/4 along height and width."""
+    for axis in (1, 2):
+        padded = np.pad(values, [(1, 1) if a == axis else (0, 0) for a in range(values.ndim)], mode="edge")
+        size = values.shape[axis]
+        low, mid, high = (np.take(padded, range(start, start + size), axis) for start in range(3))
+        values = (low + 2 * mid + high) / 4
+    return values
+
+
+def _background(pixels: np.ndarray) -> tuple[str, np.ndarray] | None:
+    """Return (name, colour of each row [h, 1, 3]) of the background, or None where there is no plain one."""
+    smooth = _smooth(pixels)
+    if np.sqrt(np.mean((pixels - smooth) ** 2)) > 25:  # noise throughout: nothing is plain here
+        return None
+    height = pixels.shape[1]
+    edge = max(1, min(pixels.shape[1:3]) // 16)
+    sides = np.concatenate([smooth[:, :, :edge], smooth[:, :, -edge:]], axis=2)  # [f, h, 2*edge, 3]
+    row_colour = np.median(sides, axis=(0, 2))  # [h, 3]
+    line = np.polynomial.polynomial.polyfit(np.arange(height), row_colour, 1)  # the light falls off evenly
+    ground = np.polynomial.polynomial.polyval(np.arange(height), line).T[:, None].astype(np.float32)  # [h, 1, 3]
+    plain = np.linalg.norm(smooth - ground, axis=-1) < 30
+    known = np.float32(list(BACKGROUNDS.values()))
+    gaps = np.linalg.norm(known - ground.mean(axis=(0, 1)), axis=1)
+    if plain.mean() < 0.5 or gaps.min() > 50:
+        return None
+    return list(BACKGROUNDS)[int(gaps.argmin())], ground
+
+
+def _unmix(pixels: np.ndarray, ground: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the share [f, h, w] of each colour present in every pixel, at most two, the most present first."""
+    smooth = _smooth(pixels) - ground  # [f, h, w, 3]
+    names = list(PALETTE)
+    toward = np.float32(list(PALETTE.values())) - ground.mean(axis=(0, 1))  # [c, 3]
+    length = np.linalg.norm(toward, axis=1)
+    strength = np.linalg.norm(smooth, axis=-1)
+    spots = strength > 0.45 * length.min()
+    vectors, weights = smooth[spots], strength[spots]  # [n, 3], [n]
+    if len(vectors) < 4:
+        return {}
+    fit = vectors @ toward.T / length**2  # share of each colour that comes nearest, [n, c]
+    fit = fit.clip(0, 1.15)
+    miss = np.linalg.norm(vectors[:, None] - fit[..., None] * toward, axis=-1) + 0.2 * length * abs(1 - fit)
+    nearest = miss.argmin(axis=1)
+    # Pixels on an edge mix three colours and vote weakly; the middle of a thing votes for what it is.
+    sure = (fit[np.arange(len(fit)), nearest] > 0.5) & (miss.min(axis=1) < 60)
+    votes = np.bincount(nearest[sure], weights=weights[sure], minlength=len(names))
+    order = np.argsort(-votes)
+    present = [c for c in order[:2] if votes[c] > max(0.12 * votes.sum(), 1e-6)]
+    shares: dict[str, np.ndarray] = {}
+    raw = pixels - ground
+    every = (smooth @ toward[present].T) / length[present] ** 2  # [f, h, w, p]
+    missed = np.linalg.norm(smooth[..., None, :] - every.clip(0, 1.15)[..., None] * toward[present], axis=-1)
+    for index, c in enumerate(present):
+        share = raw @ toward[c] / length[c] ** 2
+        owned = missed.argmin(axis=-1) == index
+        shares[names[c]] = np.where(owned & (every[..., index] > _FAINT), share, 0).clip(0, 1)
+    return shares
+
+
+def _look(colour: str, share: np.ndarray, unit: int) -> Sighting | None:
+    """Follow one colour's `share` [f, h, w] through the clip; None when there is too little of it."""
+    share = _largest_lump(share)
+    area = share.sum(axis=(1, 2))
+    visible = area > max(0.25 * np.median(area), 0.004 * unit**2)
+    if visible.mean() < 0.6:
+        return None
+    moments = np.flatnonzero(visible)
+    share, area = share[moments], area[moments]
+    rows, columns = np.mgrid[0 : share.shape[1], 0 : share.shape[2]] + 0.5
+    centres = np.stack([(share * axis).sum(axis=(1, 2)) / area for axis in (rows, columns)], axis=1)  # [f, 2]
+    shape, fit = _outline(share, centres, area)
+    radius = np.sqrt(area / _AREA[shape or "circle"])
+    track = np.concatenate([centres, radius[:, None]], axis=1) / unit
+    size = "small" if np.median(track[:, 2]) < _SIZE_LIMIT else "large"
+    motion = _motion(moments / max(len(visible) - 1, 1), track)
+    return Sighting(colour=colour, shape=shape, motion=motion, size=size, fit=fit, track=track)
+
+
+def _largest_lump(share: np.ndarray) -> np.ndarray:
+    """Drop what lies far from the middle of the mass of each frame: stray pixels are not part of the thing."""
+    rows, columns = np.mgrid[0 : share.shape[1], 0 : share.shape[2]] + 0.5
+    for _ in range(2):
+        mass = share.sum(axis=(1, 2), keepdims=True) + 1e-6
+        y, x = ((share * axis).sum(axis=(1, 2), keepdims=True) / mass for axis in (rows, columns))
+        reach = np.sqrt(mass / 1.2) * 1.6 + 2
+        share = np.where(np.hypot(rows - y, columns - x) < reach, share, 0)
+    return share
+
+
+def _outline(share: np.ndarray, centres: np.ndarray, area: np.ndarray) -> tuple[str | None, float]:
+    """Return the shape whose drawing fits best and its soft intersection over union."""
+    chosen = np.unique(np.linspace(0, len(share) - 1, min(len(share), 5)).round().astype(int))
+    whole = [i for i in chosen if not _touches_border(share[i])] or list(chosen)
+    windows = [_window(share[i], centres[i], area[i]) for i in whole]
+    fits = {shape: 0.0 for shape in _SHAPES}
+    for shape in _SHAPES:
+        for scale in (0.92, 1.0, 1.08, 1.16):
+            # One blur and one scale for all frames: a clip is not blurred differently from frame to frame.
+            overlaps = [
+                _overlaps(seen, distance(shape, y, x, scale * float(np.sqrt(area[i] / _AREA[shape]))))
+                for i, (seen, y, x) in zip(whole, windows)
+            ]
+            fits[shape] = max(fits[shape], float(np.mean(overlaps, axis=0).max()))
+    best = max(fits, key=lambda shape: fits[shape])
+    return (best if fits[best] > 0.6 else None), fits[best]
+
+
+def _window(share: np.ndarray, centre: np.ndarray, area: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut the thing out: (its share, rows and columns counted from its centre)."""
+    reach = 1.7 * np.sqrt(area) + 4
+    (top, bottom), (left, right) = (
+        (max(0, int(c - reach)), min(size, int(c + reach) + 1)) for c, size in zip(centre, share.shape)
+    )
+    rows, columns = np.mgrid[top:bottom, left:right] + 0.5
+    return share[top:bottom, left:right], rows - centre[0], columns - centre[1]
+
+
+def _overlaps(share: np.ndarray, edge_distance: np.ndarray) -> list[float]:
+    """Compare `share` with a drawing blurred by about 0, 0.7, 1.4 and 2 pixels."""
+    drawn, found = np.clip(0.5 - edge_distance, 0, 1)[None], []
+    for blurs in (0, 1, 3, 4):
+        for _ in range(blurs):
+            drawn = _smooth(drawn)
+        cut = np.where(drawn[0] > _FAINT, drawn[0], 0)
+        found.append(float(np.minimum(share, cut).sum() / (np.maximum(share, cut).sum() + 1e-6)))
+    return found
+
+
+def _touches_border(share: np.ndarray) -> bool:
+    return bool(max(share[0].max(), share[-1].max(), share[:, 0].max(), share[:, -1].max()) > 0.3)
+
+
+def _motion(moments: np.ndarray, track: np.ndarray) -> str | None:
+    """Name the motion of a `track` seen at `moments` in [0, 1]; "still" is one, a muddle is None."""
+    if len(track) < 2:
+        return "still"
+    t = moments - 0.5
+    y, x, size = track[:, 0], track[:, 1], np.log(track[:, 2])
+    spread = float((t * t).sum()) + 1e-9
+    dy, dx, growth = (float((t * (v - v.mean())).sum()) / spread for v in (y, x, size))
+    dip = float(y[abs(t) < 0.2].mean() - y[abs(t) > 0.4].mean()) if (abs(t) < 0.2).any() else 0.0
+    # Each in shares of what the world draws, so that they can be compared.
+    signs = {"left": -dx / 0.5, "right": dx / 0.5, "up": -dy / 0.5, "down": dy / 0.5,
+             "grow": growth / 0.8, "shrink": -growth / 0.8, "bounce": dip / 0.36}  # fmt: skip
+    first, second = sorted(signs, key=lambda name: -signs[name])[:2]
+    if signs[first] < 0.2:
+        return "still"
+    return first if signs[first] > 1.5 * signs[second] else None
