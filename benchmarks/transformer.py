@@ -7,6 +7,7 @@ machine (every operation waits for the slower of two threads).
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ BFLOAT16_ERROR = 0.05
 """Of the largest value; both round every intermediate to 8 bits, at different places."""
 
 
-def models(config: TransformerConfig, dtype: torch.dtype):
+def models(config: TransformerConfig, dtype: torch.dtype) -> tuple[Any, CogVideoXTransformer]:
     """Return diffusers' model and ours with the same weights."""
     from diffusers import CogVideoXTransformer3DModel
 

@@ -12,10 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Model(_Section):
@@ -126,9 +129,9 @@ class Train(_Section):
     """Restarts of cosine_with_restarts."""
     power: Annotated[float, Field(gt=0)] = 1.0
     """Exponent of the polynomial schedule."""
-    beta1: Share = 0.9
+    beta1: Decay = 0.9
     """AdamW: decay of the first moment."""
-    beta2: Share = 0.95
+    beta2: Decay = 0.95
     """AdamW: decay of the second moment."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW: added to the denominator."""
@@ -173,7 +176,7 @@ class Sampling(_Section):
     guidance_scale: Annotated[float, Field(ge=1)] = 6.0
     """Classifier-free guidance; 1 turns it off and halves the work."""
     dynamic_guidance: bool = False
-    """Let guidance rise along a cosine from 1 to the scale over the steps."""
+    """Let guidance rise steeply towards the end of the steps, from 1 to 1 + guidance_scale."""
     steps: Positive = 50
     """Denoising steps."""
     sampler: Literal["auto", "ddim", "dpm"] = "auto"

@@ -17,7 +17,7 @@ from cogvideox_factory.data.rows import VIDEO_SUFFIXES, read_text
 from cogvideox_factory.data.video import ClipSpec, probe, read_clip
 from cogvideox_factory.errors import DataError, FactoryError
 
-JUDGES = ("none", "tiny")
+_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -144,7 +144,7 @@ def find_images(videos: list[Path], given: Path | None) -> dict[Path, Path]:
         raise FactoryError(
             f"{given} does not exist; --image takes a picture, or a folder with one named like each video."
         )
-    by_stem = {path.stem: path for path in sorted(given.iterdir()) if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")}  # fmt: skip
+    by_stem = {path.stem: path for path in sorted(given.iterdir()) if path.suffix.lower() in _PICTURE_SUFFIXES}
     if missing := [video.stem for video in videos if video.stem not in by_stem]:
         raise DataError(f"{given} has no picture named {', '.join(missing)} (.png, .jpg, .webp or .bmp).")
     return {video: by_stem[video.stem] for video in videos}
@@ -231,8 +231,8 @@ def _require_tiny_prompts(entries: list[Entry]) -> None:
             faults.append(f"{entry.path.name}: {entry.prompt!r} is no sentence of the tiny world")
     if faults:
         raise DataError(
-            "the tiny judge needs a prompt of the tiny world for every video, like 'a large red circle moves right on a "
-            "white background':\n  " + "\n  ".join(faults)
+            "the tiny judge needs a prompt of the tiny world for every video, like "
+            "'a large red circle moves right on a white background':\n  " + "\n  ".join(faults)
         )
 
 

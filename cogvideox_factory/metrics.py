@@ -23,11 +23,12 @@ class MetricsLog:
     stands in the file once.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
+    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self.path = Path(folder) / "metrics.jsonl"
-        self._keep_rows_until(resume_step)
+        self._keep_rows_until(-1 if resume_step is None else resume_step)
+        self._is_failing = False
         self._file = self.path.open("a", encoding="utf-8")
         self._events = EventFileWriter(str(Path(folder) / "tensorboard"))
 
@@ -36,8 +37,13 @@ class MetricsLog:
         from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-        self._file.write(json.dumps({"step": step, **{k: _finite(v) for k, v in values.items()}}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **{k: _finite(v) for k, v in values.items()}}) + "\n")
+            self._file.flush()
+        except OSError as error:  # a run is worth more than its log
+            if not self._is_failing:
+                say(f"{self.path} cannot be written ({error.strerror}); training goes on without it")
+            self._is_failing = True
         scalars = [
             Summary.Value(tag=name, simple_value=float(value))
             for name, value in values.items()

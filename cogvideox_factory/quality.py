@@ -6,10 +6,11 @@ good: a foggy scene is less sharp than a brick wall, and a cut is inconsistent. 
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
-_LUMA = np.float32([0.2126, 0.7152, 0.0722])  # BT.709
+_LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
 _MIN_SSIM_SIDE = 11
 
 
@@ -52,7 +53,7 @@ def consistency(video: np.ndarray) -> float:
     """Return the mean SSIM between successive frames, 1 for a video that stands still."""
     if len(video) < 2:
         return 1.0
-    return float(np.mean([ssim(first, second) for first, second in zip(video, video[1:])]))
+    return float(np.mean([ssim(first, second) for first, second in pairwise(video)]))
 
 
 def motion_amount(video: np.ndarray) -> float:
@@ -67,7 +68,8 @@ def motion_amount(video: np.ndarray) -> float:
         return 0.0
     change = abs(np.diff(luma, axis=0))
     middle = (luma[1:] + luma[:-1]) / 2
-    gradient = np.hypot(*np.gradient(middle, axis=(1, 2)))
+    down, across = np.gradient(middle, axis=(1, 2))
+    gradient = np.hypot(down, across)
     total = float((gradient**2).sum())
     return float((change * gradient).sum()) / total if total > 1e-6 * gradient.size else 0.0
 
@@ -164,7 +166,10 @@ def _blur(values: np.ndarray, *, sigma: float, radius: int | None = None) -> np.
         size = values.shape[axis]
         padding = [(radius, radius) if a == axis else (0, 0) for a in range(3)]
         padded = np.moveaxis(np.pad(values, padding, mode="symmetric"), axis, 0)
-        values = np.moveaxis(sum(tap * padded[i : i + size] for i, tap in enumerate(taps)), 0, axis)  # pyright: ignore
+        blurred = np.zeros((size, *padded.shape[1:]), values.dtype)
+        for start, tap in enumerate(taps):
+            blurred += tap * padded[start : start + size]
+        values = np.moveaxis(blurred, 0, axis)
     return values
 
 

@@ -69,6 +69,12 @@ _Loader.add_constructor(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes exactly what the loader would otherwise take for something else than text."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
@@ -115,7 +121,7 @@ def read_recipe(path: Path) -> Config:
 
 def write_recipe(path: Path, config: Config) -> None:
     """Write a complete config that `read_recipe` reads back equal."""
-    publish_text(path, yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, width=100))
+    publish_text(path, yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))
 
 
 def _explain(item: Any) -> str:

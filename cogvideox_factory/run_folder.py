@@ -1,6 +1,7 @@
 """A run folder: one process at a time writes it, and a run goes on only with the settings it was started with."""
 
 import fcntl
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cogvideox_factory.errors import FactoryError, UnfitError
+from cogvideox_factory.errors import FactoryError, StorageError, UnfitError
 
 
 class StoppedError(FactoryError):
@@ -24,13 +25,21 @@ def locked(run: Path) -> Iterator[None]:
     Raises:
         FactoryError: another process is training there.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as file:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / ".lock").open("w")
+    except OSError as error:
+        raise StorageError(f"{run} cannot be written: {error.strerror}. Choose another --train.dir.") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise FactoryError(f"{run}: another process is training there; choose another --train.dir") from error
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in run.iterdir()] == [".lock"]:  # refused before anything was made
+                shutil.rmtree(run)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from cogvideox_factory.errors import MissingError, UnfitError
+from cogvideox_factory.errors import FactoryError, MissingError, UnfitError
 from cogvideox_factory.lora_check import check_lora
 from cogvideox_factory.lora_files import LoraFile, bake_lora, load_lora, save_lora
 from cogvideox_factory.publish import publish_files
@@ -221,6 +221,8 @@ def resolve_model(
         MissingError: neither a folder nor to be had from the hub, with the command that would get it.
     """
     name = str(path_or_hub_id)
+    if not name:
+        raise FactoryError("which model? give --model.path with a folder or a hub id such as THUDM/CogVideoX-5b")
     local = Path(name).expanduser()
     if local.is_dir():
         return local

@@ -27,8 +27,8 @@ class Demo(BaseModel):
 
     out: str = "demo"
     """Folder for everything the demo makes; it must be new or empty."""
-    num_clips: int = Field(default=24, gt=0)
-    """Clips to draw."""
+    num_clips: int = Field(default=24, ge=6)
+    """Clips to draw; 4 of them are held out."""
     steps: int = Field(default=120, gt=0)
     """Training steps."""
 

@@ -37,7 +37,7 @@ class Evaluate(BaseModel):
 
 
 def run(argv: list[str]) -> None:
-    """Evaluate, print the table, write the report."""
+    """Evaluate, print the tables, write the report."""
     settings = tyro.cli(Evaluate, args=argv, prog="cogvideox evaluate", description=DESCRIPTION)
     from cogvideox_factory import evaluate
     from cogvideox_factory.publish import publish_text
@@ -49,7 +49,7 @@ def run(argv: list[str]) -> None:
     entries = [evaluate.Entry(path=path, prompt=prompts.get(path), image=images.get(path)) for path in videos]
     with progress_bar("evaluating", len(entries) + len(reference)) as advance:
         report = evaluate.evaluate(entries, judge=settings.judge, reference=reference, advance=advance)
-    _print_table(report)
+    _print_tables(report)
     if settings.json_file:
         publish_text(Path(settings.json_file), json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         say(f"report: {settings.json_file}")
@@ -57,21 +57,23 @@ def run(argv: list[str]) -> None:
         raise DataError(f"{len(failed)} of {len(videos)} videos could not be evaluated:\n  " + "\n  ".join(failed))
 
 
-def _print_table(report: dict) -> None:
+def _print_tables(report: dict) -> None:
     from rich.table import Table
 
-    judged = [name for name in report.get("judge", {}) if name != "name"]
-    table = Table("video", *(_short(name) for name in report["mean"]), *judged)
+    metrics = Table("video", *(_short(name) for name in report["mean"]))
     for row in report["videos"]:
-        marks = ["yes" if row.get("verdict", {}).get(name) else "-" for name in judged]
-        if "error" in row:
-            table.add_row(row["file"], "not evaluated")
-        else:
-            table.add_row(row["file"], *(_show(row["metrics"].get(name)) for name in report["mean"]), *marks)
-    table.add_section()
-    shares = [f"{report['judge'][name]:.0%}" for name in judged]
-    table.add_row("mean", *(_show(value) for value in report["mean"].values()), *shares)
-    console.print(table)
+        found = row.get("metrics", {})
+        metrics.add_row(row["file"], *(_show(found.get(name)) for name in report["mean"]))
+    metrics.add_section()
+    metrics.add_row("mean", *(_show(value) for value in report["mean"].values()))
+    console.print(metrics)
+    if judged := [name for name in report.get("judge", {}) if name != "name"]:
+        verdicts = Table("video", *judged)
+        for row in report["videos"]:
+            verdicts.add_row(row["file"], *(_tell(row.get("verdict", {}).get(name)) for name in judged))
+        verdicts.add_section()
+        verdicts.add_row("right", *(f"{report['judge'][name]:.0%}" for name in judged))
+        console.print(verdicts)
     if "reference" in report:
         found = report["reference"]
         say(f"likeness to {found['num_videos']} reference video(s): {found['similarity']:.3f} (1: the same statistics)")
@@ -83,3 +85,7 @@ def _short(name: str) -> str:
 
 def _show(value: float | str | None) -> str:
     return "" if value is None else value if isinstance(value, str) else f"{value:.3f}"
+
+
+def _tell(right: bool | None) -> str:
+    return "" if right is None else "yes" if right else "no"

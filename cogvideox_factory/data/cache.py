@@ -15,7 +15,7 @@ what is there.
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,9 +140,10 @@ class Cache:
         if self._header(file) is None:  # another process may have finished it: entries never change
             write_entry(self.folder / file, halves, metadata)
 
-    def publish(self, manifest: Manifest) -> "CacheIndex":
-        """Write `clips.jsonl` and `cache.json` for `manifest` from the entries that are there, and read them
-        back.
+    def publish(self, manifest: Manifest, source: Mapping[str, Any] | None = None) -> "CacheIndex":
+        """Write `clips.jsonl` and `cache.json` for `manifest` from the entries that are there, and read them back.
+
+        `source` says where the clips came from, so that a run can tell that it asks for others.
 
         Raises:
             UnfitError: a usable clip of the manifest has no entry.
@@ -155,6 +156,7 @@ class Cache:
             described = self.settings.to_json() | {
                 "total": len(rows),
                 "counts": manifest.counts(),
+            "source": dict(source or {}),
                 "empty_caption": {"file": empty, "checksum": read_header(self.folder / empty).checksum},
                 "clips": {"file": "clips.jsonl", "sha256": _text_hash(text)},
             }

@@ -172,6 +172,11 @@ class RawSource:
         """Return the clip's path in the list it came from."""
         return self._clips[clip_id].name
 
+    @property
+    def captions(self) -> list[str]:
+        """Every distinct caption, the empty one first."""
+        return list(dict.fromkeys(["", *(clip.caption for clip in self._clips.values())]))
+
     def sample(self, pick: Pick, draws: Draws) -> dict[str, Any]:
         """Decode one clip; crop and flip are drawn once for all its frames."""
         clip = self._clips[pick.clip_id]

@@ -8,6 +8,7 @@ None, which no prompt asks for, so noise and emptiness score nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -26,6 +27,8 @@ _WORKING_SIDE = 96
 _MAX_FRAMES = 17
 _FAINT = 0.15
 """Smaller shares of a colour are taken for noise."""
+_GRID = np.linspace(-1.2, 1.2, 41)
+"""Where outlines are compared: from the centre, in units of the square root of the area."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,11 +90,12 @@ def detect(video: np.ndarray) -> Verdict:
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or 0 in video.shape:
         raise ValueError(f"video is {video.dtype} {list(video.shape)}; it must be uint8 [frames, height, width, 3].")
     pixels, unit = _working_copy(video)
-    background = _background(pixels)
+    smooth = _smooth(pixels)
+    background = _background(pixels, smooth)
     if background is None:
         return Verdict(background=None, things=())
     name, ground = background
-    shares = _unmix(pixels, ground)
+    shares = _unmix(pixels - ground, smooth - ground, ground)
     things = (_look(colour, share, unit) for colour, share in shares.items())
     return Verdict(background=name, things=tuple(thing for thing in things if thing is not None))
 
@@ -124,18 +128,15 @@ def _working_copy(video: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Blur [f, h, w, ...] by the binomial filter [1 2 1]/4 along height and width."""
-    for axis in (1, 2):
-        padded = np.pad(values, [(1, 1) if a == axis else (0, 0) for a in range(values.ndim)], mode="edge")
-        size = values.shape[axis]
-        low, mid, high = (np.take(padded, range(start, start + size), axis) for start in range(3))
-        values = (low + 2 * mid + high) / 4
-    return values
+    """Blur [f, h, w, 3] by the binomial filter [1 2 1]/4 along height and width."""
+    padded = np.pad(values, ((0, 0), (1, 1), (0, 0), (0, 0)), mode="edge")
+    values = (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4
+    padded = np.pad(values, ((0, 0), (0, 0), (1, 1), (0, 0)), mode="edge")
+    return (padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]) / 4
 
 
-def _background(pixels: np.ndarray) -> tuple[str, np.ndarray] | None:
+def _background(pixels: np.ndarray, smooth: np.ndarray) -> tuple[str, np.ndarray] | None:
     """Return (name, colour of each row [h, 1, 3]) of the background, or None where there is no plain one."""
-    smooth = _smooth(pixels)
     if np.sqrt(np.mean((pixels - smooth) ** 2)) > 25:  # noise throughout: nothing is plain here
         return None
     height = pixels.shape[1]
@@ -145,18 +146,20 @@ def _background(pixels: np.ndarray) -> tuple[str, np.ndarray] | None:
     line = np.polynomial.polynomial.polyfit(np.arange(height), row_colour, 1)  # the light falls off evenly
     ground = np.polynomial.polynomial.polyval(np.arange(height), line).T[:, None].astype(np.float32)  # [h, 1, 3]
     plain = np.linalg.norm(smooth - ground, axis=-1) < 30
-    known = np.float32(list(BACKGROUNDS.values()))
+    known = np.array(list(BACKGROUNDS.values()), np.float32)
     gaps = np.linalg.norm(known - ground.mean(axis=(0, 1)), axis=1)
     if plain.mean() < 0.5 or gaps.min() > 50:
         return None
     return list(BACKGROUNDS)[int(gaps.argmin())], ground
 
 
-def _unmix(pixels: np.ndarray, ground: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the share [f, h, w] of each colour present in every pixel, at most two, the most present first."""
-    smooth = _smooth(pixels) - ground  # [f, h, w, 3]
+def _unmix(raw: np.ndarray, smooth: np.ndarray, ground: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the share [f, h, w] of each colour present in every pixel, at most two, the most present first.
+
+    `raw` and `smooth` are the differences from `ground` [f, h, w, 3], as they are and blurred.
+    """
     names = list(PALETTE)
-    toward = np.float32(list(PALETTE.values())) - ground.mean(axis=(0, 1))  # [c, 3]
+    toward = np.array(list(PALETTE.values()), np.float32) - ground.mean(axis=(0, 1))  # [c, 3]
     length = np.linalg.norm(toward, axis=1)
     strength = np.linalg.norm(smooth, axis=-1)
     spots = strength > 0.45 * length.min()
@@ -172,15 +175,39 @@ def _unmix(pixels: np.ndarray, ground: np.ndarray) -> dict[str, np.ndarray]:
     votes = np.bincount(nearest[sure], weights=weights[sure], minlength=len(names))
     order = np.argsort(-votes)
     present = [c for c in order[:2] if votes[c] > max(0.12 * votes.sum(), 1e-6)]
-    shares: dict[str, np.ndarray] = {}
-    raw = pixels - ground
     every = (smooth @ toward[present].T) / length[present] ** 2  # [f, h, w, p]
     missed = np.linalg.norm(smooth[..., None, :] - every.clip(0, 1.15)[..., None] * toward[present], axis=-1)
+    owner = _divide(missed, every.max(axis=-1).clip(0, 1)) if len(present) == 2 else np.zeros(raw.shape[:3], int)
+    shares: dict[str, np.ndarray] = {}
     for index, c in enumerate(present):
         share = raw @ toward[c] / length[c] ** 2
-        owned = missed.argmin(axis=-1) == index
-        shares[names[c]] = np.where(owned & (every[..., index] > _FAINT), share, 0).clip(0, 1)
+        shares[names[c]] = np.where((owner == index) & (every[..., index] > _FAINT), share, 0).clip(0, 1)
     return shares
+
+
+def _divide(missed: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """Return which of two colours owns each pixel, int [f, h, w], by nearness to the middle of what is surely its own.
+
+    Colours alone do not tell: the shaded side of a yellow thing before white looks orange.
+
+    Args:
+        missed: how far each pixel is from a mix with each colour, [f, h, w, 2].
+        mass: how much each pixel differs from the background, [f, h, w].
+    """
+    rows, columns = np.mgrid[0 : mass.shape[1], 0 : mass.shape[2]] + 0.5
+    heavy = np.where(mass > 0.4, mass, 0)
+    lead = missed[..., 1] - missed[..., 0]
+    weights = [heavy * (sign * lead).clip(0, None) ** 2 for sign in (1, -1)]
+    owner = np.zeros(mass.shape, int)
+    for _ in range(4):
+        gaps = []
+        for weight in weights:
+            total = weight.sum(axis=(1, 2), keepdims=True) + 1e-9
+            y, x = ((weight * axis).sum(axis=(1, 2), keepdims=True) / total for axis in (rows, columns))
+            gaps.append(np.hypot(rows - y, columns - x))
+        owner = (gaps[1] < gaps[0]).astype(int)
+        weights = [heavy * (owner == index) for index in (0, 1)]
+    return owner
 
 
 def _look(colour: str, share: np.ndarray, unit: int) -> Sighting | None:
@@ -214,46 +241,51 @@ def _largest_lump(share: np.ndarray) -> np.ndarray:
 
 
 def _outline(share: np.ndarray, centres: np.ndarray, area: np.ndarray) -> tuple[str | None, float]:
-    """Return the shape whose drawing fits best and its soft intersection over union."""
-    chosen = np.unique(np.linspace(0, len(share) - 1, min(len(share), 5)).round().astype(int))
-    whole = [i for i in chosen if not _touches_border(share[i])] or list(chosen)
-    windows = [_window(share[i], centres[i], area[i]) for i in whole]
-    fits = {shape: 0.0 for shape in _SHAPES}
+    """Return the shape whose drawing fits best and its soft intersection over union.
+
+    All frames are brought to one place and size and averaged, which leaves the outline and little of the noise.
+    """
+    border = np.concatenate([share[:, [0, -1]].max(axis=1), share[:, :, [0, -1]].max(axis=2)], axis=1).max(axis=1)
+    whole = np.flatnonzero(border < 0.3)
+    chosen = whole if len(whole) else np.arange(len(share))
+    seen = np.mean([_sample(share[i], centres[i], float(np.sqrt(area[i]))) for i in chosen], axis=0)  # [g, g]
+    seen = seen / max(1.0, float(np.quantile(seen[seen > _FAINT], 0.8))) if (seen > _FAINT).any() else seen
+    drawn = _drawings()
+    overlap = np.minimum(drawn, seen).sum(axis=(-1, -2)) / (np.maximum(drawn, seen).sum(axis=(-1, -2)) + 1e-6)
+    fits = overlap.max(axis=1)  # [shape]
+    best = int(fits.argmax())
+    return (_SHAPES[best] if fits[best] > 0.6 else None), float(fits[best])
+
+
+def _sample(share: np.ndarray, centre: np.ndarray, length: float) -> np.ndarray:
+    """Read `share` [h, w] on `_GRID` around `centre`, in units of `length` pixels, bilinearly: [g, g]."""
+    padded = np.pad(share, 1)
+    places, parts = [], []
+    for middle, size in zip(centre, share.shape):
+        place = (middle + _GRID * length + 0.5).clip(0, size + 0.999)  # +1 for the padding, -0.5 to pixel centres
+        places.append(place.astype(int))
+        parts.append(place - places[-1])
+    (y, x), (v, u) = places, (parts[0][:, None], parts[1])
+    top = padded[y][:, x] * (1 - u) + padded[y][:, x + 1] * u
+    bottom = padded[y + 1][:, x] * (1 - u) + padded[y + 1][:, x + 1] * u
+    return top * (1 - v) + bottom * v
+
+
+@cache
+def _drawings() -> np.ndarray:
+    """Return every shape in a few scales and blurs, all of area about 1, on `_GRID`: [shape, drawing, g, g]."""
+    y, x = np.meshgrid(_GRID, _GRID, indexing="ij")
+    step = _GRID[1] - _GRID[0]
+    drawings = []
     for shape in _SHAPES:
         for scale in (0.92, 1.0, 1.08, 1.16):
-            # One blur and one scale for all frames: a clip is not blurred differently from frame to frame.
-            overlaps = [
-                _overlaps(seen, distance(shape, y, x, scale * float(np.sqrt(area[i] / _AREA[shape]))))
-                for i, (seen, y, x) in zip(whole, windows)
-            ]
-            fits[shape] = max(fits[shape], float(np.mean(overlaps, axis=0).max()))
-    best = max(fits, key=lambda shape: fits[shape])
-    return (best if fits[best] > 0.6 else None), fits[best]
-
-
-def _window(share: np.ndarray, centre: np.ndarray, area: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut the thing out: (its share, rows and columns counted from its centre)."""
-    reach = 1.7 * np.sqrt(area) + 4
-    (top, bottom), (left, right) = (
-        (max(0, int(c - reach)), min(size, int(c + reach) + 1)) for c, size in zip(centre, share.shape)
-    )
-    rows, columns = np.mgrid[top:bottom, left:right] + 0.5
-    return share[top:bottom, left:right], rows - centre[0], columns - centre[1]
-
-
-def _overlaps(share: np.ndarray, edge_distance: np.ndarray) -> list[float]:
-    """Compare `share` with a drawing blurred by about 0, 0.7, 1.4 and 2 pixels."""
-    drawn, found = np.clip(0.5 - edge_distance, 0, 1)[None], []
-    for blurs in (0, 1, 3, 4):
-        for _ in range(blurs):
-            drawn = _smooth(drawn)
-        cut = np.where(drawn[0] > _FAINT, drawn[0], 0)
-        found.append(float(np.minimum(share, cut).sum() / (np.maximum(share, cut).sum() + 1e-6)))
-    return found
-
-
-def _touches_border(share: np.ndarray) -> bool:
-    return bool(max(share[0].max(), share[-1].max(), share[:, 0].max(), share[:, -1].max()) > 0.3)
+            sharp = np.clip(0.5 - distance(shape, y, x, scale * _AREA[shape] ** -0.5) / step, 0, 1)
+            for sigma in (0.04, 0.08, 0.12, 0.16):
+                near = np.exp(-((_GRID[:, None] - _GRID) ** 2) / (2 * sigma**2))
+                near /= near.sum(axis=1, keepdims=True)
+                soft = near @ sharp @ near.T
+                drawings.append(np.where(soft > _FAINT, soft, 0))
+    return np.stack(drawings).reshape(len(_SHAPES), -1, len(_GRID), len(_GRID))
 
 
 def _motion(moments: np.ndarray, track: np.ndarray) -> str | None:

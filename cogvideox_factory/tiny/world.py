@@ -156,7 +156,7 @@ def render(scene: Scene, *, num_frames: int, height: int, width: int, fps: float
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5
     y, x = (rows - height / 2) / unit, (columns - width / 2) / unit
     light = (1.05 - 0.10 * rows / height)[..., None]
-    ground = np.float32(BACKGROUNDS[scene.background]) * light
+    ground = np.array(BACKGROUNDS[scene.background], np.float32) * light
     seconds = (num_frames - 1) / fps
     reach = min(1.0, SPEED * seconds / TRAVEL)
     frames = np.empty((num_frames, height, width, 3), np.uint8)
@@ -168,7 +168,7 @@ def render(scene: Scene, *, num_frames: int, height: int, width: int, fps: float
             v, u = y - centre_y, x - centre_x
             cover = np.clip(0.5 - distance(thing.shape, v, u, radius) * unit, 0, 1)[..., None]
             sheen = 1 - 0.10 * np.clip((u + v) / radius, -1.2, 1.2)[..., None]
-            picture = picture + cover * (np.float32(_ALL_COLOURS[thing.colour]) * sheen - picture)
+            picture = picture + cover * (np.array(_ALL_COLOURS[thing.colour], np.float32) * sheen - picture)
         frames[index] = np.rint(picture.clip(0, 255))
     return frames
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cogvideox_factory.models import TransformerConfig
+from cogvideox_factory.torch_engine import checkpointing
 from cogvideox_factory.torch_engine.feed_forward import FeedForward
 from cogvideox_factory.torch_engine.fused import gated_linear, modulated_norm
 from cogvideox_factory.torch_engine.linear import Linear
@@ -83,6 +84,16 @@ class Block(nn.Module):
         self.eps = config.norm_eps
         self.attn = Attention(config)
         self.ff = FeedForward(config.width, eps=config.norm_eps)
+        self.checkpointing: checkpointing.Checkpointing = "none"
+
+    def set_checkpointing(self, mode: str) -> None:
+        """Choose what is kept for the backward pass, see `checkpointing`.
+
+        Raises:
+            FactoryError: no such mode.
+        """
+        self.checkpointing = checkpointing.check_mode(mode)
+        self.ff.checkpointed = mode != "none"
 
     def forward(
         self, x: Tensor, vectors: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None, text_length: int
@@ -95,6 +106,12 @@ class Block(nn.Module):
             rotary: (cos, sin), each float32 [S, 1, head_dim / 2], or None.
             text_length: number of text rows.
         """
+        # Checkpointing is inside the module, so that hooks on it (sharding, compilation) see one call, not two.
+        return checkpointing.run(self.checkpointing, self._forward, x, vectors, rotary, text_length)
+
+    def _forward(
+        self, x: Tensor, vectors: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None, text_length: int
+    ) -> Tensor:
         scale, shift, gate, text_scale, text_shift, text_gate, *of_feed_forward = vectors
         normed = modulated_norm(x, scale, shift, text_scale, text_shift, text_length=text_length, eps=self.eps)
         attended = self.attn(normed, rotary)

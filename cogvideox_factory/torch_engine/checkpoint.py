@@ -21,8 +21,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
-from cogvideox_factory.errors import UnfitError
+from cogvideox_factory.errors import StorageError, UnfitError
 from cogvideox_factory.publish import publish_folder, require_room
 
 FORMAT = 1
@@ -43,6 +44,19 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], state: dic
     target = checkpoint_folder(run, step)
     require_room(run, sum(t.numel() * t.element_size() for t in tensors.values()), what=f"checkpoint {step}")
     with publish_folder(target) as folder:
+        _write_shards(folder, tensors)
+        text = json.dumps({"format": FORMAT, "step": step, "tensors": sorted(tensors), **state}, indent=1)
+        (folder / "state.json").write_text(text, encoding="utf-8")
+        manifest = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+        (folder / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    others = [number for number in list_checkpoints(run) if number != step]
+    for old in others[: max(0, len(others) - (keep - 1))]:
+        shutil.rmtree(checkpoint_folder(run, old))
+    return target
+
+
+def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DCP warns that it runs in a single process, which is meant
             dcp.save(
@@ -50,13 +64,8 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], state: dic
                 storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
                 no_dist=True,
             )
-        text = json.dumps({"format": FORMAT, "step": step, "tensors": sorted(tensors), **state}, indent=1)
-        (folder / "state.json").write_text(text, encoding="utf-8")
-        manifest = {path.name: _digest(path) for path in sorted(folder.iterdir())}
-        (folder / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(checkpoint_folder(run, old))
-    return target
+    except CheckpointException as error:  # no Exception: it would pass every handler above
+        raise StorageError(f"could not write {folder}: {error}. Make room, or choose another --train.dir.") from error
 
 
 def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -149,13 +158,13 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint so that it no longer counts; return its new name."""
-    target = folder.with_name(f"broken-{folder.name}")
+def set_aside(folder: Path, label: str = "broken") -> Path:
+    """Rename a checkpoint to `label`-… so that it no longer counts; return its new name."""
+    target = folder.with_name(f"{label}-{folder.name}")
     number = 1
     while target.exists():
         number += 1
-        target = folder.with_name(f"broken-{folder.name}-{number}")
+        target = folder.with_name(f"{label}-{folder.name}-{number}")
     folder.rename(target)
     return target
 

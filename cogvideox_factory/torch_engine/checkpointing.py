@@ -39,16 +39,16 @@ def check_mode(mode: str) -> Checkpointing:
     return mode  # pyright: ignore[reportReturnType]
 
 
-def run(mode: Checkpointing, block: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Return `block(*args)`, keeping for the backward pass what `mode` says."""
+def run(mode: Checkpointing, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Return `function(*args)`, keeping for the backward pass what `mode` says."""
     if mode == "none" or not torch.is_grad_enabled():
-        return block(*args)
+        return function(*args)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random in a block
     if mode == "save_attention":
         options["context_fn"] = _save_attention
     elif not torch.compiler.is_compiling():
         options["context_fn"] = _full
-    out = checkpoint(block, *args, **options)
+    out = checkpoint(function, *args, **options)
     assert isinstance(out, Tensor)
     return out
 

@@ -9,10 +9,12 @@ B batch, F frames, H W pixels, C latent channels, S text tokens, E text channels
 import torch
 from torch import Tensor
 
+from cogvideox_factory.torch_engine.device import pin
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE, pixels_from_uint8
 
 _MEMO_BYTES = 2 * 2**30
+_CAPTIONS_AT_ONCE = 8
 
 
 class Encoder:
@@ -42,17 +44,27 @@ class Encoder:
 
     @torch.no_grad()
     def captions(self, captions: list[str]) -> Tensor:
-        """Return embeddings [B, S, E]; each distinct caption is encoded once while the memo (2 GiB) lasts."""
+        """Return embeddings [B, S, E] on the VAE's device."""
         missing = [text for text in dict.fromkeys(captions) if text not in self._memo]
         fresh = {}
         if missing:
             assert self.text_encoder is not None
-            embeds = self.text_encoder.encode(missing, self.max_sequence_length)
-            fresh = dict(zip(missing, embeds, strict=True))
-            size = (len(self._memo) + len(fresh)) * embeds[0].numel() * embeds.element_size()
-            if size <= _MEMO_BYTES:
-                self._memo |= fresh
-        return torch.stack([self._memo[text] if text in self._memo else fresh[text] for text in captions])
+            fresh = dict(zip(missing, self.text_encoder.encode(missing, self.max_sequence_length), strict=True))
+        device = next(self.vae.parameters()).device
+        found = (self._memo[text] if text in self._memo else fresh[text] for text in captions)
+        return torch.stack([embeds.to(device, non_blocking=True) for embeds in found])
+
+    def remember(self, captions: list[str]) -> None:
+        """Encode all `captions` now and let the text encoder go, if their embeddings take at most 2 GiB of memory."""
+        assert self.text_encoder is not None
+        width, size = self.text_encoder.width, torch.finfo(self.text_encoder.dtype).bits // 8
+        if len(captions) * self.max_sequence_length * width * size > _MEMO_BYTES:
+            return
+        for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
+            chunk = captions[start : start + _CAPTIONS_AT_ONCE]
+            embeds = self.text_encoder.encode(chunk, self.max_sequence_length)
+            self._memo |= {text: pin(e.cpu()) for text, e in zip(chunk, embeds, strict=True)}
+        self.text_encoder = None
 
     def batch(self, raw: dict) -> dict:
         """Return a batch of raw clips with moments and embeddings in place of pixels and captions."""

@@ -12,6 +12,7 @@ import torch
 from cogvideox_factory import weights
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.manifest import read_lines
 from cogvideox_factory.errors import DataError, FactoryError, StorageError
 from cogvideox_factory.lora_files import load_lora
@@ -41,13 +42,15 @@ def run(config: Config) -> list[Path]:
 
     Everything that can be refused is refused before the model loads.
     """
+    jobs = plan_jobs(config)
     folder = weights.resolve_model(config.model.path, revision=config.model.revision)
     replaced = resolve_transformer(config.model.transformer) if config.model.transformer else None
     transformer_config = TransformerConfig.from_folder(replaced or folder / "transformer")
     check_task(config.task, transformer_config, source=str(replaced or folder))
     ask = config.generate
     shape = clip_shape(transformer_config, num_frames=ask.num_frames, height=ask.height, width=ask.width, fps=ask.fps)
-    jobs = plan_jobs(config)
+    for image in {job.image for job in jobs if job.image}:
+        read_image(image, shape.height, shape.width)
     lora_files = [resolve_lora(path) for path in ask.lora]
     for file in lora_files:
         lora.check_fit(load_lora(file), transformer_config)
@@ -154,9 +157,9 @@ def plan_jobs(config: Config) -> list[Job]:
         if not image.is_file():
             raise DataError(f"{image}: no such image")
     out = Path(ask.out)
-    if out.suffix == ".mp4" and len(prompts) > 1:
+    if out.suffix.lower() == ".mp4" and len(prompts) > 1:
         raise FactoryError(f"generate.out={ask.out} is one file for {len(prompts)} prompts; give a folder")
-    paths = [out] if out.suffix == ".mp4" else [out / file_name(i, p) for i, p in enumerate(prompts)]
+    paths = [out] if out.suffix.lower() == ".mp4" else [out / file_name(i, p) for i, p in enumerate(prompts)]
     existing = [str(path) for path in paths if path.exists()]
     if existing and not ask.overwrite:
         raise StorageError(

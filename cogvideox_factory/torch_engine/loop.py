@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cogvideox_factory.data.loader import Draws, Loader, Source
 from cogvideox_factory.data.sampler import Sampler
-from cogvideox_factory.errors import NonFiniteError
+from cogvideox_factory.errors import NonFiniteError, StorageError
 from cogvideox_factory.learning_rate import learning_rate
 from cogvideox_factory.metrics import MetricsLog, duration, say
 from cogvideox_factory.run_folder import StoppedError, StopRequest, stop_requests
@@ -69,27 +69,31 @@ class Loop:
     def run(self, start: Path | None) -> None:
         """Train until `num_steps`, from checkpoint `start` or from scratch."""
         first = self._restore(start) if start else 0
-        log = MetricsLog(self.run_folder, resume_step=first)
+        log = MetricsLog(self.run_folder, resume_step=first if start else None)
         batches = self.loader.batches(first, self.num_steps)
         self._clock, self._clock_step = time.monotonic(), first
         try:
             with stop_requests() as stop:
-                if first == 0 and self.watch.every:
+                if not start and self.watch.every:
                     self._look(0, log)
                 for step in range(first + 1, self.num_steps + 1):
                     self._step(step, batches)
                     last = step == self.num_steps
                     saves = step % self.save_every == 0 or last or stop.name is not None
-                    if step % self.log_every == 0 or saves or step == first + 1:
+                    if step % self.log_every == 0 or saves or step == 1:
                         self._log(step, log)
-                    if self.watch.every and (step % self.watch.every == 0 or last):
-                        self._look(step, log)
                     if saves:
-                        self._save(step)
+                        self._save(step, must=last or stop.name is not None)
                     if stop.name and not last:
                         self._leave(step, stop)
+                    if self.watch.every and (step % self.watch.every == 0 or last):
+                        self._look(step, log)
         finally:
             log.close()
+
+    def state_bytes(self) -> int:
+        """Return the size of one checkpoint."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors().values())
 
     def _step(self, step: int, batches: Iterator[dict[str, Any]]) -> None:
         losses = []
@@ -116,13 +120,14 @@ class Loop:
         now = time.monotonic()
         seconds = (now - self._clock) / max(step - self._clock_step, 1)
         self._clock, self._clock_step = now, step
-        good = table[table.isfinite().all(dim=1)]
-        loss, norm = good.double().mean(dim=0).tolist() if len(good) else (float("nan"), float("nan"))
+        loss, norm = (_finite_mean(table[:, column]) for column in range(2))
         values = {
             "loss": loss, "grad_norm": norm, "learning_rate": learning_rate(step, **self.rate),
             "seconds_per_step": seconds, "tokens_per_second": self.tokens_per_sample * self.sampler.batch_size / seconds,
             "epoch": self.sampler.epochs(step), "memory_gib": peak_memory(self.device) / 2**30,
         }  # fmt: skip
+        if self.update.loss_scale.enabled:
+            values |= {"loss_scale": float(self.update.loss_scale.scale), "skipped": float(self.update.num_skipped)}
         log.write(step, values)
         left = duration(seconds * (self.num_steps - step))
         say(
@@ -131,18 +136,26 @@ class Loop:
         )
 
     def _check_finite(self, steps: list[int], table: Tensor, step: int) -> None:
-        lost = [number for number, row in zip(steps, table, strict=True) if not row[0].isfinite()]
-        if not self.update.loss_scale.enabled:
+        scale = self.update.loss_scale
+        if scale.enabled:  # an overflowing step is skipped and the scale halved, until that no longer helps
+            lost = [number for number, row in zip(steps, table, strict=True) if not row[0].isfinite()]
+            lost = lost or (steps if float(scale.scale) < 1 else [])
+        else:
             lost = [number for number, row in zip(steps, table, strict=True) if not row.isfinite().all()]
         if lost:
             newest, _ = checkpoint.newest_checkpoint(self.run_folder)
             raise NonFiniteError(
-                f"loss or gradient is not finite at step {lost[0]} (and {len(lost) - 1} more up to {step}). The weights "
-                f"were not updated by such a step; the newest checkpoint is {newest or 'none'}. Lower "
-                "--train.learning-rate, or use --run.dtype bfloat16 or float32."
+                f"loss or gradient is not finite at step {lost[0]} (and {len(lost) - 1} more up to {step}). Such a step "
+                f"updates no weight; the newest checkpoint is {newest or 'none'}. Start a new run with --run.dtype "
+                "bfloat16 (or float32) or a lower --train.learning-rate."
             )
 
     def _look(self, step: int, log: MetricsLog) -> None:
+        with self.averaged_weights():
+            self._look_at(step, log)
+        self._clock, self._clock_step = time.monotonic(), step
+
+    def _look_at(self, step: int, log: MetricsLog) -> None:
         values = {}
         if self.watch.clip_ids:
             values = held_out_loss(
@@ -154,9 +167,9 @@ class Loop:
         if self.watch.samples:
             for path in self.watch.samples.make(self.run_folder / "samples", step):
                 say(f"step {step}: {path}")
-        self._clock, self._clock_step = time.monotonic(), step
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, must: bool) -> None:
+        """Write a checkpoint; a full disk is survived until one is needed, because the older ones are still there."""
         if checkpoint.checkpoint_folder(self.run_folder, step).exists():
             return  # a resumed run that had nothing left to do
         state = {
@@ -164,7 +177,13 @@ class Loop:
             "scalars": self.update.scalars(),
             "versions": checkpoint.versions(),
         }
-        checkpoint.save_checkpoint(self.run_folder, step, self._tensors(), state, keep=self.keep_checkpoints)
+        try:
+            checkpoint.save_checkpoint(self.run_folder, step, self._tensors(), state, keep=self.keep_checkpoints)
+        except StorageError as error:
+            if must:
+                raise
+            say(f"NOT SAVED at step {step}, trying again at the next: {error}")
+        self._clock, self._clock_step = time.monotonic(), step
 
     def _restore(self, folder: Path) -> int:
         state = checkpoint.load_checkpoint(folder, self._tensors())
@@ -195,3 +214,8 @@ class Loop:
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.update.trained.items():
             parameter.copy_(values[name])
+
+
+def _finite_mean(column: Tensor) -> float:
+    finite = column[column.isfinite()].double()
+    return finite.mean().item() if len(finite) else float("nan")

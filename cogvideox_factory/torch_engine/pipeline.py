@@ -113,10 +113,12 @@ class CogVideoXPipeline:
         name = adapter_name if isinstance(adapter_name, str) else adapter_name[0]
         lora.load_lora_into(self.transformer, load_lora(resolve_lora(path)), name)
 
-    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None) -> None:
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
         """Use these adapters with these weights (1.0 each by default); others are switched off."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        lora.set_adapters(self.transformer, names, list(adapter_weights or [1.0] * len(names)))
+        lora.set_adapters(self.transformer, names, adapter_weights)
 
     def encode_prompts(self, prompts: Sequence[str], *, max_sequence_length: int | None = None) -> Tensor:
         """Return prompt embeddings [B, S, E]; needs the text encoder."""
@@ -160,14 +162,14 @@ class CogVideoXPipeline:
             if not prompts:
                 raise FactoryError("give a prompt (or prompt_embeds)")
             prompt_embeds = self.encode_prompts(prompts, max_sequence_length=max_sequence_length)
-        negative = None
-        if guidance_scale > 1:
-            negative = negative_prompt_embeds
-            if negative is None:
-                negative = self.encode_prompts([negative_prompt], max_sequence_length=prompt_embeds.shape[1])
         scales = [guidance_scale] * num_inference_steps
         if use_dynamic_cfg:
             scales = [float(g) for g in dynamic_guidance(guidance_scale, num_inference_steps)]
+        negative = None
+        if max(scales) > 1:
+            negative = negative_prompt_embeds
+            if negative is None:
+                negative = self.encode_prompts([negative_prompt], max_sequence_length=prompt_embeds.shape[1])
         table = self.sampler_table(sampler, num_inference_steps)
         image_latents = self.image_latents(image, shape, seed=seed) if image is not None else None
         frames = []

@@ -16,11 +16,11 @@ from cogvideox_factory.data.cache import Cache, CacheIndex
 from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings, hash_folder
 from cogvideox_factory.data.manifest import Clip, Manifest, Source, read_manifest
 from cogvideox_factory.data.ordered import ordered_map
-from cogvideox_factory.data.reasons import ClipError
+from cogvideox_factory.data.reasons import ClipError, printable
 from cogvideox_factory.data.survey import survey
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import DecodedClip, read_clip
-from cogvideox_factory.errors import FactoryError, UnfitError
+from cogvideox_factory.errors import DataError, FactoryError, UnfitError
 from cogvideox_factory.metrics import progress_bar, say
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.publish import require_room, sweep
@@ -28,6 +28,7 @@ from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
 from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_determinism
 from cogvideox_factory.torch_engine.encode import Encoder
+from cogvideox_factory.torch_engine.pipeline import resolve_transformer
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
 
@@ -42,8 +43,10 @@ def run(config: Config) -> CacheIndex:
     """
     if not config.cache.dir:
         raise FactoryError("where to? give --cache.dir FOLDER")
+    if not config.data.root:
+        raise FactoryError("which clips? give --data.root FOLDER")
     folder = weights.resolve_model(config.model.path, revision=config.model.revision)
-    transformer = TransformerConfig.from_folder(folder / "transformer")
+    transformer = TransformerConfig.from_folder(transformer_folder(config, folder))
     check_task(config.task, transformer, source=str(folder))
     shape = training_shape(config, transformer)
     spec = clip_spec(config, shape)
@@ -61,14 +64,64 @@ def run(config: Config) -> CacheIndex:
         sweep(cache.folder)
     say(f"{len(manifest.usable)} clips, {len(clips)} to encode; {len(captions)} captions to encode -> {cache.folder}")
     if captions:
-        _encode_captions(cache, captions, folder, device, dtype)
+        _encode_captions(cache, captions, folder, device, dtype, strict=config.data.strict)
     if clips:
         failed = _encode_clips(cache, clips, spec, config, folder, device, dtype)
         manifest = manifest.map_usable(lambda clip: _with_failure(clip, failed))
         manifest.require_good(strict=config.data.strict, max_bad=config.data.max_bad)
-    index = cache.publish(manifest)
+    index = cache.publish(manifest, source_of(config))
     say_counts(manifest)
     return index
+
+
+def transformer_folder(config: Config, folder: Path) -> Path:
+    """Return the transformer of the model folder, or the one that replaces it."""
+    return resolve_transformer(config.model.transformer) if config.model.transformer else folder / "transformer"
+
+
+def source_of(config: Config) -> dict[str, str | None]:
+    """Return where the clips of these settings come from, as a cache records it."""
+    data = config.data
+    root = str(Path(data.root).resolve())
+    return {"root": root, "table": data.table, "captions": data.captions, "videos": data.videos}
+
+
+def require_source(index: CacheIndex, config: Config) -> None:
+    """Refuse a cache that was last prepared from other clips than the settings name.
+
+    Raises:
+        UnfitError: one line a difference.
+    """
+    recorded, wanted = index.recorded.get("source", {}), source_of(config)
+    lines = [
+        f"  data.{key}  cache: {recorded.get(key)}  this run: {value}"
+        for key, value in wanted.items()
+        if recorded.get(key) != value
+    ]
+    if lines:
+        raise UnfitError(
+            "\n".join([
+                f"the cache {index.folder} was last prepared from other clips:", *lines,
+                "Run `cogvideox prepare` with this data, or leave out --data.root to train on what the cache holds.",
+            ])
+        )  # fmt: skip
+
+
+def report_cut_captions(encoder: TextEncoder, captions: list[str], length: int, *, strict: bool) -> None:
+    """Say which captions are longer than the model reads and how much of them is lost.
+
+    Raises:
+        DataError: there are some and `strict` is set.
+    """
+    cut = {text: count for text in captions if (count := encoder.truncated_tokens(text, length))}
+    if not cut:
+        return
+    worst = sorted(cut, key=lambda text: -cut[text])[:20]
+    lines = [f"{len(cut)} of {len(captions)} captions are longer than {length} tokens and will be cut; the longest:"]
+    lines += [f"  {cut[text]} tokens lost: {printable(text[:60])}…" for text in worst]
+    if strict:
+        raise DataError("\n".join([*lines, "Shorten them, or turn --data.strict off."]))
+    say("\n".join(lines))
 
 
 def training_shape(config: Config, transformer: TransformerConfig) -> ClipShape:
@@ -92,8 +145,6 @@ def checked_manifest(config: Config, spec: ClipSpec) -> Manifest:
         DataError: the list is unreadable, or too many clips are lost.
     """
     data = config.data
-    if not data.root:
-        raise FactoryError("which clips? give --data.root FOLDER")
     root, caption, video = Path(data.root), data.caption_column, data.video_column
     if data.table or data.captions:
         source = Source(
@@ -161,9 +212,12 @@ def say_counts(manifest: Manifest) -> None:
     say(f"{len(manifest.clips)} clips: {counts}")
 
 
-def _encode_captions(cache: Cache, captions: list[str], folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+def _encode_captions(
+    cache: Cache, captions: list[str], folder: Path, device: torch.device, dtype: torch.dtype, *, strict: bool
+) -> None:
     encoder = TextEncoder.from_folder(folder, dtype=dtype, device=device)
     length = cache.settings.text.max_sequence_length
+    report_cut_captions(encoder, captions, length, strict=strict)
     with progress_bar("captions", len(captions)) as advance:
         for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
             chunk = captions[start : start + _CAPTIONS_AT_ONCE]

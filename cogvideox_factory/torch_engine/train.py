@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cogvideox_factory import weights
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.cache import open_cache, recorded_dtype
+from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.loader import CacheSource, Draws, Loader, RawSource
 from cogvideox_factory.data.sampler import Sampler, hold_out
 from cogvideox_factory.diffusion.schedule import alphas_cumprod
@@ -21,7 +23,7 @@ from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.lora_files import save_lora
 from cogvideox_factory.metrics import say
 from cogvideox_factory.models import SchedulerConfig, TransformerConfig, VaeConfig
-from cogvideox_factory.publish import existing_parent, replace_folder, require_room, sweep
+from cogvideox_factory.publish import replace_folder, require_room, sweep
 from cogvideox_factory.recipe import write_recipe
 from cogvideox_factory.run_folder import locked, require_same
 from cogvideox_factory.shapes import ClipShape, check_task
@@ -32,7 +34,7 @@ from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.loop import Loop, Watch
 from cogvideox_factory.torch_engine.objective import Objective, Scales
 from cogvideox_factory.torch_engine.optim import Ema, Update
-from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline, resolve_transformer
+from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
@@ -52,13 +54,26 @@ _FREE = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where the arithmetic happens."""
+class Plan:
+    """Everything about a run that is known before a weight is loaded."""
 
+    config: Config
     folder: Path
     transformer_folder: Path
+    model: TransformerConfig
+    shape: ClipShape
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.config.train.dir)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a caption."""
+        return prepare.text_length(self.config, self.model)
 
 
 def run(config: Config) -> Path:
@@ -69,29 +84,40 @@ def run(config: Config) -> Path:
         NonFiniteError: the loss or a gradient became NaN or Inf.
         StoppedError: stopped by a signal after a checkpoint was saved.
     """
+    if not config.cache.dir and not config.data.root:
+        raise FactoryError("train on what? give --cache.dir FOLDER (prepared) or --data.root FOLDER (raw clips)")
+    plan = make_plan(config)
+    _check_validation(plan)
+    set_determinism(config.run.deterministic)
+    source, described = open_source(plan)
+    with locked(plan.run_folder):
+        start = find_start(plan)
+        wanted = identity(plan, described)
+        if start is not None:
+            state = checkpoint.read_state(start)
+            require_same(state["identity"], wanted, source=start)
+            if state["step"] > config.train.steps:
+                raise FactoryError(
+                    f"train.steps={config.train.steps}, but {start} is at step {state['step']} already. "
+                    "Ask for more steps, or start a new run in another --train.dir."
+                )
+        _train(plan, source, start=start, wanted=wanted)
+    return plan.run_folder
+
+
+def make_plan(config: Config) -> Plan:
+    """Read the configs of the model and check task, shape, device and text length against them."""
     folder = weights.resolve_model(config.model.path, revision=config.model.revision)
-    transformer_folder = (
-        resolve_transformer(config.model.transformer) if config.model.transformer else folder / "transformer"
-    )
+    transformer_folder = prepare.transformer_folder(config, folder)
     model = TransformerConfig.from_folder(transformer_folder)
     check_task(config.task, model, source=str(transformer_folder))
     shape = prepare.training_shape(config, model)
     config = complete(config, model, shape)
     device = pick_device(config.run.device)
-    place = Place(
-        folder=folder, transformer_folder=transformer_folder, device=device,
+    return Plan(
+        config=config, folder=folder, transformer_folder=transformer_folder, model=model, shape=shape, device=device,
         dtype=pick_dtype(config.run.dtype, device, model),
     )  # fmt: skip
-    set_determinism(config.run.deterministic)
-    run_folder = Path(config.train.dir)
-    require_room(run_folder, 0, what="the run")
-    start = find_start(config, run_folder)
-    source, described = open_source(config, place, model, shape)
-    _check_validation(config)
-    with locked(run_folder):
-        sweep(run_folder)
-        write_recipe(run_folder / "config.yaml", config)
-        return _train(config, place, model, shape, source, described, start, run_folder)
 
 
 def complete(config: Config, model: TransformerConfig, shape: ClipShape) -> Config:
@@ -110,81 +136,97 @@ def complete(config: Config, model: TransformerConfig, shape: ClipShape) -> Conf
     )
 
 
-def find_start(config: Config, run_folder: Path) -> Path | None:
-    """Return the checkpoint to go on from, or None to start fresh.
+def find_start(plan: Plan) -> Path | None:
+    """Return the checkpoint to go on from, or None to start fresh; checkpoints that lie after it are set aside.
 
     Raises:
         UnfitError: a named checkpoint that is missing or damaged.
         FactoryError: a used run folder with `train.resume=never`.
     """
-    if config.train.resume == "never":
-        if checkpoint.list_checkpoints(run_folder) or (run_folder / "final").exists():
+    run_folder, resume = plan.run_folder, plan.config.train.resume
+    steps = checkpoint.list_checkpoints(run_folder)
+    if resume == "never":
+        if steps or (run_folder / "final").exists():
             raise FactoryError(f"{run_folder} holds a run already; choose another --train.dir or --train.resume auto")
         return None
-    if config.train.resume != "auto":
-        folder = Path(config.train.resume)
-        checkpoint.verify_checkpoint(folder)
-        return folder
-    newest, problems = checkpoint.newest_checkpoint(run_folder)
-    for problem in problems:
-        say(f"skipped: {problem}")
-    if problems:
-        for step in checkpoint.list_checkpoints(run_folder):
-            broken = checkpoint.checkpoint_folder(run_folder, step)
-            if newest is None or broken.name > newest.name:
-                say(f"moved to {checkpoint.set_aside(broken)}")
-    return newest
+    if resume != "auto":
+        start = Path(resume)
+        if not (start / "state.json").is_file() and checkpoint.list_checkpoints(start):
+            newest = checkpoint.checkpoint_folder(start, checkpoint.list_checkpoints(start)[-1])
+            raise FactoryError(f"train.resume={resume} is a run folder; name one of its checkpoints, such as {newest}")
+        checkpoint.verify_checkpoint(start)
+        after, label = checkpoint.read_state(start)["step"], "abandoned"
+    else:
+        start, problems = checkpoint.newest_checkpoint(run_folder)
+        for problem in problems:
+            say(f"skipped: {problem}")
+        after, label = (checkpoint.read_state(start)["step"] if start else -1), "broken"
+    for step in steps:
+        if step > after:
+            say(f"moved to {checkpoint.set_aside(checkpoint.checkpoint_folder(run_folder, step), label)}")
+    return start
 
 
-def open_source(
-    config: Config, place: Place, model: TransformerConfig, shape: ClipShape
-) -> tuple[CacheSource | RawSource, str]:
+def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str]:
     """Return where samples come from, and a digest of what is in it.
 
     Raises:
-        UnfitError: a cache made with other settings, or damaged.
+        UnfitError: a cache made with other settings or from other clips, or damaged.
         DataError: raw clips that cannot be used.
     """
-    spec = prepare.clip_spec(config, shape)
+    config = plan.config
+    spec = prepare.clip_spec(config, plan.shape)
     if config.cache.dir:
         # What the encoders ran in is the cache's affair: float32 latents feed a bfloat16 run as well.
-        dtype = recorded_dtype(Path(config.cache.dir)) or str(place.dtype).removeprefix("torch.")
-        settings = prepare.cache_settings(config, place.folder, model, spec, dtype)
-        index = open_cache(
-            Path(config.cache.dir),
-            settings,
-            command=f"cogvideox prepare (with this recipe) --cache.dir {config.cache.dir}",
-        )
-        identity = f"{settings.to_json()} {sorted(clip.id for clip in index.clips)}"
-        return CacheSource(index), hashlib.sha256(identity.encode()).hexdigest()
+        dtype = recorded_dtype(Path(config.cache.dir)) or str(plan.dtype).removeprefix("torch.")
+        settings = prepare.cache_settings(config, plan.folder, plan.model, spec, dtype)
+        command = f"cogvideox prepare (with this recipe) --cache.dir {config.cache.dir}"
+        index = open_cache(Path(config.cache.dir), settings, command=command)
+        if config.data.root:
+            prepare.require_source(index, config)
+        if config.task == "i2v" and config.train.image_noise and not config.cache.image_noise_variants:
+            raise FactoryError(
+                "cache.image_noise_variants=0 keeps only clean first frames, but train.image_noise is on. "
+                "Prepare with some variants, or set --train.image-noise False."
+            )
+        clip_ids = sorted(clip.id for clip in index.clips)
+        return CacheSource(index), _digest_of(clip_ids, settings.to_json())
     manifest = prepare.checked_manifest(config, spec)
-    identity = f"{spec} {sorted(clip.id for clip in manifest.usable)}"
-    return RawSource(manifest.usable, spec), hashlib.sha256(identity.encode()).hexdigest()
+    clip_ids = sorted(clip.id for clip in manifest.usable)
+    return RawSource(manifest.usable, spec), _digest_of(clip_ids, spec)
 
 
-def identity(config: Config, described: str) -> dict[str, Any]:
+def identity(plan: Plan, described: str) -> dict[str, Any]:
     """Return the settings a resumed run must share with the run it goes on with."""
+    config = plan.config
     train = {f"train.{k}": v for k, v in config.train.model_dump(exclude=_FREE).items()}
     adapters = {f"lora.{k}": v for k, v in config.lora.model_dump().items()} if config.train.method == "lora" else {}
-    held = config.validation.num_clips if config.validation.every else 0
+    parts = (plan.transformer_folder, plan.folder / "vae", plan.folder / "text_encoder", plan.folder / "scheduler")
     return {
-        "task": config.task, "model.path": config.model.path, "model.transformer": config.model.transformer,
-        "run.seed": config.run.seed, "run.dtype": config.run.dtype, "data": described,
-        "validation.num_clips": held, **train, **adapters,
+        "task": config.task, "model": _digest_of([_listing(part) for part in parts]),
+        "run.seed": config.run.seed, "run.dtype": str(plan.dtype).removeprefix("torch."), "data": described,
+        "data.flip_probability": config.data.flip_probability, "data.vae_tiling": config.data.vae_tiling,
+        "text.max_sequence_length": plan.text_length,
+        "validation.num_clips": config.validation.num_clips if config.validation.every else 0, **train, **adapters,
         **({} if config.train.schedule == "constant" else {"train.steps": config.train.steps}),
     }  # fmt: skip
 
 
-def _train(
-    config: Config,
-    place: Place,
-    model: TransformerConfig,
-    shape: ClipShape,
-    source: CacheSource | RawSource,
-    described: str,
-    start: Path | None,
-    run_folder: Path,
-) -> Path:
+def _digest_of(items: list[str], *more: Any) -> str:
+    text = "\n".join([*items, *(str(part) for part in more)])
+    return f"{len(items)} items, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _listing(folder: Path) -> str:
+    """Return names and sizes of a model folder's files, and what its configs say; hashing 10 GB would take long."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    return "\n".join(
+        f"{path.name} {path.read_text() if path.suffix == '.json' else path.stat().st_size}" for path in files
+    )
+
+
+def _train(plan: Plan, source: CacheSource | RawSource, *, start: Path | None, wanted: dict[str, Any]) -> None:
+    config = plan.config
     train_ids, held_ids = sorted(source.buckets), []
     if config.validation.every:
         train_ids, held_ids = hold_out(train_ids, config.validation.num_clips)
@@ -192,35 +234,28 @@ def _train(
         train_ids, batch_size=config.train.batch_size * config.train.gradient_accumulation,
         seed=config.run.seed, buckets=source.buckets,
     )  # fmt: skip
-    draws = make_draws(config, model, shape)
     loader = Loader(
-        source,
-        sampler,
-        draws,
-        num_micros=config.train.gradient_accumulation,
+        source, sampler, make_draws(plan), num_micros=config.train.gradient_accumulation,
         num_workers=config.train.num_workers,
-    )
-    wanted = identity(config, described)
-    if start is not None:
-        require_same(checkpoint.read_state(start)["identity"], wanted, source=start)
-
-    transformer = load_transformer(config, place)
-    update = make_update(config, place, transformer)
+    )  # fmt: skip
+    # The text encoder is the largest part; it is done with, where it can be, before the transformer is loaded.
+    frozen = load_frozen(plan, source)
+    transformer = load_transformer(plan)
+    update = make_update(plan, transformer)
     ema = Ema(update.masters, decay=config.train.ema_decay) if config.train.ema_decay else None
-    vae_config = VaeConfig.from_folder(place.folder / "vae")
-    scheduler = SchedulerConfig.from_folder(place.folder / "scheduler", filename="scheduler_config.json")
+    vae_config = VaeConfig.from_folder(plan.folder / "vae")
+    scheduler = SchedulerConfig.from_folder(plan.folder / "scheduler", filename="scheduler_config.json")
     objective = Objective(
         transformer,
         alphas_cumprod=alphas_cumprod(scheduler),
         scales=Scales(video=vae_config.scaling_factor, image=_image_scale(config, vae_config)),
-        device=place.device,
-        dtype=place.dtype,
+        device=plan.device,
+        dtype=plan.dtype,
     )
-    encoder, samples = make_frozen(config, place, shape, transformer, scheduler, raw=not config.cache.dir)
-    _say_arithmetic(config, place, model, shape, sampler, update, start)
     loop = Loop(
-        objective=objective, update=update, ema=ema, sampler=sampler, loader=loader, encoder=encoder, device=place.device,
-        run_folder=run_folder, num_steps=config.train.steps, num_micros=config.train.gradient_accumulation,
+        objective=objective, update=update, ema=ema, sampler=sampler, loader=loader, encoder=frozen.encoder,
+        device=plan.device, run_folder=plan.run_folder, num_steps=config.train.steps,
+        num_micros=config.train.gradient_accumulation,
         rate={
             "peak": config.train.learning_rate, "schedule": config.train.schedule, "num_steps": config.train.steps,
             "warmup_steps": config.train.warmup_steps, "num_cycles": config.train.num_cycles,
@@ -228,24 +263,31 @@ def _train(
         },
         log_every=config.train.log_every, save_every=config.train.save_every,
         keep_checkpoints=config.train.keep_checkpoints, identity=wanted,
-        tokens_per_sample=num_tokens(model, shape) + (config.text.max_sequence_length or 0),
+        tokens_per_sample=num_tokens(plan) + plan.text_length,
         watch=Watch(
-            every=config.validation.every, source=source, clip_ids=held_ids, samples=samples,
-            draws=make_draws(config, model, shape, quiet=True),
+            every=config.validation.every, source=source, clip_ids=held_ids, draws=make_draws(plan, quiet=True),
+            samples=make_samples(plan, frozen, transformer, scheduler),
         ),
     )  # fmt: skip
+    require_room(
+        plan.run_folder, (config.train.keep_checkpoints + 1) * loop.state_bytes(),
+        what=f"{config.train.keep_checkpoints + 1} checkpoints of this run",
+    )  # fmt: skip
+    _say_arithmetic(plan, sampler, update, start)
+    sweep(plan.run_folder)
+    write_recipe(plan.run_folder / "config.yaml", config)
     loop.run(start)
     with loop.averaged_weights():
-        export(transformer, run_folder, method=config.train.method)
-    say(f"final weights in {run_folder / 'final'}")
-    return run_folder
+        export(transformer, plan.run_folder, method=config.train.method)
+    say(f"final weights in {plan.run_folder / 'final'}")
 
 
-def make_draws(config: Config, model: TransformerConfig, shape: ClipShape, *, quiet: bool = False) -> Draws:
+def make_draws(plan: Plan, *, quiet: bool = False) -> Draws:
     """Return what is drawn for each sample; `quiet` drops, noises and flips nothing."""
+    config, shape = plan.config, plan.shape
     return Draws(
         seed=config.run.seed,
-        latent_shape=(shape.latent_frames, model.out_channels, shape.latent_height, shape.latent_width),
+        latent_shape=(shape.latent_frames, plan.model.out_channels, shape.latent_height, shape.latent_width),
         num_front_padding=shape.num_front_padding,
         caption_dropout=0 if quiet else config.train.caption_dropout,
         image_dropout=0 if quiet else config.train.image_dropout,
@@ -255,9 +297,10 @@ def make_draws(config: Config, model: TransformerConfig, shape: ClipShape, *, qu
     )
 
 
-def load_transformer(config: Config, place: Place) -> CogVideoXTransformer:
+def load_transformer(plan: Plan) -> CogVideoXTransformer:
     """Load the transformer, with a fresh LoRA or with all weights trainable."""
-    transformer = CogVideoXTransformer.from_folder(place.transformer_folder, dtype=place.dtype, device=place.device)
+    config = plan.config
+    transformer = CogVideoXTransformer.from_folder(plan.transformer_folder, dtype=plan.dtype, device=plan.device)
     transformer.set_checkpointing(config.train.checkpointing)
     if config.train.method == "lora":
         targets = lora.add_lora(transformer, seed=config.run.seed, **config.lora.model_dump())
@@ -267,66 +310,84 @@ def load_transformer(config: Config, place: Place) -> CogVideoXTransformer:
     return transformer.train()
 
 
-def make_update(config: Config, place: Place, transformer: CogVideoXTransformer) -> Update:
+def make_update(plan: Plan, transformer: CogVideoXTransformer) -> Update:
     """Return what turns gradients into weights.
 
     Raises:
-        FactoryError: stochastic bf16 for a run that is not in bf16, or for a LoRA.
+        FactoryError: stochastic bf16 for a run that is not in bf16.
     """
-    stochastic = config.train.master_weights == "stochastic_bf16"
-    if stochastic and (config.train.method == "lora" or place.dtype != torch.bfloat16):
+    train = plan.config.train
+    stochastic = train.master_weights == "stochastic_bf16"
+    if stochastic and plan.dtype != torch.bfloat16:
         raise FactoryError(
-            f"train.master_weights=stochastic_bf16 is for full fine-tuning in bfloat16; this run is "
-            f"{config.train.method} in {place.dtype}. Use float32 master weights."
+            f"train.master_weights=stochastic_bf16 is for full fine-tuning in bfloat16; this run is in {plan.dtype}. "
+            "Use float32 master weights."
         )
     return Update(
-        transformer.named_parameters(), dtype=place.dtype, device=place.device,
-        betas=(config.train.beta1, config.train.beta2), eps=config.train.epsilon,
-        weight_decay=config.train.weight_decay, max_grad_norm=config.train.max_grad_norm,
-        stochastic_bf16=stochastic, seed=config.run.seed,
+        transformer.named_parameters(), dtype=plan.dtype, device=plan.device, betas=(train.beta1, train.beta2),
+        eps=train.epsilon, weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm,
+        stochastic_bf16=stochastic, seed=plan.config.run.seed,
     )  # fmt: skip
 
 
-def make_frozen(
-    config: Config,
-    place: Place,
-    shape: ClipShape,
-    transformer: CogVideoXTransformer,
-    scheduler: SchedulerConfig,
-    *,
-    raw: bool,
-) -> tuple[Encoder | None, SampleVideos | None]:
-    """Load the VAE and the text encoder where raw clips or sample videos need them; drop what is done with."""
-    prompts = config.validation.prompts if config.validation.every else []
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frozen:
+    """The parts that are not trained, where a run needs them."""
+
+    encoder: Encoder | None
+    """Encodes raw clips; None with a cache."""
+    vae: CogVideoXVAE | None
+    prompt_embeds: Tensor | None
+    """Of the negative prompt and the sample videos' prompts [1 + B, S, E]."""
+
+
+def load_frozen(plan: Plan, source: CacheSource | RawSource) -> Frozen:
+    """Load VAE and text encoder where raw clips or sample videos need them, and encode all text that fits."""
+    config = plan.config
+    prompts = config.validation.prompts
+    raw = isinstance(source, RawSource)
     if not raw and not prompts:
-        return None, None
-    length = config.text.max_sequence_length
-    assert length is not None
-    text_encoder = TextEncoder.from_folder(place.folder, dtype=place.dtype, device=place.device)
-    vae = CogVideoXVAE.from_folder(place.folder / "vae", dtype=place.dtype, device=place.device)
-    vae.requires_grad_(False)
+        return Frozen(encoder=None, vae=None, prompt_embeds=None)
+    text_encoder = TextEncoder.from_folder(plan.folder, dtype=plan.dtype, device=plan.device)
+    embeds = None
+    if prompts:
+        embeds = text_encoder.encode([config.sampling.negative_prompt, *prompts], plan.text_length).to(plan.dtype)
+    vae = CogVideoXVAE.from_folder(plan.folder / "vae", dtype=plan.dtype, device=plan.device).requires_grad_(False)
     if config.data.vae_tiling:
         vae.enable_tiling()
-    samples = None
-    if prompts:
-        pipeline = CogVideoXPipeline(
-            transformer=transformer, vae=vae, text_encoder=text_encoder, scheduler=scheduler,
-            device=place.device, dtype=place.dtype,
-        )  # fmt: skip
-        samples = SampleVideos(
-            pipeline,
-            prompt_embeds=pipeline.encode_prompts(prompts, max_sequence_length=length),
-            negative_embeds=pipeline.encode_prompts([config.sampling.negative_prompt], max_sequence_length=length),
-            images=[Path(image) for image in config.validation.images],
-            shape=shape,
-            call={
-                "num_inference_steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale,
-                "use_dynamic_cfg": config.sampling.dynamic_guidance, "sampler": config.sampling.sampler,
-                "seed": config.run.seed,
-            },
-        )  # fmt: skip
-        pipeline.text_encoder = None
-    return (Encoder(vae, text_encoder, max_sequence_length=length) if raw else None), samples
+    encoder = None
+    if raw:
+        captions = source.captions
+        prepare.report_cut_captions(text_encoder, captions, plan.text_length, strict=config.data.strict)
+        encoder = Encoder(vae, text_encoder, max_sequence_length=plan.text_length)
+        encoder.remember(captions)
+    return Frozen(encoder=encoder, vae=vae, prompt_embeds=embeds)
+
+
+def make_samples(
+    plan: Plan, frozen: Frozen, transformer: CogVideoXTransformer, scheduler: SchedulerConfig
+) -> SampleVideos | None:
+    """Return what makes the sample videos, if prompts ask for some."""
+    if frozen.prompt_embeds is None:
+        return None
+    assert frozen.vae is not None
+    sampling = plan.config.sampling
+    pipeline = CogVideoXPipeline(
+        transformer=transformer, vae=frozen.vae, text_encoder=None, scheduler=scheduler, device=plan.device,
+        dtype=plan.dtype,
+    )  # fmt: skip
+    return SampleVideos(
+        pipeline,
+        prompt_embeds=frozen.prompt_embeds[1:],
+        negative_embeds=frozen.prompt_embeds[:1],
+        images=[Path(image) for image in plan.config.validation.images],
+        shape=plan.shape,
+        tiling=(sampling.tiling, plan.config.data.vae_tiling),
+        call={
+            "num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance_scale,
+            "use_dynamic_cfg": sampling.dynamic_guidance, "sampler": sampling.sampler, "seed": plan.config.run.seed,
+        },
+    )  # fmt: skip
 
 
 def export(transformer: CogVideoXTransformer, run_folder: Path, *, method: str) -> None:
@@ -339,8 +400,9 @@ def export(transformer: CogVideoXTransformer, run_folder: Path, *, method: str) 
             transformer.save(folder / "transformer")
 
 
-def num_tokens(model: TransformerConfig, shape: ClipShape) -> int:
+def num_tokens(plan: Plan) -> int:
     """Return the video tokens of one clip."""
+    model, shape = plan.model, plan.shape
     frames = (shape.latent_frames + shape.num_front_padding) // (model.patch_size_t or 1)
     return frames * (shape.latent_height // model.patch_size) * (shape.latent_width // model.patch_size)
 
@@ -349,36 +411,28 @@ def _image_scale(config: Config, vae: VaeConfig) -> float:
     return vae.image_scale if config.train.image_scale == "pipeline" else vae.scaling_factor
 
 
-def _check_validation(config: Config) -> None:
-    images, prompts = config.validation.images, config.validation.prompts
-    if config.task == "i2v" and prompts and len(images) != len(prompts):
+def _check_validation(plan: Plan) -> None:
+    images, prompts = plan.config.validation.images, plan.config.validation.prompts
+    if plan.config.task == "i2v" and prompts and len(images) != len(prompts):
         raise FactoryError(
             f"task=i2v: {len(prompts)} validation.prompts need as many validation.images, not {len(images)}"
         )
     for image in images:
-        if not Path(image).is_file():
-            raise FactoryError(f"validation.images: {image} is no file")
+        read_image(Path(image), plan.shape.height, plan.shape.width)
 
 
-def _say_arithmetic(
-    config: Config,
-    place: Place,
-    model: TransformerConfig,
-    shape: ClipShape,
-    sampler: Sampler,
-    update: Update,
-    start: Path | None,
-) -> None:
+def _say_arithmetic(plan: Plan, sampler: Sampler, update: Update, start: Path | None) -> None:
+    train, shape = plan.config.train, plan.shape
     trained = sum(p.numel() for p in update.trained.values())
-    tokens = num_tokens(model, shape)
     say(
         f"{len(sampler)} clips of {shape.num_frames} frames {shape.height}x{shape.width} at {shape.fps:g} fps = "
-        f"{tokens} + {config.text.max_sequence_length} tokens; batch {sampler.batch_size} "
-        f"({config.train.batch_size} x {config.train.gradient_accumulation} accumulated), "
-        f"{sampler.epochs(config.train.steps):.1f} epochs in {config.train.steps} steps"
+        f"{num_tokens(plan)} + {plan.text_length} tokens; batch {sampler.batch_size} "
+        f"({train.batch_size} x {train.gradient_accumulation} accumulated), "
+        f"{sampler.epochs(train.steps):.1f} epochs in {train.steps} steps"
     )
     say(
-        f"{config.train.method}: {trained:,} of {model.num_parameters:,} parameters, {place.dtype} on {place.device}, "
-        f"checkpointing {config.train.checkpointing}, attention {backend_name()}"
+        f"{train.method}: {trained:,} of {plan.model.num_parameters:,} parameters, {plan.dtype} on {plan.device}, "
+        f"checkpointing {train.checkpointing}, "
+        f"attention {backend_name(plan.device, plan.dtype, plan.model.attention_head_dim)}"
     )
-    say(f"going on from {start}" if start else f"a fresh run in {existing_parent(Path(config.train.dir))}")
+    say(f"going on from {start}" if start else f"a fresh run in {plan.run_folder}")

@@ -28,9 +28,9 @@ from cogvideox_factory import draws, weights
 from cogvideox_factory.diffusion.positions import sincos_table
 from cogvideox_factory.errors import FactoryError, UnfitError
 from cogvideox_factory.models import TransformerConfig
-from cogvideox_factory.torch_engine import checkpointing
 from cogvideox_factory.torch_engine.block import VECTORS_PER_BLOCK, Block, Modulation
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
+from cogvideox_factory.torch_engine.checkpointing import Checkpointing
 from cogvideox_factory.torch_engine.layout import diffusers_names, num_native_tokens
 from cogvideox_factory.torch_engine.linear import Linear
 from cogvideox_factory.torch_engine.positions import Positions, make_positions
@@ -48,7 +48,6 @@ class CogVideoXTransformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing: checkpointing.Checkpointing = "none"
         self.patch_embed = _PatchEmbed(config)
         self.time_embedding = _TimeEmbedding(config.width, config.time_embed_dim)
         self.ofs_embedding = None
@@ -93,7 +92,7 @@ class CogVideoXTransformer(nn.Module):
         text = prompt_embeds.shape[1]
         for index, block in enumerate(self.transformer_blocks):
             own = vectors[index * VECTORS_PER_BLOCK : (index + 1) * VECTORS_PER_BLOCK]
-            x = checkpointing.run(self.checkpointing, block, x, own, positions.rotary, text)
+            x = block(x, own, positions.rotary, text)
         x = self.norm_out(self.norm_final(x[:, text:]), conditioning)  # [B, N, D]
         return self._unpatchify(self.proj_out(x), latents.shape)
 
@@ -118,10 +117,16 @@ class CogVideoXTransformer(nn.Module):
         Raises:
             FactoryError: no such mode.
         """
-        self.checkpointing = checkpointing.check_mode(mode)
         for block in self.transformer_blocks:
             assert isinstance(block, Block)
-            block.ff.checkpointed = mode != "none"
+            block.set_checkpointing(mode)
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        """What the blocks keep."""
+        block = self.transformer_blocks[0]
+        assert isinstance(block, Block)
+        return block.checkpointing
 
     def _conditioning(self, timesteps: Tensor, ofs: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return the activated embedding of time (and ofs), [B, E]; it is all that the norms need to know."""

@@ -25,7 +25,7 @@ from cogvideox_factory import weights
 from cogvideox_factory.errors import FactoryError, UnfitError
 from cogvideox_factory.models import VaeConfig
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
-from cogvideox_factory.torch_engine.vae_blocks import Coder, Decoder, Encoder, initialize, num_time_levels
+from cogvideox_factory.torch_engine.vae_blocks import Coder, Decoder, Encoder, check_config, initialize, num_time_levels
 from cogvideox_factory.torch_engine.vae_layers import Chunk, Kernels, Weights, pointwise
 from cogvideox_factory.torch_engine.vae_scratch import Scratch
 from cogvideox_factory.torch_engine.vae_tiling import TileAxis, run_tiled, tile_axis
@@ -41,7 +41,7 @@ class CogVideoXVAE(nn.Module):
     def __init__(self, config: VaeConfig, *, seed: int = 0) -> None:
         """Build with random weights to train from; on the meta device they stay empty."""
         super().__init__()
-        _check_config(config)
+        check_config(config)
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         latent = config.latent_channels
@@ -174,7 +174,7 @@ class CogVideoXVAE(nn.Module):
         Raises:
             FactoryError: not such a video, or height or width no multiple of 8.
         """
-        self._check(pixels, self.config.in_channels, "pixels [B, 3, F, H, W]", multiple=self.spatial_scale)
+        self._check(pixels, self.config.in_channels, "pixels [B, 3, F, H, W]", dim=1, multiple=self.spatial_scale)
         batch, _, frames, height, width = pixels.shape
         shape = (self._latent_frames(frames), height // self.spatial_scale, width // self.spatial_scale)
         shape = (batch, 2 * self.config.latent_channels, *shape)
@@ -188,20 +188,18 @@ class CogVideoXVAE(nn.Module):
         Raises:
             FactoryError: not such latents.
         """
-        if latents.ndim == 5:
-            latents = latents.transpose(1, 2)
-        self._check(latents, self.config.latent_channels, "latents [B, F, C, h, w]", multiple=1)
-        batch, _, frames, height, width = latents.shape
+        self._check(latents, self.config.latent_channels, "latents [B, F, C, h, w]", dim=2, multiple=1)
+        batch, frames, _, height, width = latents.shape
         shape = (self._pixel_frames(frames), height * self.spatial_scale, width * self.spatial_scale)
         shape = (batch, self.config.out_channels, *shape)
-        return self._run(latents, shape, self.decoder, in_scale=1, out_scale=self.spatial_scale)
+        return self._run(latents.transpose(1, 2), shape, self.decoder, in_scale=1, out_scale=self.spatial_scale)
 
     def _run(self, video: Tensor, shape: tuple[int, ...], coder: Coder, *, in_scale: int, out_scale: int) -> Tensor:
         """Code `video` [B, C, F, H, W] to a tensor of `shape`, by slices and tiles as set."""
         trainable = video.requires_grad or any(parameter.requires_grad for parameter in coder.parameters())
         recording = torch.is_grad_enabled() and trainable
         kernels: Kernels = {}
-        scratch = Scratch()
+        scratch = Scratch(is_active=not recording)
 
         def code(part: Tensor, out: Tensor | None = None) -> Tensor:
             chunks = self._code_chunks(part, coder, recording=recording, kernels=kernels, scratch=scratch)
@@ -272,10 +270,10 @@ class CogVideoXVAE(nn.Module):
             total += single + (stop - start - single) * 2 ** num_time_levels(self.config)
         return total
 
-    def _check(self, video: Tensor, channels: int, what: str, *, multiple: int) -> None:
-        """Refuse what is no `[B, C, F, H, W]` with these `channels`, or does not divide into latents."""
+    def _check(self, video: Tensor, channels: int, what: str, *, dim: int, multiple: int) -> None:
+        """Refuse what has not 5 dimensions and these `channels` at `dim`, or does not divide into latents."""
         shape = tuple(video.shape)
-        if video.ndim != 5 or shape[1] != channels or 0 in shape or not video.is_floating_point():
+        if video.ndim != 5 or shape[dim] != channels or 0 in shape or not video.is_floating_point():
             raise FactoryError(
                 f"expected {what} with {channels} channels, at least one frame and a floating dtype; got shape "
                 f"{shape} of {video.dtype}. uint8 frames go through pixels_from_uint8 first."
@@ -311,29 +309,3 @@ def uint8_from_pixels(pixels: Tensor) -> Tensor:
     """Return uint8 frames [B, F, H, W, 3] of `pixels` [B, 3, F, H, W], clamped to [-1, 1] and rounded."""
     unit = pixels.permute(0, 2, 3, 4, 1).to(torch.float32, copy=True).mul_(0.5).add_(0.5).clamp_(0.0, 1.0)
     return unit.mul_(255.0).round_().to(torch.uint8).contiguous()
-
-
-def _check_config(config: VaeConfig) -> None:
-    channels, groups = config.block_out_channels, config.norm_num_groups
-    levels = len(channels)
-    if (
-        config.down_block_types != ("CogVideoXDownBlock3D",) * levels
-        or config.up_block_types != ("CogVideoXUpBlock3D",) * levels
-    ):
-        raise UnfitError(
-            f"down_block_types={config.down_block_types}, up_block_types={config.up_block_types}: this VAE has one "
-            f"CogVideoXDownBlock3D and one CogVideoXUpBlock3D for each of the {levels} block_out_channels."
-        )
-    if config.act_fn not in ("silu", "swish"):
-        raise UnfitError(f"act_fn={config.act_fn!r}: every CogVideoX VAE has 'silu', and this one knows no other.")
-    for count in channels:
-        if count % groups:
-            raise UnfitError(
-                f"block_out_channels={channels} needs each divisible by norm_num_groups={groups}; {count} is not."
-            )
-    ratio = config.temporal_compression_ratio
-    if ratio not in [2**level for level in range(levels)]:
-        raise UnfitError(
-            f"temporal_compression_ratio={ratio}: time is halved in some of the {levels - 1} changes of size, so it "
-            f"must be a power of two up to {2 ** (levels - 1)}. Use 4."
-        )

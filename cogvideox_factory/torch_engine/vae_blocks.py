@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cogvideox_factory import draws
+from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.models import VaeConfig
 from cogvideox_factory.torch_engine import vae_conv
 from cogvideox_factory.torch_engine.vae_layers import (
@@ -251,6 +252,37 @@ def _checkpointed(stage: nn.Module, x: Tensor, chunk: Chunk) -> Tensor:
     out, *tails = checkpoint(run, x, use_reentrant=False)
     chunk.tails.update(zip(convs, tails))
     return out
+
+
+def check_config(config: VaeConfig) -> None:
+    """Refuse a config these layers cannot build.
+
+    Raises:
+        UnfitError: other block types or activations, channels the norm groups do not divide.
+    """
+    channels, groups = config.block_out_channels, config.norm_num_groups
+    levels = len(channels)
+    if (
+        config.down_block_types != ("CogVideoXDownBlock3D",) * levels
+        or config.up_block_types != ("CogVideoXUpBlock3D",) * levels
+    ):
+        raise UnfitError(
+            f"down_block_types={config.down_block_types}, up_block_types={config.up_block_types}: this VAE has one "
+            f"CogVideoXDownBlock3D and one CogVideoXUpBlock3D for each of the {levels} block_out_channels."
+        )
+    if config.act_fn not in ("silu", "swish"):
+        raise UnfitError(f"act_fn={config.act_fn!r}: every CogVideoX VAE has 'silu', and this one knows no other.")
+    for count in channels:
+        if count % groups:
+            raise UnfitError(
+                f"block_out_channels={channels} needs each divisible by norm_num_groups={groups}; {count} is not."
+            )
+    ratio = config.temporal_compression_ratio
+    if ratio not in [2**level for level in range(levels)]:
+        raise UnfitError(
+            f"temporal_compression_ratio={ratio}: time is halved in some of the {levels - 1} changes of size, so it "
+            f"must be a power of two up to {2 ** (levels - 1)}. Use 4."
+        )
 
 
 def initialize(model: nn.Module, seed: int) -> None:

@@ -188,20 +188,18 @@ def norm_silu_pad(
     norm: GroupNorm | SpatialNorm, x: Tensor, chunk: Chunk, conv: CausalConv, *, is_doubled: bool = False
 ) -> Tensor:
     """Return SiLU(norm(x)) of `x` [B, T, H, W, C], padded in front for `conv`."""
-    core, scale, shift = norm, None, None
+    core, modulation = norm, None
     if isinstance(norm, SpatialNorm):
         assert chunk.latents is not None
-        core, scale, shift = norm.norm_layer, norm.conv_y(chunk.latents), norm.conv_b(chunk.latents)
+        core, modulation = norm.norm_layer, (norm.conv_y(chunk.latents), norm.conv_b(chunk.latents))
     assert isinstance(core, GroupNorm)
     if chunk.recording:
         images = x.permute(0, 4, 1, 2, 3)  # [B, C, T, H, W]
         normed = F.group_norm(images, core.groups, core.weight, core.bias, core.eps).permute(0, 2, 3, 4, 1)
-        return conv.pad(F.silu(normed if scale is None else modulate(normed, scale, shift)), chunk)
-    norm_scale, norm_shift = _norm_as_affine(core, x, is_doubled=is_doubled)
-    if scale is None:
-        scale, shift = norm_scale, norm_shift
-    else:
-        scale, shift = norm_scale * scale, norm_shift * scale + shift
+        return conv.pad(F.silu(normed if modulation is None else modulate(normed, *modulation)), chunk)
+    scale, shift = _norm_as_affine(core, x, is_doubled=is_doubled)
+    if modulation is not None:
+        scale, shift = scale * modulation[0], shift * modulation[0] + modulation[1]
     halo = 1 if is_doubled else 2
     padded = chunk.scratch.take(x, x.shape[0], halo + x.shape[1], *x.shape[2:])
     modulate(x, scale.to(x.dtype), shift.to(x.dtype), out=padded[:, halo:])

@@ -1,7 +1,8 @@
-"""Large CPU buffers that pass from layer to layer instead of going back to the system.
+"""Large buffers that pass from layer to layer, and memory that is free the moment nobody needs it.
 
-glibc returns blocks above 32 MB at once and the kernel hands them out again zeroed, page by page: in a VAE decode that
-costs more than all of its norms. On accelerators torch's caching allocator does this job, and `Scratch` steps aside.
+On a CPU, glibc returns blocks above 32 MB at once and the kernel hands them out again zeroed, page by page: in a VAE
+decode that costs more than all of its norms. So buffers are kept and reused. On accelerators torch's caching
+allocator does that job.
 """
 
 from math import prod
@@ -12,7 +13,9 @@ from torch import Tensor
 class Scratch:
     """Buffers of one call. What is taken is uninitialised; what is given back must not be used again."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_active: bool = True) -> None:
+        """Begin empty; an inactive one (autograd keeps what it needs) takes nothing back."""
+        self.is_active = is_active
         self._free: list[Tensor] = []
         self._lent: dict[int, Tensor] = {}
 
@@ -32,7 +35,11 @@ class Scratch:
         return flat[:size].view(shape)
 
     def give(self, tensor: Tensor) -> None:
-        """Take `tensor` back; one that came from elsewhere is left alone."""
+        """Take `tensor` back; one that was made elsewhere is emptied, though callers may still hold its name."""
+        if not self.is_active or tensor.is_meta:
+            return
         flat = self._lent.pop(tensor.data_ptr(), None)
         if flat is not None:
             self._free.append(flat)
+        else:
+            tensor.untyped_storage().resize_(0)

@@ -17,6 +17,7 @@ from cogvideox_factory.data.loader import Draws, Source, collate
 from cogvideox_factory.data.sampler import Pick
 from cogvideox_factory.shapes import ClipShape
 from cogvideox_factory.torch_engine.border import to_tensor
+from cogvideox_factory.torch_engine.device import pin
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
@@ -25,11 +26,15 @@ from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
 TIMESTEPS = (125, 375, 625, 875)
 
 
+_GROUND_ONLY = ("caption_keep", "flipped")  # already acted upon
+
+
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return `batch` with every array as a tensor on `device`; lists stay."""
+    """Return `batch` with every array as a tensor on `device`, copied without waiting for it; lists stay."""
     return {
-        key: to_tensor(np.asarray(value), device=device) if isinstance(value, np.ndarray) else value
+        key: pin(to_tensor(value)).to(device, non_blocking=True) if isinstance(value, np.ndarray) else value
         for key, value in batch.items()
+        if key not in _GROUND_ONLY
     }
 
 
@@ -68,18 +73,22 @@ class SampleVideos:
         negative_embeds: Tensor,
         images: Sequence[Path],
         shape: ClipShape,
+        tiling: tuple[bool, bool],
         call: dict[str, Any],
     ) -> None:
+        """`tiling` says whether to decode the videos in tiles, and whether the run encodes clips in tiles."""
         self.pipeline = pipeline
         self.prompt_embeds = prompt_embeds
         self.negative_embeds = negative_embeds
         self.images = images
         self.shape = shape
+        self.tiling = tiling
         self.call = call
 
     def make(self, folder: Path, step: int) -> list[Path]:
         """Write one mp4 a prompt, named after the step, and return their paths."""
         paths = []
+        self._tile(self.tiling[0])
         for index in range(len(self.prompt_embeds)):
             video = self.pipeline(
                 prompt_embeds=self.prompt_embeds[index : index + 1],
@@ -92,4 +101,9 @@ class SampleVideos:
             )[0][0]
             path = folder / f"step-{step:06}-{index:02}.mp4"
             paths.append(export_to_video(video[: self.shape.num_frames], path, fps=self.shape.fps))
+        self._tile(self.tiling[1])
         return paths
+
+    def _tile(self, enabled: bool) -> None:
+        vae = self.pipeline.vae
+        vae.enable_tiling() if enabled else vae.disable_tiling()

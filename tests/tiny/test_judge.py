@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_a_blank_video_has_a_background_and_nothing_else():
 
 def test_a_wrong_video_is_wrong_where_it_differs():
     scenes = SCENES[:40]
-    for scene, other in zip(scenes, scenes[1:]):
+    for scene, other in pairwise(scenes):
         verdict = score(draw(scene), other)
         (shown,), (asked,) = scene.things, other.things
         for name in ("colour", "shape", "motion", "size"):

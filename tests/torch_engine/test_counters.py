@@ -4,6 +4,7 @@ What diffusers' block costs by the same counts (reference: the project's perform
 kept with trained weights, 12.4 with frozen ones, 2 attention forwards under checkpointing.
 """
 
+import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cogvideox_factory.models import PUBLISHED, tiny_facts
 from cogvideox_factory.torch_engine import attention, linear, rotary
@@ -225,26 +227,37 @@ def test_a_recomputed_block_leaves_its_last_product_out():
 @pytest.mark.parametrize(("mode", "units"), [("full", 1), ("save_attention", 2)])
 def test_memory_held_between_forward_and_backward(mode, units):
     """What lives as long as the graph: the block's input and, in one mode, the attention output."""
-    from cogvideox_factory.torch_engine import checkpointing
-
     block, args = block_and_inputs(**REAL)
-    outs, held = [], set()
+    block.set_checkpointing(mode)
+    made = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            outs.extend(t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
+            for tensor in tree_leaves(out):
+                storage = tensor.untyped_storage()
+                made.append((weakref.ref(tensor), storage.data_ptr(), storage.nbytes()))
             return out
 
-    import weakref
-
     with Watch():
-        y = checkpointing.run(mode, block, *args)
-    storages = [(weakref.ref(t), t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in outs]
-    own = {y.untyped_storage().data_ptr(), *(p.untyped_storage().data_ptr() for p in block.parameters())}
-    del outs[:]
-    for ref, pointer, size in storages:
-        if ref() is not None and pointer not in own:
-            held.add((pointer, size))
-    small = 0.1  # log-sum-exp, and vectors
+        out = block(*args)
+    lent = {t.untyped_storage().data_ptr() for t in (out, args[0], *args[1], *args[2], *block.parameters())}
+    held = {(pointer, size) for tensor, pointer, size in made if tensor() is not None and pointer not in lent}
+    small = 0.1  # log-sum-exp
     assert sum(size for _, size in held) / args[0].nbytes == pytest.approx(units - 1, abs=small)
+
+
+# --- compilers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["none", "save_attention"])
+def test_a_block_compiles_whole_and_runs_attention_once(mode, kernel_calls):
+    block, args = block_and_inputs()
+    block(*args).square().sum().backward()
+    expected, args[0].grad = args[0].grad, None
+    block.set_checkpointing(mode)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    kernel_calls.clear()
+    compiled(*args).square().sum().backward()
+    assert kernel_calls == {"forward": 1, "backward": 1}
+    torch.testing.assert_close(args[0].grad, expected, rtol=1e-5, atol=1e-5)
