@@ -33,6 +33,8 @@ class _Config:
                     f"{source}: unknown key {key!r}{nearest(key, sorted(known))}. "
                     f"A {cls.class_name()} has: {', '.join(sorted(known))}."
                 )
+        for field in fields(cls):
+            _check_type(field.name, given.get(field.name, field.default), field.default, source=source)
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
     @classmethod
@@ -48,6 +50,8 @@ class _Config:
             values = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise UnfitError(f"{path} is not valid JSON: {error}. Download the model again.") from error
+        if not isinstance(values, dict):
+            raise UnfitError(f"{path} must hold an object, not a {type(values).__name__}. Download the model again.")
         return cls.from_dict(values, source=str(path))
 
     @classmethod
@@ -58,6 +62,16 @@ class _Config:
         """Return what `config.json` holds, `_class_name` included."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {"_class_name": self.class_name(), **values}
+
+
+def _check_type(name: str, value: Any, default: Any, *, source: str) -> None:
+    """Refuse a value of another kind than the default's; a field that may be absent takes numbers and lists."""
+    kinds: tuple[type, ...] = (int, float, list, type(None)) if default is None else (type(default),)
+    kinds += (int,) if float in kinds else ()
+    kinds += (float,) if isinstance(default, int) and not isinstance(default, bool) and isinstance(value, float) else ()
+    kinds += (list,) if tuple in kinds else ()
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise UnfitError(f"{source}: {name}={value!r} is no {kinds[0].__name__}. Download the model again.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

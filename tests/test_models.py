@@ -148,3 +148,24 @@ def test_broken_config_files(tmp_path):
 def test_what_no_checkpoint_of_the_family_has(kind, change):
     with pytest.raises(UnfitError):
         kind(**change)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"num_layers": "two"}, "num_layers='two' is no int"),
+        ({"use_rotary_positional_embeddings": 1}, "is no bool"),
+        ({"norm_eps": "1e-5"}, "is no float"),
+        ({"patch_size_t": "2"}, "patch_size_t='2'"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(values, says):
+    with pytest.raises(UnfitError, match="config") as caught:
+        TransformerConfig.from_dict(values, source="config.json")
+    assert says in str(caught.value)
+
+
+def test_a_config_that_is_no_object_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[1, 2]")
+    with pytest.raises(UnfitError, match="must hold an object"):
+        TransformerConfig.from_folder(tmp_path)

@@ -69,3 +69,16 @@ def test_every_setting_explains_itself():
         fields = getattr(section.annotation, "model_fields", None)
         for key, field in (fields or {name: section}).items():
             assert field.description, f"{name}.{key} has no description"
+
+
+@pytest.mark.parametrize("text", ["1e5", "089", "no", "true", "~", "null", "- x", "a: b", "#", "'", "12:30", ".5", ""])
+def test_text_that_looks_like_something_else_stays_text(tmp_path, text):
+    config = check({"generate": {"prompt": [text]}, "data": {"trigger_word": text}}, source="test")
+    write_recipe(tmp_path / "a.yaml", config)
+    assert read_recipe(tmp_path / "a.yaml") == config
+
+
+@pytest.mark.parametrize("value", [".inf", "1.0", "2"])
+def test_a_moment_decay_of_one_or_more_is_refused(tmp_path, value):
+    with pytest.raises(FactoryError, match=r"train\.beta1"):
+        read_recipe(write(tmp_path, f"train: {{beta1: {value}}}"))

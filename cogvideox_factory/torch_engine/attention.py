@@ -358,6 +358,8 @@ def _preferred(device: torch.device) -> list[Backend]:
     order = list(_BACKENDS)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         order = ["flash", "cudnn", "efficient", "math"]
+    if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        order.remove("cudnn")  # called directly, it does not see the switch, and its backward adds in any order
     return [_BACKENDS[name] for name in order]
 
 

@@ -154,7 +154,7 @@ def set_determinism(enabled: bool) -> None:
     if enabled:
         # cuBLAS reads this when its first handle is made, see its documentation on reproducibility.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(enabled)
+    torch.use_deterministic_algorithms(enabled, warn_only=True)
     # Otherwise every new tensor is filled with NaN first.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = False

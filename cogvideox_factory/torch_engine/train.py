@@ -16,7 +16,7 @@ from cogvideox_factory import weights
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.cache import open_cache, recorded_dtype
 from cogvideox_factory.data.image import read_image
-from cogvideox_factory.data.loader import CacheSource, Draws, Loader, RawSource
+from cogvideox_factory.data.loader import NUM_TRAIN_TIMESTEPS, CacheSource, Draws, Loader, RawSource
 from cogvideox_factory.data.sampler import Sampler, hold_out
 from cogvideox_factory.diffusion.schedule import alphas_cumprod
 from cogvideox_factory.errors import FactoryError
@@ -61,6 +61,7 @@ class Plan:
     folder: Path
     transformer_folder: Path
     model: TransformerConfig
+    scheduler: SchedulerConfig
     shape: ClipShape
     device: torch.device
     dtype: torch.dtype
@@ -111,12 +112,18 @@ def make_plan(config: Config) -> Plan:
     transformer_folder = prepare.transformer_folder(config, folder)
     model = TransformerConfig.from_folder(transformer_folder)
     check_task(config.task, model, source=str(transformer_folder))
+    scheduler = SchedulerConfig.from_folder(folder / "scheduler", filename="scheduler_config.json")
+    if scheduler.num_train_timesteps != NUM_TRAIN_TIMESTEPS:
+        raise FactoryError(
+            f"{folder / 'scheduler'}: num_train_timesteps={scheduler.num_train_timesteps}; timesteps are drawn from "
+            f"{NUM_TRAIN_TIMESTEPS}, which every CogVideoX checkpoint has. Check scheduler_config.json."
+        )
     shape = prepare.training_shape(config, model)
     config = complete(config, model, shape)
     device = pick_device(config.run.device)
     return Plan(
-        config=config, folder=folder, transformer_folder=transformer_folder, model=model, shape=shape, device=device,
-        dtype=pick_dtype(config.run.dtype, device, model),
+        config=config, folder=folder, transformer_folder=transformer_folder, model=model, scheduler=scheduler,
+        shape=shape, device=device, dtype=pick_dtype(config.run.dtype, device, model),
     )  # fmt: skip
 
 
@@ -244,10 +251,9 @@ def _train(plan: Plan, source: CacheSource | RawSource, *, start: Path | None, w
     update = make_update(plan, transformer)
     ema = Ema(update.masters, decay=config.train.ema_decay) if config.train.ema_decay else None
     vae_config = VaeConfig.from_folder(plan.folder / "vae")
-    scheduler = SchedulerConfig.from_folder(plan.folder / "scheduler", filename="scheduler_config.json")
     objective = Objective(
         transformer,
-        alphas_cumprod=alphas_cumprod(scheduler),
+        alphas_cumprod=alphas_cumprod(plan.scheduler),
         scales=Scales(video=vae_config.scaling_factor, image=_image_scale(config, vae_config)),
         device=plan.device,
         dtype=plan.dtype,
@@ -266,7 +272,7 @@ def _train(plan: Plan, source: CacheSource | RawSource, *, start: Path | None, w
         tokens_per_sample=num_tokens(plan) + plan.text_length,
         watch=Watch(
             every=config.validation.every, source=source, clip_ids=held_ids, draws=make_draws(plan, quiet=True),
-            samples=make_samples(plan, frozen, transformer, scheduler),
+            samples=make_samples(plan, frozen, transformer),
         ),
     )  # fmt: skip
     require_room(
@@ -364,16 +370,14 @@ def load_frozen(plan: Plan, source: CacheSource | RawSource) -> Frozen:
     return Frozen(encoder=encoder, vae=vae, prompt_embeds=embeds)
 
 
-def make_samples(
-    plan: Plan, frozen: Frozen, transformer: CogVideoXTransformer, scheduler: SchedulerConfig
-) -> SampleVideos | None:
+def make_samples(plan: Plan, frozen: Frozen, transformer: CogVideoXTransformer) -> SampleVideos | None:
     """Return what makes the sample videos, if prompts ask for some."""
     if frozen.prompt_embeds is None:
         return None
     assert frozen.vae is not None
     sampling = plan.config.sampling
     pipeline = CogVideoXPipeline(
-        transformer=transformer, vae=frozen.vae, text_encoder=None, scheduler=scheduler, device=plan.device,
+        transformer=transformer, vae=frozen.vae, text_encoder=None, scheduler=plan.scheduler, device=plan.device,
         dtype=plan.dtype,
     )  # fmt: skip
     return SampleVideos(
