@@ -91,7 +91,11 @@ def test_every_frame_count(frames: int, latent_frames: int, decoded_frames: int)
         {"temporal_compression_ratio": 1},
         {"temporal_compression_ratio": 2},
         {"temporal_compression_ratio": 8},
-        {"block_out_channels": (16, 8, 24), "down_block_types": TINY.down_block_types[:3], "up_block_types": TINY.up_block_types[:3]},
+        {
+            "block_out_channels": (16, 8, 24),
+            "down_block_types": TINY.down_block_types[:3],
+            "up_block_types": TINY.up_block_types[:3],
+        },
     ],
     ids=lambda change: ",".join(f"{k}={v}" for k, v in change.items())[:60],
 )  # fmt: skip
