@@ -2,7 +2,7 @@
 
 from cogvideox_factory.cli.settings import parse
 
-DESCRIPTION = """Fine-tune a CogVideoX model: train.method lora or full, task t2v or i2v, from a cache or from raw clips.
+DESCRIPTION = """Fine-tune a CogVideoX model: train.method lora or full, task t2v or i2v, from a cache or raw clips.
 The run folder holds config.yaml, metrics.jsonl, tensorboard, checkpoint-N/, samples/ and final/. The same command
 again goes on from the newest checkpoint, bit for bit."""
 

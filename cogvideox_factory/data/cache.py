@@ -156,7 +156,7 @@ class Cache:
             described = self.settings.to_json() | {
                 "total": len(rows),
                 "counts": manifest.counts(),
-            "source": dict(source or {}),
+                "source": dict(source or {}),
                 "empty_caption": {"file": empty, "checksum": read_header(self.folder / empty).checksum},
                 "clips": {"file": "clips.jsonl", "sha256": _text_hash(text)},
             }

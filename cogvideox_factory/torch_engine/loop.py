@@ -123,7 +123,8 @@ class Loop:
         loss, norm = (_finite_mean(table[:, column]) for column in range(2))
         values = {
             "loss": loss, "grad_norm": norm, "learning_rate": learning_rate(step, **self.rate),
-            "seconds_per_step": seconds, "tokens_per_second": self.tokens_per_sample * self.sampler.batch_size / seconds,
+            "seconds_per_step": seconds,
+            "tokens_per_second": self.tokens_per_sample * self.sampler.batch_size / seconds,
             "epoch": self.sampler.epochs(step), "memory_gib": peak_memory(self.device) / 2**30,
         }  # fmt: skip
         if self.update.loss_scale.enabled:
@@ -132,7 +133,8 @@ class Loop:
         left = duration(seconds * (self.num_steps - step))
         say(
             f"step {step}/{self.num_steps}  loss {loss:.4f}  grad {norm:.3g}  lr {values['learning_rate']:.3g}  "
-            f"{seconds:.3g} s/step  {values['tokens_per_second']:.3g} tokens/s  {values['memory_gib']:.2f} GiB  left {left}"
+            f"{seconds:.3g} s/step  {values['tokens_per_second']:.3g} tokens/s  {values['memory_gib']:.2f} GiB  "
+            f"left {left}"
         )
 
     def _check_finite(self, steps: list[int], table: Tensor, step: int) -> None:
@@ -145,8 +147,8 @@ class Loop:
         if lost:
             newest, _ = checkpoint.newest_checkpoint(self.run_folder)
             raise NonFiniteError(
-                f"loss or gradient is not finite at step {lost[0]} (and {len(lost) - 1} more up to {step}). Such a step "
-                f"updates no weight; the newest checkpoint is {newest or 'none'}. Start a new run with --run.dtype "
+                f"loss or gradient is not finite at step {lost[0]} (and {len(lost) - 1} more up to {step}). Such a "
+                f"step updates no weight; the newest checkpoint is {newest or 'none'}. Start a new run with --run.dtype "
                 "bfloat16 (or float32) or a lower --train.learning-rate."
             )
 

@@ -4,7 +4,6 @@
 four trainers; the loop itself is in `loop.py`.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,69 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvideox_factory import weights
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.cache import open_cache, recorded_dtype
 from cogvideox_factory.data.image import read_image
-from cogvideox_factory.data.loader import NUM_TRAIN_TIMESTEPS, CacheSource, Draws, Loader, RawSource
+from cogvideox_factory.data.loader import CacheSource, Draws, Loader, RawSource
 from cogvideox_factory.data.sampler import Sampler, hold_out
 from cogvideox_factory.diffusion.schedule import alphas_cumprod
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.lora_files import save_lora
 from cogvideox_factory.metrics import say
-from cogvideox_factory.models import SchedulerConfig, TransformerConfig, VaeConfig
+from cogvideox_factory.models import VaeConfig
 from cogvideox_factory.publish import replace_folder, require_room, sweep
 from cogvideox_factory.recipe import write_recipe
 from cogvideox_factory.run_folder import locked, require_same
-from cogvideox_factory.shapes import ClipShape, check_task
 from cogvideox_factory.torch_engine import checkpoint, lora, prepare
 from cogvideox_factory.torch_engine.attention import backend_name
-from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_determinism
+from cogvideox_factory.torch_engine.device import set_determinism
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.loop import Loop, Watch
 from cogvideox_factory.torch_engine.objective import Objective, Scales
 from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
+from cogvideox_factory.torch_engine.start import Plan, digest_of, find_start, identity, make_plan
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
 from cogvideox_factory.torch_engine.watch import SampleVideos
-
-# Settings that may change between the start of a run and its resumption, because no number depends on them.
-_FREE = {
-    "dir",
-    "steps",
-    "log_every",
-    "save_every",
-    "keep_checkpoints",
-    "resume",
-    "num_workers",
-    "checkpointing",
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """Everything about a run that is known before a weight is loaded."""
-
-    config: Config
-    folder: Path
-    transformer_folder: Path
-    model: TransformerConfig
-    scheduler: SchedulerConfig
-    shape: ClipShape
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def run_folder(self) -> Path:
-        """Where the run writes."""
-        return Path(self.config.train.dir)
-
-    @property
-    def text_length(self) -> int:
-        """Tokens of a caption."""
-        return prepare.text_length(self.config, self.model)
 
 
 def run(config: Config) -> Path:
@@ -106,74 +68,6 @@ def run(config: Config) -> Path:
     return plan.run_folder
 
 
-def make_plan(config: Config) -> Plan:
-    """Read the configs of the model and check task, shape, device and text length against them."""
-    folder = weights.resolve_model(config.model.path, revision=config.model.revision)
-    transformer_folder = prepare.transformer_folder(config, folder)
-    model = TransformerConfig.from_folder(transformer_folder)
-    check_task(config.task, model, source=str(transformer_folder))
-    scheduler = SchedulerConfig.from_folder(folder / "scheduler", filename="scheduler_config.json")
-    if scheduler.num_train_timesteps != NUM_TRAIN_TIMESTEPS:
-        raise FactoryError(
-            f"{folder / 'scheduler'}: num_train_timesteps={scheduler.num_train_timesteps}; timesteps are drawn from "
-            f"{NUM_TRAIN_TIMESTEPS}, which every CogVideoX checkpoint has. Check scheduler_config.json."
-        )
-    shape = prepare.training_shape(config, model)
-    config = complete(config, model, shape)
-    device = pick_device(config.run.device)
-    return Plan(
-        config=config, folder=folder, transformer_folder=transformer_folder, model=model, scheduler=scheduler,
-        shape=shape, device=device, dtype=pick_dtype(config.run.dtype, device, model),
-    )  # fmt: skip
-
-
-def complete(config: Config, model: TransformerConfig, shape: ClipShape) -> Config:
-    """Return the settings with every `None` that the model decides filled in."""
-    data = {
-        "num_frames": shape.num_frames,
-        "height": shape.height,
-        "width": shape.width,
-        "fps": float(shape.fps),
-    }
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update=data),
-            "text": config.text.model_copy(update={"max_sequence_length": prepare.text_length(config, model)}),
-        }
-    )
-
-
-def find_start(plan: Plan) -> Path | None:
-    """Return the checkpoint to go on from, or None to start fresh; checkpoints that lie after it are set aside.
-
-    Raises:
-        UnfitError: a named checkpoint that is missing or damaged.
-        FactoryError: a used run folder with `train.resume=never`.
-    """
-    run_folder, resume = plan.run_folder, plan.config.train.resume
-    steps = checkpoint.list_checkpoints(run_folder)
-    if resume == "never":
-        if steps or (run_folder / "final").exists():
-            raise FactoryError(f"{run_folder} holds a run already; choose another --train.dir or --train.resume auto")
-        return None
-    if resume != "auto":
-        start = Path(resume)
-        if not (start / "state.json").is_file() and checkpoint.list_checkpoints(start):
-            newest = checkpoint.checkpoint_folder(start, checkpoint.list_checkpoints(start)[-1])
-            raise FactoryError(f"train.resume={resume} is a run folder; name one of its checkpoints, such as {newest}")
-        checkpoint.verify_checkpoint(start)
-        after, label = checkpoint.read_state(start)["step"], "abandoned"
-    else:
-        start, problems = checkpoint.newest_checkpoint(run_folder)
-        for problem in problems:
-            say(f"skipped: {problem}")
-        after, label = (checkpoint.read_state(start)["step"] if start else -1), "broken"
-    for step in steps:
-        if step > after:
-            say(f"moved to {checkpoint.set_aside(checkpoint.checkpoint_folder(run_folder, step), label)}")
-    return start
-
-
 def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str]:
     """Return where samples come from, and a digest of what is in it.
 
@@ -197,39 +91,10 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str]:
                 "Prepare with some variants, or set --train.image-noise False."
             )
         clip_ids = sorted(clip.id for clip in index.clips)
-        return CacheSource(index), _digest_of(clip_ids, settings.to_json())
+        return CacheSource(index), digest_of(clip_ids, settings.to_json())
     manifest = prepare.checked_manifest(config, spec)
     clip_ids = sorted(clip.id for clip in manifest.usable)
-    return RawSource(manifest.usable, spec), _digest_of(clip_ids, spec)
-
-
-def identity(plan: Plan, described: str) -> dict[str, Any]:
-    """Return the settings a resumed run must share with the run it goes on with."""
-    config = plan.config
-    train = {f"train.{k}": v for k, v in config.train.model_dump(exclude=_FREE).items()}
-    adapters = {f"lora.{k}": v for k, v in config.lora.model_dump().items()} if config.train.method == "lora" else {}
-    parts = (plan.transformer_folder, plan.folder / "vae", plan.folder / "text_encoder", plan.folder / "scheduler")
-    return {
-        "task": config.task, "model": _digest_of([_listing(part) for part in parts]),
-        "run.seed": config.run.seed, "run.dtype": str(plan.dtype).removeprefix("torch."), "data": described,
-        "data.flip_probability": config.data.flip_probability, "data.vae_tiling": config.data.vae_tiling,
-        "text.max_sequence_length": plan.text_length,
-        "validation.num_clips": config.validation.num_clips if config.validation.every else 0, **train, **adapters,
-        **({} if config.train.schedule == "constant" else {"train.steps": config.train.steps}),
-    }  # fmt: skip
-
-
-def _digest_of(items: list[str], *more: Any) -> str:
-    text = "\n".join([*items, *(str(part) for part in more)])
-    return f"{len(items)} items, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def _listing(folder: Path) -> str:
-    """Return names and sizes of a model folder's files, and what its configs say; hashing 10 GB would take long."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    return "\n".join(
-        f"{path.name} {path.read_text() if path.suffix == '.json' else path.stat().st_size}" for path in files
-    )
+    return RawSource(manifest.usable, spec), digest_of(clip_ids, spec)
 
 
 def _train(plan: Plan, source: CacheSource | RawSource, *, start: Path | None, wanted: dict[str, Any]) -> None:

@@ -31,8 +31,7 @@ def make_lora(tiny_model, path, *, seed: int, scale: float = 0.5):
     arrays = lora.lora_arrays(pipe.transformer)
     rng = np.random.default_rng(seed)
     arrays = {
-        k: (scale * rng.standard_normal(v.shape)).astype(np.float32) if "lora_B" in k else v
-        for k, v in arrays.items()
+        k: (scale * rng.standard_normal(v.shape)).astype(np.float32) if "lora_B" in k else v for k, v in arrays.items()
     }
     return save_lora(path, arrays, **lora.lora_settings(pipe.transformer))
 
@@ -69,9 +68,7 @@ def test_loras_add_up_with_their_weights(tiny_model, tmp_path):
 def test_one_image_for_all_prompts_or_one_each(tiny_model, tmp_path):
     images = [write_png(tmp_path / f"{i}.png", np.full((30, 40, 3), 60 * i, np.uint8)) for i in (1, 2)]
     variant = "cogvideox1.5-5b-i2v"
-    shared = generate.run(
-        settings(tiny_model, tmp_path, variant=variant, prompt=["a", "b"], image=[str(images[0])])
-    )
+    shared = generate.run(settings(tiny_model, tmp_path, variant=variant, prompt=["a", "b"], image=[str(images[0])]))
     each = generate.run(
         settings(
             tiny_model, tmp_path, variant=variant, prompt=["a", "b"], image=[str(i) for i in images],
