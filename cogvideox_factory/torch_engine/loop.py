@@ -148,8 +148,8 @@ class Loop:
             newest, _ = checkpoint.newest_checkpoint(self.run_folder)
             raise NonFiniteError(
                 f"loss or gradient is not finite at step {lost[0]} (and {len(lost) - 1} more up to {step}). Such a "
-                f"step updates no weight; the newest checkpoint is {newest or 'none'}. Start a new run with --run.dtype "
-                "bfloat16 (or float32) or a lower --train.learning-rate."
+                f"step updates no weight; the newest checkpoint is {newest or 'none'}. Start a new run with "
+                "--run.dtype bfloat16 (or float32) or a lower --train.learning-rate."
             )
 
     def _look(self, step: int, log: MetricsLog) -> None:
