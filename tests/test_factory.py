@@ -151,13 +151,11 @@ def test_a_damaged_clip_is_named_and_the_others_go_on(tiny_model, tmp_path, draw
         (["train", "nowhere.yaml"], 2, "no such recipe"),
         (["train", "--task", "t2v", "stray"], None, ""),
         (["generate", "--train.steps", "4"], None, ""),
-        (["train", "--model.path", "/nowhere/at/all"], 4, "/nowhere/at/all"),
+        (["train"], 2, "train on what"),
+        (["train", "--cache.dir", "CACHE"], 2, "which model"),
+        (["train", "--cache.dir", "CACHE", "--model.path", "/nowhere/at/all"], 4, "/nowhere/at/all"),
         (["generate", "--model.path", "MODEL"], 2, "no prompt"),
-        (
-            ["generate", "--model.path", "MODEL", "--task", "i2v", "--generate.prompt", "x"],
-            2,
-            "which is a model for t2v",
-        ),
+        (["train", "--cache.dir", "CACHE", "--model.path", "MODEL", "--task", "i2v"], 2, "which is a model for t2v"),
         (["prepare", "--model.path", "MODEL", "--cache.dir", "CACHE"], 2, "which clips"),
         (
             ["prepare", "--model.path", "MODEL", "--cache.dir", "CACHE", "--data.root", "/nowhere"],
