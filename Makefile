@@ -25,7 +25,7 @@ demo: install
 	$(BIN)/cogvideox demo
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 check: install
 	$(BIN)/ruff format --check .

@@ -241,8 +241,8 @@ def test_random_weights_start_sane_and_learn() -> None:
     vae, again = CogVideoXVAE(TINY), CogVideoXVAE(TINY)
     assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), again.parameters()))
     assert not torch.equal(CogVideoXVAE(TINY, seed=1).decoder.conv_in.conv.weight, vae.decoder.conv_in.conv.weight)
-    pixels = video(9, 16, 16, batch=2).cumsum(3).cumsum(4).tanh()
-    optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
+    pixels = torch.nn.functional.interpolate(torch.randn(2, 3, 3, 2, 2), size=(9, 16, 16), mode="trilinear").tanh()
+    optimizer = torch.optim.Adam(vae.parameters(), lr=2e-3)
     losses = []
     for _ in range(12):
         mean, logvar = vae.encode(pixels)
@@ -254,8 +254,8 @@ def test_random_weights_start_sane_and_learn() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[0] < 5
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[0] < 2 * pixels.square().mean()
+    assert losses[-1] < 0.6 * losses[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
