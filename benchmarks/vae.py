@@ -5,10 +5,10 @@ one decode adds to a process that holds the model, each in a process of its own.
 what the published VAE keeps between frame batches at 480x720 in bfloat16, on the meta device.
 """
 
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,9 +68,15 @@ def peak_bytes(who: str) -> int:
     """Return what a decode adds to the peak memory of this process; run in a process of its own."""
     torch.set_num_threads(2)
     decode = decoders()[who]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _high_water()
     decode()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return _high_water() - before
+
+
+def _high_water() -> int:
+    """Return the peak resident bytes of this program; `getrusage` would count what its parent had before it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
 
 
 def peak_memory() -> Ratio:
