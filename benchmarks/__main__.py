@@ -1,4 +1,4 @@
-"""`make bench`: every ratio, printed and written into benchmarks/README.md; `python -m benchmarks vae` runs one suite."""
+"""`make bench`: every ratio, printed and written into README.md here; `python -m benchmarks vae` runs one suite."""
 
 import platform
 import sys
