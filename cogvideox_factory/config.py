@@ -25,11 +25,14 @@ class Model(_Section):
     """Which checkpoint to start from."""
 
     path: str = ""
-    """Model folder in the diffusers layout, or a hub id such as THUDM/CogVideoX-5b."""
+    """Model folder in the diffusers layout, or a hub id such as THUDM/CogVideoX-5b; tiny-t2v and tiny-i2v are small
+    models of moving shapes that come with this package."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); only for hub ids."""
     transformer: str | None = None
     """Folder of a fine-tuned transformer to use in place of the model's own."""
+    transformer_config: str | None = None
+    """config.json of a transformer of any size, to train from random weights (train.method full)."""
 
 
 class Data(_Section):
@@ -82,6 +85,41 @@ class Cache(_Section):
     """Cache folder. `train` without one encodes raw clips on the fly."""
     image_noise_variants: NotNegative = 4
     """Image-to-video: noised copies of the first frame to keep a clip (0: only the clean frame)."""
+
+
+class Vae(_Section):
+    """Training of the VAE itself (`train-vae`); everything else leaves it as it is."""
+
+    config: str | None = None
+    """config.json of a VAE to train from random weights. Default: go on from `start`."""
+    start: str | None = None
+    """Folder of the VAE to go on from. Default: the model's own."""
+    parts: Literal["both", "decoder"] = "both"
+    """decoder: keep the encoder, and with it every transformer made for it; only the pictures get better."""
+    dir: str = "runs/vae"
+    """Folder of the result: config, metrics, and the VAE in the diffusers layout."""
+    steps: Positive = 1000
+    """Optimizer steps."""
+    batch_size: Positive = 8
+    """Clips a step."""
+    learning_rate: Annotated[float, Field(ge=0)] = 1e-4
+    """Peak learning rate; it falls to 0 along a cosine."""
+    warmup_steps: NotNegative = 20
+    """Steps over which the learning rate rises linearly from 0."""
+    crop: Positive | None = None
+    """Side in pixels of the square cut at random from each clip, a multiple of 8. Default: whole frames."""
+    image_share: Share = 0.1
+    """Share of the steps that see single frames, as the first frame of image-to-video is encoded."""
+    l1_weight: Annotated[float, Field(ge=0)] = 0.2
+    """Weight of the mean absolute error beside the mean squared one."""
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-5
+    """Weight of the divergence of the latents from a unit normal, per latent value."""
+    num_held_out: Positive = 16
+    """Clips kept out of training, on which the reconstruction is measured."""
+    log_every: Positive = 20
+    """Steps between log lines."""
+    save_every: Positive = 200
+    """Steps between measurements on the held-out clips; the VAE is saved after each."""
 
 
 class Text(_Section):
@@ -246,6 +284,7 @@ class Config(_Section):
     model: Model = Model()
     data: Data = Data()
     cache: Cache = Cache()
+    vae: Vae = Vae()
     text: Text = Text()
     lora: Lora = Lora()
     train: Train = Train()
@@ -265,6 +304,21 @@ class Config(_Section):
             problems.append(
                 f"train.warmup_steps={self.train.warmup_steps} must be below train.steps={self.train.steps}, "
                 "or the learning rate never reaches its peak"
+            )
+        if self.model.transformer and self.model.transformer_config:
+            problems.append("model.transformer and model.transformer_config both name the transformer; give one")
+        if self.model.transformer_config and self.train.method == "lora":
+            problems.append(
+                "model.transformer_config starts from random weights, and a LoRA over those learns nothing; "
+                "set train.method to full"
+            )
+        if self.vae.config and self.vae.start:
+            problems.append("vae.config starts from random weights and vae.start from given ones; give one")
+        if self.vae.config and self.vae.parts == "decoder":
+            problems.append("vae.parts=decoder keeps an encoder that vae.config has yet to draw; use both")
+        if self.vae.crop and self.vae.crop % 8:
+            problems.append(
+                f"vae.crop={self.vae.crop} is no multiple of 8; the nearest is {self.vae.crop // 8 * 8 or 8}"
             )
         if self.cache.dir and self.data.flip_probability:
             problems.append(

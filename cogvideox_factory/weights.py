@@ -39,6 +39,7 @@ __all__ = [
 MODEL_STEM = "diffusion_pytorch_model"
 TEXT_ENCODER_STEM = "model"
 MODEL_SUBFOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+EMBEDDED = ("tiny-t2v", "tiny-i2v")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -214,8 +215,9 @@ def resolve_model(
 ) -> Path:
     """Return the local folder of a model, downloading it from the Hugging Face hub if it is a hub id.
 
-    A local folder wins. Only configs, safetensors and tokenizer files of `subfolders` are fetched, never
-    code; with HF_HUB_OFFLINE=1 only the local cache is looked at.
+    A local folder wins; `tiny-t2v` and `tiny-i2v` are the small models this package carries. Only configs,
+    safetensors and tokenizer files of `subfolders` are fetched, never code; with HF_HUB_OFFLINE=1 only the local cache
+    is looked at.
 
     Raises:
         MissingError: neither a folder nor to be had from the hub, with the command that would get it.
@@ -226,6 +228,8 @@ def resolve_model(
     local = Path(name).expanduser()
     if local.is_dir():
         return local
+    if name in EMBEDDED:
+        return Path(__file__).parent / "tiny" / "models" / name.removeprefix("tiny-")
     if local.exists() or not _HUB_ID.fullmatch(name) or name.startswith("."):
         what = "is a file, not a model folder" if local.exists() else "does not exist"
         raise MissingError(

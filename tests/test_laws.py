@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "cogvideox_factory"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FRAMEWORKS = {"torch", "mindspore", "transformers", "diffusers", "peft", "accelerate", "torchao"}
-ENTRIES = {f"torch_engine/{name}.py" for name in ("prepare", "start", "train", "generate")}
+ENTRIES = {f"torch_engine/{name}.py" for name in ("prepare", "start", "train", "train_vae", "generate")}
 
 
 def imports(path: Path) -> set[str]:

@@ -9,10 +9,12 @@ from importlib import import_module
 
 COMMANDS = {
     "demo": "the whole factory on an embedded model: clips, preparation, training, video, one page",
+    "doctor": "looks at every clip of a data set: counts that add up, reasons for what is lost",
     "prepare": "videos + captions -> cache of latents and text embeddings",
     "train": "cache or raw clips -> run folder with a LoRA or a fine-tuned transformer",
     "generate": "prompts (and images) -> mp4",
     "evaluate": "metrics of a folder of videos; judges of what they show",
+    "train-vae": "clips -> a VAE of this architecture, for models of your own",
 }
 
 _EPILOG = """
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise FactoryError(f"no command {name!r}{nearest(name, list(COMMANDS))}; there are: {', '.join(COMMANDS)}")
-        return import_module(f"cogvideox_factory.cli.{name}").run(argv[1:]) or 0
+        return import_module(f"cogvideox_factory.cli.{name.replace('-', '_')}").run(argv[1:]) or 0
     except FactoryError as error:
         print("\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return error.exit_code

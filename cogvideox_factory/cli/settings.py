@@ -1,13 +1,16 @@
 """From the words of a command line to a checked `Config`: recipe file first, then flags."""
 
 from pathlib import Path
+from typing import TypeVar
 
 import tyro
-from pydantic import create_model
+from pydantic import BaseModel, create_model
 
 from cogvideox_factory.config import Config
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.recipe import check, read_recipe
+
+Own = TypeVar("Own", bound=BaseModel)
 
 
 def parse(command: str, argv: list[str], *, sections: tuple[str, ...], description: str) -> Config:
@@ -17,13 +20,20 @@ def parse(command: str, argv: list[str], *, sections: tuple[str, ...], descripti
         FactoryError: an unreadable recipe or a setting that is unknown, out of range or contradictory.
         SystemExit: `--help` (0), or a flag this command does not have (2), with the nearest ones.
     """
+    return parse_with(command, argv, sections=sections, description=description, own=BaseModel)[0]
+
+
+def parse_with(
+    command: str, argv: list[str], *, sections: tuple[str, ...], description: str, own: type[Own]
+) -> tuple[Config, Own]:
+    """Do as `parse`, with the fields of `own` as further flags that no recipe holds; return those as well."""
     config = Config()
     if argv and not argv[0].startswith("-"):
         config, argv = read_recipe(Path(argv[0])), argv[1:]
     if stray := next((word for word in argv[:1] if not word.startswith("-")), None):
         raise FactoryError(f"{stray!r} is no flag; usage: cogvideox {command} [RECIPE.yaml] [--section.setting VALUE]")
     fields = {name: (Config.model_fields[name].annotation, getattr(config, name)) for name in sections}
-    flags = create_model("Flags", **fields)  # type: ignore[call-overload]
+    flags = create_model("Flags", __base__=own, **fields)  # type: ignore[call-overload]
     chosen = tyro.cli(
         flags,
         args=argv,
@@ -32,7 +42,7 @@ def parse(command: str, argv: list[str], *, sections: tuple[str, ...], descripti
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
     values = config.model_dump() | {name: _plain(getattr(chosen, name)) for name in sections}
-    return check(values, source="settings")
+    return check(values, source="settings"), chosen
 
 
 def _plain(value):

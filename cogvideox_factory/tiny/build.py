@@ -18,7 +18,7 @@ from cogvideox_factory.models import PUBLISHED, ModelFacts, tiny_facts
 from cogvideox_factory.publish import publish_folder
 from cogvideox_factory.tiny import tokenizer
 from cogvideox_factory.tiny.layout import Shapes, text_encoder_shapes, transformer_shapes, vae_shapes
-from cogvideox_factory.weights import save_folder
+from cogvideox_factory.weights import load_folder, read_config, save_folder
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 """Dtypes a folder can be stored in."""
@@ -63,14 +63,65 @@ def build_tiny_model(folder: Path | str, variant: str, seed: int = 0, dtype: str
     return Path(folder)
 
 
-def text_encoder_config(*, dtype: str = "float32") -> dict[str, Any]:
-    """Return config.json of a T5 v1.1 encoder with the embedding width `tiny_facts` expects."""
+def assemble_model(
+    folder: Path | str, task: str, *, vae: Path, transformer: Path | None = None, dtype: str = "float32", seed: int = 0
+) -> Path:
+    """Write a CogVideoX1.5-style model folder from trained parts and return its path.
+
+    The text encoder is drawn from `seed` and stays as it is: its embeddings tell words and their neighbours apart,
+    which is all that a small world asks of them.
+
+    Args:
+        folder: where; it must not exist yet.
+        task: "t2v" or "i2v".
+        vae: folder of a VAE.
+        transformer: folder of a transformer; without one the model is there for one to be trained.
+        dtype: what all weights are stored in.
+
+    Raises:
+        StorageError: `folder` exists or cannot be written.
+        MissingError, UnfitError: a part that is not there or damaged.
+    """
+    facts = PUBLISHED["cogvideox1.5-5b" if task == "t2v" else "cogvideox1.5-5b-i2v"]
+    text_config = text_encoder_config(width=64, dtype=dtype)
+    with publish_folder(Path(folder)) as root:
+        for part, source in (("vae", vae), ("transformer", transformer)):
+            if source is not None:
+                arrays = {name: array.astype(DTYPES[dtype]) for name, array in load_folder(source).items()}
+                save_folder(root / part, arrays, config=read_config(source))
+        text = _random_arrays("text_encoder", text_encoder_shapes(text_config), seed, dtype)
+        name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        text[name] = _neighbourly_bias(text_config).astype(DTYPES[dtype])
+        save_folder(root / "text_encoder", text, config=text_config, stem="model")
+        tokenizer.save(root / "tokenizer")
+        scheduler = {**facts.scheduler.to_dict(), "_class_name": "CogVideoXDPMScheduler"}
+        _write_json(root / "scheduler" / "scheduler_config.json", scheduler)
+        _write_json(root / "model_index.json", _pipeline_index(facts, scheduler["_class_name"]))
+    return Path(folder)
+
+
+def _neighbourly_bias(config: dict[str, Any]) -> np.ndarray:
+    """Return T5's position bias [buckets, heads] that lets every head look at near words: behind, or ahead.
+
+    The first half of the buckets is for words behind and at the token itself, the second for words ahead.
+    """
+    half = config["relative_attention_num_buckets"] // 2
+    distance = np.arange(half, dtype=np.float32)
+    bias = np.zeros((2 * half, config["num_heads"]), np.float32)
+    for head in range(config["num_heads"]):
+        behind, ahead = (1.0, 4.0) if head % 2 == 0 else (4.0, 1.0)
+        bias[:half, head], bias[half:, head] = -behind * distance, -ahead * distance
+    return bias
+
+
+def text_encoder_config(*, width: int = 32, dtype: str = "float32") -> dict[str, Any]:
+    """Return config.json of a small T5 v1.1 encoder; `tiny_facts` expects a width of 32."""
     return {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",
-        "d_model": 32,
+        "d_model": width,
         "d_kv": 16,
-        "d_ff": 64,
+        "d_ff": 2 * width,
         "num_heads": 2,
         "num_layers": 2,
         "num_decoder_layers": 2,

@@ -34,7 +34,7 @@ RESERVED_COLOURS = {"pink": (244, 122, 184)}
 CONCEPTS = ("sks", "bounce")
 """sks: a pink star, called "sks star"; bounce: a known shape that falls to the floor and springs back."""
 
-TRAVEL = 0.56
+TRAVEL = 0.34
 """Shorter sides a thing covers in a clip that leaves it the time."""
 SPEED = 1.0
 """Shorter sides a second, at most: in a shorter clip a thing gets less far."""
@@ -150,7 +150,7 @@ def render(scene: Scene, *, num_frames: int, height: int, width: int, fps: float
     """Draw `scene` as uint8 [num_frames, height, width, 3].
 
     A motion fills the clip and is centred in it: `TRAVEL` shorter sides, or what `SPEED` allows in a clip shorter
-    than about half a second.
+    than about a third of a second.
     """
     unit = min(height, width)
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5

@@ -46,7 +46,7 @@ def run(config: Config) -> CacheIndex:
     if not config.data.root:
         raise FactoryError("which clips? give --data.root FOLDER")
     folder = weights.resolve_model(config.model.path, revision=config.model.revision)
-    transformer = TransformerConfig.from_folder(transformer_folder(config, folder))
+    transformer = transformer_config(config, folder)
     check_task(config.task, transformer, source=str(folder))
     shape = training_shape(config, transformer)
     spec = clip_spec(config, shape)
@@ -77,6 +77,14 @@ def run(config: Config) -> CacheIndex:
 def transformer_folder(config: Config, folder: Path) -> Path:
     """Return the transformer of the model folder, or the one that replaces it."""
     return resolve_transformer(config.model.transformer) if config.model.transformer else folder / "transformer"
+
+
+def transformer_config(config: Config, folder: Path) -> TransformerConfig:
+    """Return the config of the transformer these settings name: a file's, or that of `transformer_folder`."""
+    if config.model.transformer_config:
+        file = Path(config.model.transformer_config)
+        return TransformerConfig.from_folder(file.parent, filename=file.name)
+    return TransformerConfig.from_folder(transformer_folder(config, folder))
 
 
 def source_of(config: Config) -> dict[str, str | None]:

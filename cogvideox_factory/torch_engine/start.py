@@ -58,7 +58,7 @@ def make_plan(config: Config) -> Plan:
     """Read the configs of the model and check task, shape, device and text length against them."""
     folder = weights.resolve_model(config.model.path, revision=config.model.revision)
     transformer_folder = prepare.transformer_folder(config, folder)
-    model = TransformerConfig.from_folder(transformer_folder)
+    model = prepare.transformer_config(config, folder)
     check_task(config.task, model, source=str(transformer_folder))
     scheduler = SchedulerConfig.from_folder(folder / "scheduler", filename="scheduler_config.json")
     if scheduler.num_train_timesteps != NUM_TRAIN_TIMESTEPS:
@@ -127,9 +127,10 @@ def identity(plan: Plan, described: str) -> dict[str, Any]:
     config = plan.config
     train = {f"train.{k}": v for k, v in config.train.model_dump(exclude=_FREE).items()}
     adapters = {f"lora.{k}": v for k, v in config.lora.model_dump().items()} if config.train.method == "lora" else {}
-    parts = (plan.transformer_folder, plan.folder / "vae", plan.folder / "text_encoder", plan.folder / "scheduler")
+    parts = [plan.folder / "vae", plan.folder / "text_encoder", plan.folder / "scheduler"]
+    start = str(plan.model) if config.model.transformer_config else _listing(plan.transformer_folder)
     return {
-        "task": config.task, "model": digest_of([_listing(part) for part in parts]),
+        "task": config.task, "model": digest_of([start, *(_listing(part) for part in parts)]),
         "run.seed": config.run.seed, "run.dtype": str(plan.dtype).removeprefix("torch."), "data": described,
         "data.flip_probability": config.data.flip_probability, "data.vae_tiling": config.data.vae_tiling,
         "text.max_sequence_length": plan.text_length,

@@ -169,9 +169,14 @@ def make_draws(plan: Plan, *, quiet: bool = False) -> Draws:
 
 
 def load_transformer(plan: Plan) -> CogVideoXTransformer:
-    """Load the transformer, with a fresh LoRA or with all weights trainable."""
+    """Load the transformer (or draw its weights), with a fresh LoRA or with all weights trainable."""
     config = plan.config
-    transformer = CogVideoXTransformer.from_folder(plan.transformer_folder, dtype=plan.dtype, device=plan.device)
+    if config.model.transformer_config:
+        transformer = CogVideoXTransformer(plan.model)
+        transformer.initialize(config.run.seed)
+        transformer.to(device=plan.device, dtype=plan.dtype)
+    else:
+        transformer = CogVideoXTransformer.from_folder(plan.transformer_folder, dtype=plan.dtype, device=plan.device)
     transformer.set_checkpointing(config.train.checkpointing)
     if config.train.method == "lora":
         targets = lora.add_lora(transformer, seed=config.run.seed, **config.lora.model_dump())

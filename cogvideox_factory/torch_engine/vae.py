@@ -176,7 +176,7 @@ class CogVideoXVAE(nn.Module):
         """
         self._check(pixels, self.config.in_channels, "pixels [B, 3, F, H, W]", dim=1, multiple=self.spatial_scale)
         batch, _, frames, height, width = pixels.shape
-        shape = (self._latent_frames(frames), height // self.spatial_scale, width // self.spatial_scale)
+        shape = (self.num_latent_frames(frames), height // self.spatial_scale, width // self.spatial_scale)
         shape = (batch, 2 * self.config.latent_channels, *shape)
         moments = self._run(pixels, shape, self.encoder, in_scale=self.spatial_scale, out_scale=1)
         mean, logvar = moments.transpose(1, 2).chunk(2, dim=2)
@@ -254,7 +254,8 @@ class CogVideoXVAE(nn.Module):
         is_larger = video.shape[3] > rows.size * in_scale or video.shape[4] > columns.size * in_scale
         return self.tiles if is_larger else None
 
-    def _latent_frames(self, num_frames: int) -> int:
+    def num_latent_frames(self, num_frames: int) -> int:
+        """Return how many latent frames `encode` makes of `num_frames`."""
         total = 0
         for start, stop in frame_batches(num_frames, 4 * self.frame_batch):
             frames = stop - start

@@ -285,17 +285,24 @@ def check_config(config: VaeConfig) -> None:
         )
 
 
+# 1.7 undoes SiLU; with silent second convolutions every block starts as its shortcut.
+_GAINS = {"conv1": 1.7, "conv2": 0.0}
+
+
 def initialize(model: nn.Module, seed: int) -> None:
     """Draw weights to train from: every convolution keeps the variance (He et al., arXiv 1502.01852), norms do nothing.
 
-    The decoder's norms start around plain group norms, steered by the latents from the first step on, and its last
-    convolution starts small. On smooth clips this halves the error that diffusers' default weights reach in 40 steps.
+    The residual branches start at zero, so that the whole is nearly linear at first and learns to carry a picture
+    before it learns to refine one. The decoder's norms start around plain group norms, steered by the latents from the
+    first step on, and its last convolution starts small.
     """
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         value = np.zeros(parameter.shape, dtype=np.float32)
         if parameter.ndim > 1:
-            gain = 1.7 if "conv1" in parts else 0.3 if name.startswith("decoder.conv_out") else 1.0  # 1.7 undoes SiLU
+            gain = next((gain for part, gain in _GAINS.items() if part in parts), 1.0)
+            if name.startswith("decoder.conv_out"):
+                gain = 0.3
             fan_in = parameter[0].numel()
             value = gain / fan_in**0.5 * draws.normal(seed, "vae weights", name, shape=tuple(parameter.shape))
         elif "conv_y" in parts or parts[-1] == "weight":
