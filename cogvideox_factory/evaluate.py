@@ -168,6 +168,7 @@ def evaluate(
     *,
     judge: str = "none",
     reference: list[Path] | None = None,
+    text_similarity: Callable[[np.ndarray, str], float] | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Fill in `entries` and return the report.
@@ -176,17 +177,21 @@ def evaluate(
         entries: videos, with prompt and image where known.
         judge: "none", or "tiny" for the tiny world, which needs prompts of that world.
         reference: videos the set is compared with.
+        text_similarity: gives a metric of a video [F, H, W, 3] and its prompt, which then every video needs.
         advance: called after each video read.
 
     Raises:
-        DataError: the judge does not understand every prompt (all are named), or a reference cannot be read.
+        DataError: the judge does not understand every prompt (all are named), a prompt is missing that is needed, or
+            a reference cannot be read.
     """
     if judge == "tiny":
         _require_tiny_prompts(entries)
+    if text_similarity and (missing := [entry.path.name for entry in entries if entry.prompt is None]):
+        raise DataError(f"no prompt is known of {', '.join(missing)}; give --prompts FILE to compare them with text.")
     ours = []
     for entry in entries:
         try:
-            ours.append(_evaluate_one(entry, judge))
+            ours.append(_evaluate_one(entry, judge, text_similarity))
         except ValueError as error:  # ours, and what a metric says of a picture it cannot take
             entry.error = str(error)
         advance()
@@ -203,9 +208,12 @@ def evaluate(
     return report | {"videos": [entry.to_json() for entry in entries]}
 
 
-def _evaluate_one(entry: Entry, judge: str) -> np.ndarray:
+def _evaluate_one(entry: Entry, judge: str, text_similarity: Callable[[np.ndarray, str], float] | None) -> np.ndarray:
     video = read_video(entry.path)
     entry.metrics = quality.measure(video)
+    if text_similarity is not None:
+        assert entry.prompt is not None
+        entry.metrics["clip"] = text_similarity(video, entry.prompt)
     if entry.image is not None:
         image = read_image(entry.image, *video.shape[1:3])
         entry.metrics |= quality.first_frame_fidelity(video, image)

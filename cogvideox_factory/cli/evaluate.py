@@ -13,7 +13,8 @@ from cogvideox_factory.metrics import console, progress_bar, say
 DESCRIPTION = """Measure every video of a folder: sharpness (deviation of the Laplacian, grey levels), flicker (grey
 levels), consistency (SSIM of successive frames), motion (pixels a frame); against a first-frame picture PSNR and SSIM;
 against a reference set the likeness of simple statistics. The tiny judge tells whether videos of moving shapes show the
-colour, shape, motion and background of their prompts. Nothing is downloaded."""
+colour, shape, motion and background of their prompts; a CLIP model you have adds how well frames and prompt agree.
+Nothing is downloaded."""
 
 
 class Evaluate(BaseModel):
@@ -32,6 +33,8 @@ class Evaluate(BaseModel):
     """First-frame picture of all videos, or a folder with one named like each. Without it: "image" of the .json."""
     judge: Literal["none", "tiny"] = "none"
     """tiny: judge the moving shapes of the embedded model's world."""
+    clip: str | None = None
+    """Folder of a CLIP model (a local one): also the mean cosine of each video's frames and its prompt."""
     json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
     """Write the whole report here."""
 
@@ -47,8 +50,15 @@ def run(argv: list[str]) -> None:
     images = evaluate.find_images(videos, Path(settings.image) if settings.image else None)
     reference = evaluate.find_videos(Path(settings.reference)) if settings.reference else []
     entries = [evaluate.Entry(path=path, prompt=prompts.get(path), image=images.get(path)) for path in videos]
+    text_similarity = None
+    if settings.clip:
+        from cogvideox_factory.torch_engine.clip import Clip
+
+        text_similarity = Clip.from_folder(settings.clip).similarity
     with progress_bar("evaluating", len(entries) + len(reference)) as advance:
-        report = evaluate.evaluate(entries, judge=settings.judge, reference=reference, advance=advance)
+        report = evaluate.evaluate(
+            entries, judge=settings.judge, reference=reference, text_similarity=text_similarity, advance=advance
+        )
     _print_tables(report)
     if settings.json_file:
         publish_text(Path(settings.json_file), json.dumps(report, indent=1, ensure_ascii=False) + "\n")
