@@ -241,13 +241,30 @@ def test_no_room_is_said_before_anything_is_made(tiny_model, tmp_path, drawn_cli
     assert not (tmp_path / "cache").exists()
 
 
-def test_demo_makes_everything_it_names(tmp_path, capsys):
-    assert run("demo", "--out", tmp_path / "demo", "--num-clips", "6", "--steps", "4") == 0
-    out = capsys.readouterr().out
-    for name in ("before.mp4", "after.mp4", "recipe.yaml", "run/final/pytorch_lora_weights.safetensors"):
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_demo_makes_everything_it_names(tmp_path, capsys, task):
+    few = ("--num-clips", "8", "--num-reminders", "4", "--steps", "4", "--num-prompts", "2")
+    assert run("demo", "--out", tmp_path / "demo", "--task", task, *few) == 0
+    printed = capsys.readouterr().out
+    made = ("recipe.yaml", "scores.json", "index.html", "strip.png", "run/final/pytorch_lora_weights.safetensors")
+    for name in made:
         assert (tmp_path / "demo" / name).is_file(), name
-    assert "Loss on held-out clips" in out
-    assert run("demo", "--out", tmp_path / "demo") == 2
+    scores = json.loads((tmp_path / "demo" / "scores.json").read_text())
+    assert {when: set(shares) for when, shares in scores.items()} == {
+        "before": {"concept", "known"}, "after": {"concept", "known"},
+    }  # fmt: skip
+    assert str(tmp_path / "demo" / "index.html") in printed
+    page = (tmp_path / "demo" / "index.html").read_text()
+    assert page.count("<video") == 2 * 4 + 6
+    assert run("demo", "--out", tmp_path / "demo", "--task", task) == 2
+
+
+@pytest.mark.parametrize("words", [("--steps", "0"), ("--num-clips", "2"), ("--concept", "unicorn"), ("--stpes", "5")])
+def test_demo_refuses_what_makes_no_sense(tmp_path, words):
+    with pytest.raises(SystemExit) as stop:
+        run("demo", "--out", tmp_path / "demo", *words)
+    assert stop.value.code == 2
+    assert not (tmp_path / "demo").exists()
 
 
 def test_python_interface_of_the_readme(tiny_model, tmp_path):

@@ -63,8 +63,9 @@ def run(argv: list[str]) -> None:
 
 def _run_stages(ask: Demo, out: Path, concept: str) -> dict[str, dict[str, float]]:
     from cogvideox_factory.cli import doctor
+    from cogvideox_factory.data.export import write_png
     from cogvideox_factory.publish import publish_text
-    from cogvideox_factory.report import demo_page
+    from cogvideox_factory.report import demo_page, strip
     from cogvideox_factory.tiny import lesson
 
     exam = lesson.make_exam(concept, num_concept=ask.num_prompts, num_known=ask.num_prompts)
@@ -104,10 +105,8 @@ def _run_stages(ask: Demo, out: Path, concept: str) -> dict[str, dict[str, float
     with stage("generate after", 4):
         after = generate.run(_with_learned(ask, config, out))
     with stage("judge", 5):
-        verdicts = {
-            when: lesson.mark(exam, [read_video(path) for path in paths])
-            for when, paths in (("before", before), ("after", after))
-        }
+        videos = {when: [read_video(path) for path in paths] for when, paths in (("before", before), ("after", after))}
+        verdicts = {when: lesson.mark(exam, shown) for when, shown in videos.items()}
     scores = {when: lesson.summary(exam, marked) for when, marked in verdicts.items()}
     publish_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
     story = demo_page.Story(
@@ -118,6 +117,7 @@ def _run_stages(ask: Demo, out: Path, concept: str) -> dict[str, dict[str, float
         seconds=seconds, commands=commands,
     )  # fmt: skip
     publish_text(out / "index.html", demo_page.render(story))
+    write_png(out / "strip.png", strip.before_after(videos["before"][:4], videos["after"][:4]))
     return scores
 
 

@@ -26,7 +26,7 @@ NUM_FRAMES = 8
 class Clip:
     """The model, its tokenizer and what its pictures look like."""
 
-    def __init__(self, model: torch.nn.Module, tokenizer: Any, picture: dict[str, Any]) -> None:
+    def __init__(self, model: Any, tokenizer: Any, picture: dict[str, Any]) -> None:
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.size = _size(picture)

@@ -76,7 +76,7 @@ def run(config: Config) -> Path:
     _loop(config, vae, lambda step: _batch(config, clips, train_ids, step), clips.read(held_ids), device)
     if config.vae.parts == "both":  # a new encoder, so new latents
         order = draws.generator(config.run.seed, "vae scale").permutation(len(train_ids))[:_SCALE_CLIPS]
-        sample = clips.read([train_ids[index] for index in order])
+        sample = clips.read([train_ids[int(index)] for index in order])
         vae.config = replace(vae.config, scaling_factor=1 / _deviation(vae, sample))
         say(f"scaling_factor {vae.config.scaling_factor:.6f}: latents times this have unit variance")
     return _save(vae, out)
@@ -213,7 +213,7 @@ def _say(step: int, num_steps: int, values: dict[str, float]) -> None:
 def _batch(config: Config, clips: "_Clips", ids: Sequence[str], step: int) -> np.ndarray:
     """Return uint8 frames [B, F, h, w, 3] of a step, cut as asked."""
     draw = draws.generator(config.run.seed, "vae batch", step)
-    frames = clips.read([ids[index] for index in draw.integers(len(ids), size=config.vae.batch_size)])
+    frames = clips.read([ids[int(index)] for index in draw.integers(len(ids), size=config.vae.batch_size)])
     _, num_frames, height, width, _ = frames.shape
     if draw.random() < config.vae.image_share:
         index = int(draw.integers(num_frames))
