@@ -150,7 +150,7 @@ def demo_config(ask: Demo, out: Path, prompts: list[str], images: list[str]) -> 
                 "save_every": ask.steps,
             },
             "validation": {"every": max(ask.steps // 3, 1), "num_clips": 8},
-            "sampling": {"steps": 20, "guidance_scale": 4.0, "tiling": False},
+            "sampling": {"steps": 20, "guidance_scale": 2.0, "tiling": False},
             "generate": {"prompt": prompts, "image": images, "fps": 8.0},
         },
         source="demo",

@@ -117,8 +117,9 @@ def line_chart(
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{1.2 if index == 0 else 2.2}"/>'
         )
-        parts.append(f'<text x="{width - 16}" y="{top + 14 + 16 * index}" text-anchor="end" style="fill:{colour}">')
-        parts.append(f"{escape(name)}</text>")
+        parts.append(
+            f'<text x="{left + 60 + 180 * index}" y="{height - 8}" style="fill:{colour}">{escape(name)}</text>'
+        )
     parts.append(f'<text x="{left}" y="{height - 8}">0</text>')
     parts.append(f'<text x="{width - 12}" y="{height - 8}" text-anchor="end">{x_most:g} {escape(x_label)}</text>')
     return f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(parts)}</svg>'

@@ -13,7 +13,17 @@ from functools import cache
 import numpy as np
 
 from cogvideox_factory.tiny import captions
-from cogvideox_factory.tiny.world import BACKGROUNDS, COLOURS, RESERVED_COLOURS, SHAPES, SIZES, Scene, Thing, distance
+from cogvideox_factory.tiny.world import (
+    BACKGROUNDS,
+    COLOURS,
+    RESERVED_COLOURS,
+    SHAPES,
+    SIZES,
+    TRAVEL,
+    Scene,
+    Thing,
+    distance,
+)
 
 PALETTE = COLOURS | RESERVED_COLOURS
 ATTRIBUTES = ("colour", "shape", "motion", "background", "size", "count")
@@ -296,10 +306,12 @@ def _motion(moments: np.ndarray, track: np.ndarray) -> str | None:
     y, x, size = track[:, 0], track[:, 1], np.log(track[:, 2])
     spread = float((t * t).sum()) + 1e-9
     dy, dx, growth = (float((t * (v - v.mean())).sum()) / spread for v in (y, x, size))
-    dip = float(y[abs(t) < 0.2].mean() - y[abs(t) > 0.4].mean()) if (abs(t) < 0.2).any() else 0.0
+    middle, ends = abs(t) < 0.2, abs(t) > 0.4
+    dip = float(y[middle].mean() - y[ends].mean()) if middle.any() and ends.any() else 0.0
     # Each in shares of what the world draws, so that they can be compared.
-    signs = {"left": -dx / 0.5, "right": dx / 0.5, "up": -dy / 0.5, "down": dy / 0.5,
-             "grow": growth / 0.8, "shrink": -growth / 0.8, "bounce": dip / 0.36}  # fmt: skip
+    way, fall = 0.9 * TRAVEL, 0.64 * TRAVEL
+    signs = {"left": -dx / way, "right": dx / way, "up": -dy / way, "down": dy / way,
+             "grow": growth / 0.8, "shrink": -growth / 0.8, "bounce": dip / fall}  # fmt: skip
     first, second = sorted(signs, key=lambda name: -signs[name])[:2]
     if signs[first] < 0.2:
         return "still"

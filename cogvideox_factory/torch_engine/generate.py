@@ -77,7 +77,9 @@ def run(config: Config) -> list[Path]:
     with progress_bar("denoising", len(jobs) * config.sampling.steps) as advance:
         for index, job in enumerate(jobs):
             _make(config, pipe, job, shape, prompt_embeds[index : index + 1], negative_embeds, advance)
-    say(f"done in {duration(time.monotonic() - started)}: {', '.join(str(job.path) for job in jobs)}")
+    named = ", ".join(str(job.path) for job in jobs[:3])
+    rest = f" and {len(jobs) - 3} more in {jobs[0].path.parent}" if len(jobs) > 3 else ""
+    say(f"done in {duration(time.monotonic() - started)}: {named}{rest}")
     return [job.path for job in jobs]
 
 
