@@ -277,7 +277,7 @@ def test_python_interface_of_the_readme(tiny_model, tmp_path):
 
 
 def test_help_of_every_command_teaches():
-    for command in ("demo", "prepare", "train", "generate"):
+    for command in ("demo", "doctor", "prepare", "train", "generate", "evaluate", "train-vae"):
         done = subprocess.run(
             [sys.executable, "-m", "cogvideox_factory", command, "--help"],
             capture_output=True, text=True, timeout=60, check=True,
@@ -299,3 +299,16 @@ def test_every_recipe_is_complete_and_says_what_it_needs(recipe):
     text = recipe.read_text()
     assert f"cogvideox train    recipes/{recipe.name}" in text
     assert "Memory is" in text
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((Path(__file__).parents[1] / "recipes/tiny").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_every_recipe_of_the_embedded_model_is_valid_and_documented(recipe):
+    from cogvideox_factory.recipe import read_recipe
+
+    config = read_recipe(recipe)
+    root = Path(__file__).parents[1]
+    for named in (config.vae.config, config.model.transformer_config):
+        assert named is None or (root / named).is_file()
+    assert f"recipes/tiny/{recipe.name}" in (recipe.parent / "README.md").read_text()
