@@ -135,6 +135,7 @@ def _commands(ask: Demo, out: Path, recipe: Path) -> list[tuple[str, str]]:
 
 def demo_config(ask: Demo, out: Path, prompts: list[str], images: list[str]) -> Config:
     """Return the recipe of the demo; every stage reads it."""
+    num_held_out = min(8, (ask.num_clips + ask.num_reminders) // 4)
     lora = {"lora": {"rank": 16, "alpha": 16.0}} if ask.method == "lora" else {}
     return check(
         {
@@ -149,7 +150,7 @@ def demo_config(ask: Demo, out: Path, prompts: list[str], images: list[str]) -> 
                 "warmup_steps": min(20, ask.steps - 1), "checkpointing": "none", "log_every": 20,
                 "save_every": ask.steps,
             },
-            "validation": {"every": max(ask.steps // 3, 1), "num_clips": 8},
+            "validation": {"every": max(ask.steps // 3, 1), "num_clips": num_held_out},
             "sampling": {"steps": 20, "guidance_scale": 2.0, "tiling": False},
             "generate": {"prompt": prompts, "image": images, "fps": 8.0},
         },

@@ -205,6 +205,19 @@ class Source:
             return replace(found, table=tables[0], notes=_unread(tables[1:]))
         return found
 
+    @classmethod
+    def choose(
+        cls, root: Path, *, table: str | None, captions: str | None, videos: str | None, caption_column: str,
+        video_column: str,
+    ) -> Self:  # fmt: skip
+        """Return the lists that are named, or, where none is, what `detect` finds."""
+        if table or captions:
+            return cls(
+                root=root, table=table, captions=captions, videos=videos, caption_column=caption_column,
+                video_column=video_column,
+            )  # fmt: skip
+        return cls.detect(root, caption_column=caption_column, video_column=video_column)
+
     @property
     def description(self) -> str:
         """What to call this source in a report."""

@@ -153,14 +153,10 @@ def checked_manifest(config: Config, spec: ClipSpec) -> Manifest:
         DataError: the list is unreadable, or too many clips are lost.
     """
     data = config.data
-    root, caption, video = Path(data.root), data.caption_column, data.video_column
-    if data.table or data.captions:
-        source = Source(
-            root=root, table=data.table, captions=data.captions, videos=data.videos, caption_column=caption,
-            video_column=video,
-        )  # fmt: skip
-    else:
-        source = Source.detect(root, caption_column=caption, video_column=video)
+    source = Source.choose(
+        Path(data.root), table=data.table, captions=data.captions, videos=data.videos,
+        caption_column=data.caption_column, video_column=data.video_column,
+    )  # fmt: skip
     rows = read_manifest(source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
     with progress_bar("reading clips", len(rows.usable)) as advance:
         manifest = survey(rows, spec, on_clip=lambda clip: advance())

@@ -174,6 +174,8 @@ def _loop(
             if step % settings.log_every == 0 or is_last or step == 1:
                 parts |= {"loss": loss, "grad_norm": norm}
                 values = {name: float(part.detach()) for name, part in parts.items()} | {"learning_rate": rate}
+                if not math.isfinite(values["loss"]):
+                    raise NonFiniteError(f"the loss is {values['loss']} at step {step}; lower --vae.learning-rate")
                 values["seconds_per_step"] = clock.seconds_per_step(step)
                 log.write(step, values)
                 _say(step, settings.steps, values)
@@ -202,8 +204,6 @@ class _Clock:
 
 
 def _say(step: int, num_steps: int, values: dict[str, float]) -> None:
-    if not math.isfinite(values["loss"]):
-        raise NonFiniteError(f"the loss is {values['loss']} at step {step}; lower --vae.learning-rate")
     say(
         f"step {step}/{num_steps}  mse {values['mse']:.5f}  kl {values['kl']:.2f}  grad {values['grad_norm']:.3g}  "
         f"{values['seconds_per_step']:.3g} s/step  left {duration(values['seconds_per_step'] * (num_steps - step))}"
