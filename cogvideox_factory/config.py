@@ -98,8 +98,10 @@ class Vae(_Section):
     """decoder: keep the encoder, and with it every transformer made for it; only the pictures get better."""
     dir: str = "runs/vae"
     """Folder of the result: config, metrics, and the VAE in the diffusers layout."""
-    steps: Positive = 1000
-    """Optimizer steps."""
+    steps: NotNegative = 1000
+    """Optimizer steps; 0 only balances."""
+    balance: Share = 0.0
+    """Mix the latent channels so that faint directions count more: 0 leaves them, 1 makes all equal. Pictures stay."""
     batch_size: Positive = 8
     """Clips a step."""
     learning_rate: Annotated[float, Field(ge=0)] = 1e-4
@@ -316,6 +318,10 @@ class Config(_Section):
             problems.append("vae.config starts from random weights and vae.start from given ones; give one")
         if self.vae.config and self.vae.parts == "decoder":
             problems.append("vae.parts=decoder keeps an encoder that vae.config has yet to draw; use both")
+        if self.vae.balance and self.vae.parts == "decoder":
+            problems.append("vae.balance changes the latents and vae.parts=decoder keeps them; choose one")
+        if not self.vae.steps and not self.vae.balance:
+            problems.append("vae.steps=0 trains nothing and vae.balance=0 balances nothing; set one of them")
         if self.vae.crop and self.vae.crop % 8:
             problems.append(
                 f"vae.crop={self.vae.crop} is no multiple of 8; the nearest is {self.vae.crop // 8 * 8 or 8}"

@@ -35,6 +35,7 @@ from cogvideox_factory.torch_engine.border import to_tensor
 from cogvideox_factory.torch_engine.device import pick_device, set_determinism
 from cogvideox_factory.torch_engine.optim import Update
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE, pixels_from_uint8, sample_posterior, uint8_from_pixels
+from cogvideox_factory.torch_engine.vae_balance import balance_latents
 
 _SCALE_CLIPS = 64
 _MEMO_BYTES = 2 * 2**30
@@ -73,12 +74,11 @@ def run(config: Config) -> Path:
         f"{sum(p.numel() for p in vae.parameters()):,} weights on {device}; {len(train_ids)} clips, "
         f"{len(held_ids)} held out; {config.vae.steps} steps of {config.vae.batch_size}"
     )
-    _loop(config, vae, lambda step: _batch(config, clips, train_ids, step), clips.read(held_ids), device)
+    if config.vae.steps:
+        _loop(config, vae, lambda step: _batch(config, clips, train_ids, step), clips.read(held_ids), device)
     if config.vae.parts == "both":  # a new encoder, so new latents
         order = draws.generator(config.run.seed, "vae scale").permutation(len(train_ids))[:_SCALE_CLIPS]
-        sample = clips.read([train_ids[int(index)] for index in order])
-        vae.config = replace(vae.config, scaling_factor=1 / _deviation(vae, sample))
-        say(f"scaling_factor {vae.config.scaling_factor:.6f}: latents times this have unit variance")
+        _rescale(vae, clips.read([train_ids[int(index)] for index in order]), balance=config.vae.balance)
     return _save(vae, out)
 
 
@@ -255,10 +255,16 @@ def _latent_shape(vae: CogVideoXVAE, video: Tensor) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _deviation(vae: CogVideoXVAE, frames: np.ndarray) -> float:
-    """Return the standard deviation of the latents of uint8 `frames` [N, F, H, W, 3]."""
+def _rescale(vae: CogVideoXVAE, frames: np.ndarray, *, balance: float) -> None:
+    """Give scaled latents unit variance, measured on uint8 `frames` [N, F, H, W, 3]; mix their channels if asked."""
     means = [vae.encode(pixels_from_uint8(to_tensor(clip, device=vae.device)[None]))[0] for clip in frames]
-    return float(torch.cat(means).std())
+    latents = torch.cat(means)  # [N, F', C, h, w]
+    if balance:
+        gains = torch.linalg.svdvals(balance_latents(vae, latents, power=balance))
+        say(f"latents balanced: faint directions now count {float(gains.max() / gains.min()):.1f} times as much")
+    else:
+        vae.config = replace(vae.config, scaling_factor=1 / float(latents.std()))
+        say(f"scaling_factor {vae.config.scaling_factor:.6f}: latents times this have unit variance")
 
 
 def _save(vae: CogVideoXVAE, out: Path) -> Path:

@@ -81,6 +81,26 @@ def test_scaled_latents_have_unit_variance(fresh, clips):
     assert float((mean * vae.config.scaling_factor).std()) == pytest.approx(1, abs=0.15)
 
 
+def test_balanced_latents_lead_to_the_same_pictures_and_load_in_diffusers(fresh, clips, tmp_path):
+    folder, _ = fresh
+    balanced = train_vae.run(settings(clips, tmp_path / "out", start=str(folder), steps=0, balance=1.0))
+    before = AutoencoderKLCogVideoX.from_pretrained(folder)
+    after = AutoencoderKLCogVideoX.from_pretrained(balanced)
+    frames = np.stack([render(random_scene(3, i), num_frames=9, height=32, width=48, fps=8) for i in range(8)])
+    video = train_vae.pixels_from_uint8(torch.from_numpy(frames))
+    with torch.no_grad():
+        old, new = before.encode(video).latent_dist.mean, after.encode(video).latent_dist.mean
+        assert torch.allclose(after.decode(new).sample, before.decode(old).sample, atol=1e-3)
+    assert after.config.scaling_factor == 1.0
+    assert _spread_of_directions(new) < 4 < 40 < _spread_of_directions(old)
+
+
+def _spread_of_directions(latents):
+    samples = latents.movedim(1, -1).flatten(0, -2).double()
+    moments = torch.linalg.eigvalsh(samples.T @ samples / len(samples))
+    return float(moments[-1] / moments[0])
+
+
 def test_decoder_training_keeps_every_latent(fresh, clips, tmp_path):
     folder, _ = fresh
     again = train_vae.run(settings(clips, tmp_path / "more", start=str(folder), parts="decoder", learning_rate=1e-3))
@@ -133,7 +153,8 @@ def test_wrong_settings_are_refused_before_anything_is_written(clips, vae_config
 @pytest.mark.parametrize(
     ("vae", "law"),
     [({"crop": 20}, "multiple of 8"), ({"config": "a", "start": "b"}, "give one"),
-     ({"config": "a", "parts": "decoder"}, "use both")],
+     ({"config": "a", "parts": "decoder"}, "use both"), ({"steps": 0}, "balances nothing"),
+     ({"balance": 0.5, "parts": "decoder"}, "choose one")],
 )  # fmt: skip
 def test_contradictions_are_named(clips, tmp_path, vae, law):
     with pytest.raises(FactoryError, match=law):
