@@ -66,6 +66,11 @@ class Data(_Section):
     """center/random: resize to cover, then crop. stretch: distort to the asked size."""
     short_clips: Literal["reject", "repeat_last"] = "reject"
     """What to do with a clip that has too few frames."""
+    buckets: str | None = None
+    """Train at more than one size and length: a bucket file (recipes/buckets/), or `auto` for the shapes the clips
+    have. num_frames, height and width are then the largest that auto makes."""
+    max_buckets: Positive = 8
+    """Most shapes that `buckets: auto` makes."""
     flip_probability: Share = 0.0
     """Chance of a horizontal flip, drawn once a clip (training from raw clips, without a cache)."""
     vae_tiling: bool = False

@@ -24,6 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.entry import Header, read_entry, read_header, write_entry
 from cogvideox_factory.data.fingerprint import CacheSettings, entry_key, fingerprint, require_match
 from cogvideox_factory.data.manifest import Clip, Manifest
@@ -47,11 +48,15 @@ class Cache:
     def __init__(self, folder: Path, settings: CacheSettings) -> None:
         self.folder = Path(folder)
         self.settings = settings
-        self._video, self._text = fingerprint(settings.video), fingerprint(settings.text)
+        self._text = fingerprint(settings.text)
 
-    def clip_file(self, content: str) -> str:
-        """Return the entry of a clip with these bytes, relative to the folder."""
-        return _entry_file("clips", entry_key(self._video, content))
+    def clip_file(self, clip: Clip) -> str:
+        """Return the entry of a surveyed clip, relative to the folder; its caption does not matter."""
+        assert clip.content is not None, f"{clip.name} has not been surveyed"
+        return _entry_file("clips", entry_key(self._made_with(clip), clip.content))
+
+    def _made_with(self, clip: Clip) -> str:
+        return fingerprint(self.settings.video.of(clip.spec))
 
     def caption_file(self, caption: str) -> str:
         """Return the entry of a caption, relative to the folder."""
@@ -64,7 +69,7 @@ class Cache:
             if clip.usable:
                 assert clip.content is not None, f"{clip.name} has not been surveyed"
                 wanted.setdefault(clip.content, clip)
-        return [clip for content, clip in wanted.items() if self._header(self.clip_file(content)) is None]
+        return [clip for clip in wanted.values() if self._header(self.clip_file(clip)) is None]
 
     def missing_captions(self, clips: Iterable[Clip]) -> list[str]:
         """Return the usable clips' distinct captions, and the empty one, that have no complete entry."""
@@ -116,7 +121,7 @@ class Cache:
         metadata = {"content": clip.content, "layout": "FCHW, unscaled moments"}
         if variants:
             metadata["image_sigmas"] = json.dumps([float(sigma) for sigma in image_sigmas])
-        self._write(self.clip_file(clip.content), arrays, metadata | {"fingerprint": self._video}, clip.name)
+        self._write(self.clip_file(clip), arrays, metadata | {"fingerprint": self._made_with(clip)}, clip.name)
 
     def write_caption(self, caption: str, prompt_embeds: np.ndarray) -> None:
         """Write the embedding [S, E] of a caption.
@@ -174,11 +179,11 @@ class Cache:
             return row
         assert clip.state != PENDING, f"{clip.name} has not been surveyed"
         assert clip.content is not None, f"{clip.name} has not been read"
-        files = {"clip": self.clip_file(clip.content), "text": self.caption_file(clip.caption)}
+        files = {"clip": self.clip_file(clip), "text": self.caption_file(clip.caption)}
         headers = {part: read_header(self.folder / file) for part, file in files.items()}
-        frames, _, height, width = headers["clip"].shapes["mean"]
+        video = self.settings.video.of(clip.spec)
         return row | {
-            "bucket": f"{frames}x{height}x{width}",
+            "bucket": Bucket(video.num_frames, video.height, video.width).key,
             **{
                 part: {"file": files[part], "checksum": header.checksum, "shapes": _lists(header.shapes)}
                 for part, header in headers.items()
@@ -194,7 +199,7 @@ class CachedClip:
     name: str
     caption: str
     bucket: str
-    """Latent frames x height x width."""
+    """Frames x height x width, of the clip as it was encoded."""
     clip_file: Path
     text_file: Path
     shapes: dict[str, tuple[int, ...]]

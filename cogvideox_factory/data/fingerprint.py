@@ -7,7 +7,7 @@ of captions the latents.
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -38,6 +38,8 @@ class VideoSettings:
     """First frames kept a clip: 0 for text-to-video, else the clean one and the rest noised."""
     seed: int | None = None
     """Of random crops and image noise; None where neither is used."""
+    buckets: str | None = None
+    """What gives each clip a size and length of its own (`Buckets.to_json`); those above are the model's then."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fps", float(self.fps))  # 8 and 8.0 are one setting and must hash alike
@@ -52,13 +54,20 @@ class VideoSettings:
         tiling: bool = False,
         image_variants: int = 0,
         seed: int = 0,
+        buckets: str | None = None,
     ) -> Self:
         """Build from what clips are brought to; a seed that decides nothing is left out."""
         random = spec.crop == "random" or image_variants > 1
         return cls(
             vae=vae, dtype=dtype, tiling=tiling, image_variants=image_variants, seed=seed if random else None,
-            **asdict(spec),
+            buckets=buckets, **asdict(spec),
         )  # fmt: skip
+
+    def of(self, spec: ClipSpec | None) -> Self:
+        """Return the settings of one clip: how it came to its size does not matter to its latents."""
+        if self.buckets is None or spec is None:
+            return self
+        return replace(self, buckets=None, num_frames=spec.num_frames, height=spec.height, width=spec.width)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

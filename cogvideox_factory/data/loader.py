@@ -31,6 +31,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.cache import CachedClip, CacheIndex
 from cogvideox_factory.data.entry import read_entry
 from cogvideox_factory.data.manifest import Clip
@@ -38,6 +39,7 @@ from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.sampler import Pick, Sampler
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import read_clip
+from cogvideox_factory.diffusion.frames import SPATIAL_COMPRESSION, num_latent_frames
 from cogvideox_factory.draws import generator, normal
 
 Batch = dict[str, Any]
@@ -51,10 +53,8 @@ class Draws:
     """What is drawn for each sample, and how often things are dropped."""
 
     seed: int
-    latent_shape: tuple[int, int, int, int]
-    """(F, C, h, w) of a clip's moments."""
-    num_front_padding: int = 0
-    """Latent frames the model wants in front of the clip's own; they get noise too."""
+    patch_size_t: int | None = None
+    """Latent frames the model patches together; what a clip lacks is padded in front, and gets noise too."""
     caption_dropout: float = 0.0
     image_dropout: float = 0.0
     flip_probability: float = 0.0
@@ -67,13 +67,14 @@ class Draws:
         """Return the generator of one purpose at one place of the run."""
         return generator(self.seed, purpose, pick.epoch, pick.clip_id)
 
-    def sample(self, pick: Pick) -> dict[str, Any]:
-        """Return the draws both kinds of source share."""
-        frames, *rest = self.latent_shape
+    def sample(self, pick: Pick, latent_shape: tuple[int, ...]) -> dict[str, Any]:
+        """Return the draws both kinds of source share; `latent_shape` is (F, C, h, w) of the clip's moments."""
+        frames, *rest = latent_shape
+        num_front_padding = -frames % (self.patch_size_t or 1)
         drawn: dict[str, Any] = {
             "timesteps": np.int64(self.generator("timestep", pick).integers(NUM_TRAIN_TIMESTEPS)),
-            "noise": self._normal("noise", pick, (self.num_front_padding + frames, *rest)),
-            "posterior_noise": self._normal("posterior noise", pick, self.latent_shape),
+            "noise": self._normal("noise", pick, (num_front_padding + frames, *rest)),
+            "posterior_noise": self._normal("posterior noise", pick, latent_shape),
             "caption_keep": np.bool_(self.generator("caption", pick).random() >= self.caption_dropout),
         }
         if self.image_to_video:
@@ -122,16 +123,11 @@ class CacheSource:
     def sample(self, pick: Pick, draws: Draws) -> dict[str, Any]:
         """Read moments and embedding of one clip."""
         clip = self._clips[pick.clip_id]
-        drawn = draws.sample(pick)
         moments = self._read(clip.clip_file)
+        drawn = draws.sample(pick, moments["mean"].shape)
         sample = {"mean": moments["mean"], "logvar": moments["logvar"], **drawn}
         keep = drawn["caption_keep"]
         sample["prompt_embeds"] = self._read(clip.text_file)["prompt_embeds"] if keep else self._empty
-        assert sample["mean"].shape == draws.latent_shape, (
-            clip.name,
-            sample["mean"].shape,
-            draws.latent_shape,
-        )
         if draws.image_to_video:
             variant = self._variant(len(moments["image_mean"]), pick, draws)
             for key in ("image_mean", "image_logvar"):
@@ -155,18 +151,18 @@ class RawSource:
 
     Args:
         clips: surveyed usable clips.
-        spec: what they are brought to.
+        latent_channels: of the VAE that will encode them.
     """
 
-    def __init__(self, clips: list[Clip], spec: ClipSpec) -> None:
+    def __init__(self, clips: list[Clip], *, latent_channels: int) -> None:
         self._clips = {clip.id: clip for clip in clips}
-        self._spec = spec
+        self._latent_channels = latent_channels
 
     @property
     def buckets(self) -> dict[str, str]:
         """Shape key of each clip, for `Sampler`."""
-        spec = self._spec
-        return dict.fromkeys(self._clips, f"{spec.num_frames}x{spec.height}x{spec.width}")
+        specs = {clip_id: _spec(clip) for clip_id, clip in self._clips.items()}
+        return {clip_id: Bucket(s.num_frames, s.height, s.width).key for clip_id, s in specs.items()}
 
     def name(self, clip_id: str) -> str:
         """Return the clip's path in the list it came from."""
@@ -181,8 +177,10 @@ class RawSource:
         """Decode one clip; crop and flip are drawn once for all its frames."""
         clip = self._clips[pick.clip_id]
         assert clip.path is not None
-        sample = draws.sample(pick)
-        pixels = read_clip(clip.path, self._spec, rng=draws.generator("crop", pick), stamp=clip.stamp).pixels
+        spec = _spec(clip)
+        size = (spec.height // SPATIAL_COMPRESSION, spec.width // SPATIAL_COMPRESSION)
+        sample = draws.sample(pick, (num_latent_frames(spec.num_frames), self._latent_channels, *size))
+        pixels = read_clip(clip.path, spec, rng=draws.generator("crop", pick), stamp=clip.stamp).pixels
         flipped = np.bool_(draws.generator("flip", pick).random() < draws.flip_probability)
         sample["pixels"] = pixels[:, :, ::-1] if flipped else pixels
         sample["flipped"] = flipped
@@ -192,6 +190,11 @@ class RawSource:
             sample["image_noise_sigma"] = np.float32(image_sigma(rng) if draws.image_noise else 0)
             sample["image_pixel_noise"] = rng.standard_normal(pixels.shape[1:], dtype=np.float32)
         return sample
+
+
+def _spec(clip: Clip) -> ClipSpec:
+    assert clip.spec is not None, f"{clip.name} has not been surveyed"
+    return clip.spec
 
 
 class Loader:

@@ -17,6 +17,7 @@ from cogvideox_factory.data.paths import PathResolver
 from cogvideox_factory.data.reasons import PENDING, STATES, USABLE, ClipError, printable
 from cogvideox_factory.data.rows import Row, Rows, read_csv, read_folder, read_jsonl, read_two_lists
 from cogvideox_factory.data.rows import read_lines as read_lines
+from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class Clip:
     """SHA-256 of the file's bytes, once it has been read."""
     stamp: tuple[int, int] | None = None
     """(size, mtime in ns) of the file when it was hashed."""
+    spec: ClipSpec | None = field(default=None, compare=False)
+    """What the clip is brought to, once it has been surveyed: with buckets, its own size and length."""
     facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """What was found in the clip and done to it: source fps, size, frames taken, …"""
 

@@ -8,13 +8,15 @@ pass.
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from cogvideox_factory.data.container import DEFAULT_LIMITS, Limits, probe
+from cogvideox_factory.data.buckets import Buckets, Source
+from cogvideox_factory.data.container import DEFAULT_LIMITS, Limits, VideoInfo, probe
 from cogvideox_factory.data.manifest import Clip, Manifest
 from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.reasons import ClipError
-from cogvideox_factory.data.timing import ClipSpec, plan_frames
+from cogvideox_factory.data.timing import ClipSpec, num_available, plan_frames
 from cogvideox_factory.data.video import file_stamp, source_facts
 
 _BLOCK = 1 << 20
@@ -24,6 +26,7 @@ def survey(
     manifest: Manifest,
     spec: ClipSpec,
     *,
+    buckets: Buckets | None = None,
     limits: Limits = DEFAULT_LIMITS,
     num_workers: int = 2,
     on_clip: Callable[[Clip], None] | None = None,
@@ -31,11 +34,13 @@ def survey(
     """Return the manifest with each usable clip hashed, described and put in the state `spec` gives it.
 
     Clips with the same bytes and the same caption as an earlier row become duplicates; the same bytes under
-    another caption are kept. `on_clip` is called with each clip, in order, for progress.
+    another caption are kept. With `buckets` each clip is brought to the size and length they choose for it, and
+    the rest of `spec` holds for all. `on_clip` is called with each clip, in order, for progress.
     """
     first_rows: dict[str, int] = {}
     surveyed = []
-    for clip in ordered_map(lambda clip: look_at(clip, spec, limits=limits), manifest.usable, num_workers=num_workers):
+    look = partial(look_at, spec=spec, buckets=buckets, limits=limits)
+    for clip in ordered_map(look, manifest.usable, num_workers=num_workers):
         if clip.usable:
             first = first_rows.setdefault(clip.id, clip.row)
             if first != clip.row:
@@ -46,7 +51,22 @@ def survey(
     return manifest.with_clips(surveyed)
 
 
-def look_at(clip: Clip, spec: ClipSpec, *, limits: Limits = DEFAULT_LIMITS) -> Clip:
+def measure(
+    manifest: Manifest, spec: ClipSpec, *, limits: Limits = DEFAULT_LIMITS, num_workers: int = 2
+) -> list[Source]:
+    """Return frames (at the rate of `spec`) and size of each usable clip whose header can be read."""
+
+    def source(clip: Clip) -> Source | None:
+        assert clip.path is not None
+        try:
+            return _source(probe(clip.path, limits=limits), spec)
+        except ClipError:
+            return None  # `survey` will say why
+
+    return [found for found in ordered_map(source, manifest.usable, num_workers=num_workers) if found]
+
+
+def look_at(clip: Clip, spec: ClipSpec, *, buckets: Buckets | None = None, limits: Limits = DEFAULT_LIMITS) -> Clip:
     """Return `clip` with its content hash, facts and state; never raises for what is wrong with it."""
     path = clip.path
     assert path is not None, f"{clip.name} names no file"
@@ -55,10 +75,18 @@ def look_at(clip: Clip, spec: ClipSpec, *, limits: Limits = DEFAULT_LIMITS) -> C
         clip = replace(clip, content=hash_file(path), stamp=stamp)
         info = probe(path, limits=limits)
         clip = replace(clip, facts={**clip.facts, **source_facts(info)})
+        if buckets:
+            chosen = buckets.choose(clip.content or "", _source(info, spec))
+            spec = replace(spec, num_frames=chosen.num_frames, height=chosen.height, width=chosen.width)
+            clip = replace(clip, facts={**clip.facts, "bucket": chosen.key})
         plan = plan_frames(info, spec)
-        return replace(clip, state=plan.state, facts={**clip.facts, **plan.to_json()})
+        return replace(clip, state=plan.state, spec=spec, facts={**clip.facts, **plan.to_json()})
     except ClipError as error:
         return clip.rejected(error)
+
+
+def _source(info: VideoInfo, spec: ClipSpec) -> Source:
+    return Source(num_available(info, spec), info.height, info.width)
 
 
 def hash_file(path: Path) -> str:

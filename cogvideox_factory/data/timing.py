@@ -5,6 +5,7 @@ found by time stamp, so variable frame rates come out right. `stretch` spreads t
 whole source whatever its rate, as the older trainers did, and so changes its speed.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,6 +81,13 @@ def compact(indices: np.ndarray) -> str:
     if len(indices) > 1 and (steps == steps[0]).all() and steps[0] > 0:
         return f"{indices[0]}:{indices[-1]}:{steps[0]}"
     return ",".join(map(str, indices.tolist()))
+
+
+def num_available(info: VideoInfo, spec: ClipSpec) -> int:
+    """Return how many frames of `info` there are at the rate of `spec`."""
+    if spec.fps_policy == "stretch":
+        return info.num_frames
+    return max(1, math.ceil((info.duration_seconds - 1e-6) * spec.fps))
 
 
 def plan_frames(info: VideoInfo, spec: ClipSpec) -> FramePlan:

@@ -4,7 +4,7 @@ Between log points nothing waits for the device: losses and norms stay there unt
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +60,8 @@ class Loop:
     keep_checkpoints: int
     identity: dict[str, Any]
     """What a later resume must agree with."""
-    tokens_per_sample: int
+    tokens: Mapping[str, int]
+    """Tokens of a sample of each shape."""
     watch: Watch
     _pending: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     _clock: float = 0.0
@@ -124,7 +125,7 @@ class Loop:
         values = {
             "loss": loss, "grad_norm": norm, "learning_rate": learning_rate(step, **self.rate),
             "seconds_per_step": seconds,
-            "tokens_per_second": self.tokens_per_sample * self.sampler.batch_size / seconds,
+            "tokens_per_second": self._mean_tokens(steps) / seconds,
             "epoch": self.sampler.epochs(step), "memory_gib": peak_memory(self.device) / 2**30,
         }  # fmt: skip
         if self.update.loss_scale.enabled:
@@ -136,6 +137,11 @@ class Loop:
             f"{seconds:.3g} s/step  {values['tokens_per_second']:.3g} tokens/s  {values['memory_gib']:.2f} GiB  "
             f"left {left}"
         )
+
+    def _mean_tokens(self, steps: Sequence[int]) -> float:
+        sampler = self.sampler
+        shapes = [sampler.bucket(step - 1) for step in steps]
+        return sum(self.tokens[key] * sampler.batch_sizes[key] for key in shapes) / len(shapes)
 
     def _check_finite(self, steps: list[int], table: Tensor, step: int) -> None:
         scale = self.update.loss_scale

@@ -4,6 +4,8 @@ Everything that can be known without a model is checked first, for all clips at 
 clips, each in its turn with only its own model loaded; what is in the cache already is not made again.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +14,16 @@ import torch
 
 from cogvideox_factory import draws, weights
 from cogvideox_factory.config import Config
+from cogvideox_factory.data.buckets import Bucket, Buckets, auto_buckets, read_buckets
 from cogvideox_factory.data.cache import Cache, CacheIndex
 from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings, hash_folder
 from cogvideox_factory.data.manifest import Clip, Manifest, Source, read_manifest
 from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.reasons import ClipError, printable
-from cogvideox_factory.data.survey import survey
+from cogvideox_factory.data.survey import measure, survey
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import DecodedClip, read_clip
+from cogvideox_factory.diffusion.frames import SPATIAL_COMPRESSION, num_latent_frames
 from cogvideox_factory.errors import DataError, FactoryError, UnfitError
 from cogvideox_factory.metrics import progress_bar, say
 from cogvideox_factory.models import TransformerConfig
@@ -50,7 +54,7 @@ def run(config: Config) -> CacheIndex:
     check_task(config.task, transformer, source=str(folder))
     shape = training_shape(config, transformer)
     spec = clip_spec(config, shape)
-    manifest = checked_manifest(config, spec)
+    manifest = checked_manifest(config, spec, transformer)
     device = pick_device(config.run.device)
     dtype = pick_dtype(config.run.dtype, device, transformer)
     set_determinism(config.run.deterministic)
@@ -59,14 +63,14 @@ def run(config: Config) -> CacheIndex:
         cache_settings(config, folder, transformer, spec, str(dtype).removeprefix("torch.")),
     )
     captions, clips = cache.missing_captions(manifest.usable), cache.missing_clips(manifest.usable)
-    _check_room(cache, shape, transformer, num_captions=len(captions), num_clips=len(clips))
+    _check_room(cache, clips, transformer, num_captions=len(captions))
     if cache.folder.exists():
         sweep(cache.folder)
     say(f"{len(manifest.usable)} clips, {len(clips)} to encode; {len(captions)} captions to encode -> {cache.folder}")
     if captions:
         _encode_captions(cache, captions, folder, device, dtype, strict=config.data.strict)
     if clips:
-        failed = _encode_clips(cache, clips, spec, config, folder, device, dtype)
+        failed = _encode_clips(cache, clips, config, folder, device, dtype)
         manifest = manifest.map_usable(lambda clip: _with_failure(clip, failed))
         manifest.require_good(strict=config.data.strict, max_bad=config.data.max_bad)
     index = cache.publish(manifest, source_of(config))
@@ -146,10 +150,41 @@ def clip_spec(config: Config, shape: ClipShape) -> ClipSpec:
     )  # fmt: skip
 
 
-def checked_manifest(config: Config, spec: ClipSpec) -> Manifest:
+def make_buckets(config: Config, spec: ClipSpec, rows: Manifest) -> Buckets | None:
+    """Return the rule that gives each clip its size and length, if the settings ask for one.
+
+    Raises:
+        FactoryError: a bucket file that cannot be read.
+    """
+    asked = config.data.buckets
+    if asked is None:
+        return None
+    if asked != "auto":
+        return read_buckets(Path(asked), seed=config.run.seed)
+    native = Bucket(spec.num_frames, spec.height, spec.width)
+    return auto_buckets(measure(rows, spec), native=native, max_buckets=config.data.max_buckets)
+
+
+def check_buckets(clips: Iterable[Clip], transformer: TransformerConfig) -> None:
+    """Refuse buckets in use that the model cannot take.
+
+    Raises:
+        FactoryError: naming the shape, how many clips have it, and what the model takes.
+    """
+    counts = Counter((s.num_frames, s.height, s.width) for clip in clips if (s := clip.spec))
+    for shape, count in counts.items():
+        try:
+            num_frames, height, width = shape
+            clip_shape(transformer, num_frames=num_frames, height=height, width=width)
+        except FactoryError as error:
+            raise FactoryError(f"bucket {Bucket(*shape).key} ({count} clips): {error}") from error
+
+
+def checked_manifest(config: Config, spec: ClipSpec, transformer: TransformerConfig | None = None) -> Manifest:
     """Read the rows, look at every clip, and print what becomes of them.
 
     Raises:
+        FactoryError: a bucket file that cannot be read, or a bucket `transformer` cannot take.
         DataError: the list is unreadable, or too many clips are lost.
     """
     data = config.data
@@ -158,10 +193,13 @@ def checked_manifest(config: Config, spec: ClipSpec) -> Manifest:
         caption_column=data.caption_column, video_column=data.video_column,
     )  # fmt: skip
     rows = read_manifest(source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
+    buckets = make_buckets(config, spec, rows)
     with progress_bar("reading clips", len(rows.usable)) as advance:
-        manifest = survey(rows, spec, on_clip=lambda clip: advance())
+        manifest = survey(rows, spec, buckets=buckets, on_clip=lambda clip: advance())
     for line in manifest.report():
         say(line)
+    if buckets and transformer:
+        check_buckets(manifest.usable, transformer)
     manifest.require_good(strict=data.strict, max_bad=data.max_bad)
     return manifest
 
@@ -175,7 +213,7 @@ def cache_settings(
         model=config.model.path,
         video=VideoSettings.from_spec(
             spec, vae=hash_folder(folder / "vae"), dtype=dtype, tiling=config.data.vae_tiling,
-            image_variants=variants, seed=config.run.seed,
+            image_variants=variants, seed=config.run.seed, buckets=bucket_rule(config, spec),
         ),
         text=TextSettings(
             text_encoder=hash_folder(folder / "text_encoder"), tokenizer=hash_folder(folder / "tokenizer"),
@@ -183,6 +221,17 @@ def cache_settings(
         ),
         trigger_word=(config.data.trigger_word or "").strip(),
     )  # fmt: skip
+
+
+def bucket_rule(config: Config, spec: ClipSpec) -> str | None:
+    """Return what decides which bucket a clip goes to, as a cache records it."""
+    asked = config.data.buckets
+    if asked is None:
+        return None
+    if asked != "auto":
+        return read_buckets(Path(asked), seed=config.run.seed).to_json()
+    native = Bucket(spec.num_frames, spec.height, spec.width)
+    return auto_buckets([], native=native, max_buckets=config.data.max_buckets).to_json()
 
 
 def text_length(config: Config, transformer: TransformerConfig) -> int:
@@ -233,7 +282,6 @@ def _encode_captions(
 def _encode_clips(
     cache: Cache,
     clips: list[Clip],
-    spec: ClipSpec,
     config: Config,
     folder: Path,
     device: torch.device,
@@ -250,8 +298,9 @@ def _encode_clips(
     def decode(clip: Clip) -> DecodedClip | ClipError:
         assert clip.path is not None
         assert clip.content is not None
+        assert clip.spec is not None
         try:
-            return read_clip(clip.path, spec, rng=draws.generator(seed, "crop", clip.content), stamp=clip.stamp)
+            return read_clip(clip.path, clip.spec, rng=draws.generator(seed, "crop", clip.content), stamp=clip.stamp)
         except ClipError as error:
             return error
 
@@ -297,10 +346,13 @@ def _with_failure(clip: Clip, failed: dict[str, ClipError]) -> Clip:
     return replace(clip).rejected(error) if error else clip
 
 
-def _check_room(
-    cache: Cache, shape: ClipShape, transformer: TransformerConfig, *, num_captions: int, num_clips: int
-) -> None:
-    pixels = shape.latent_height * shape.latent_width * transformer.out_channels
-    a_clip = 2 * 2 * pixels * (shape.latent_frames + cache.settings.video.image_variants)
-    a_caption = 2 * cache.settings.text.max_sequence_length * transformer.text_embed_dim
-    require_room(cache.folder, num_clips * a_clip + num_captions * a_caption, what=f"the cache of {num_clips} clips")
+def _check_room(cache: Cache, clips: list[Clip], transformer: TransformerConfig, *, num_captions: int) -> None:
+    values = 0
+    for clip in clips:
+        spec = clip.spec
+        assert spec is not None
+        latents = (spec.height // SPATIAL_COMPRESSION) * (spec.width // SPATIAL_COMPRESSION)
+        values += 2 * latents * (num_latent_frames(spec.num_frames) + cache.settings.video.image_variants)
+    a_caption = cache.settings.text.max_sequence_length * transformer.text_embed_dim
+    wanted = 2 * (values * transformer.out_channels + num_captions * a_caption)  # bf16
+    require_room(cache.folder, wanted, what=f"the cache of {len(clips)} clips")

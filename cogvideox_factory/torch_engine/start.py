@@ -1,6 +1,7 @@
 """A run before it starts: what its settings come to for this model, where it begins, and what it may go on from."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import torch
 
 from cogvideox_factory import weights
 from cogvideox_factory.config import Config
+from cogvideox_factory.data.buckets import Bucket, balanced_batches, read_buckets, step_cost
 from cogvideox_factory.data.loader import NUM_TRAIN_TIMESTEPS
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import say
 from cogvideox_factory.models import SchedulerConfig, TransformerConfig
-from cogvideox_factory.shapes import ClipShape, check_task
+from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import checkpoint, prepare
 from cogvideox_factory.torch_engine.device import pick_device, pick_dtype
 
@@ -89,6 +91,37 @@ def complete(config: Config, model: TransformerConfig, shape: ClipShape) -> Conf
             "text": config.text.model_copy(update={"max_sequence_length": prepare.text_length(config, model)}),
         }
     )
+
+
+def num_tokens(plan: Plan, bucket: Bucket) -> int:
+    """Return the video tokens of one clip of a shape."""
+    model = plan.model
+    shape = clip_shape(model, num_frames=bucket.num_frames, height=bucket.height, width=bucket.width)
+    frames = (shape.latent_frames + shape.num_front_padding) // (model.patch_size_t or 1)
+    return frames * (shape.latent_height // model.patch_size) * (shape.latent_width // model.patch_size)
+
+
+def batch_sizes(plan: Plan, keys: Iterable[str]) -> dict[str, int]:
+    """Return the clips of a forward pass for each shape in use: the same number, or what the buckets say.
+
+    A bucket file states them. `auto` gives shapes that cost less than the full one so many more clips that a step
+    costs about as much.
+    """
+    config, shape = plan.config, plan.shape
+    size, used = config.train.batch_size, {Bucket.parse(key) for key in keys}
+    if config.data.buckets is None:
+        return {bucket.key: size for bucket in used}
+    if config.data.buckets != "auto":
+        listed = read_buckets(Path(config.data.buckets), seed=config.run.seed)
+        return {bucket.key: listed.batch_size(bucket) for bucket in used}
+    width = plan.model.num_attention_heads * plan.model.attention_head_dim
+
+    def cost(bucket: Bucket) -> float:
+        return step_cost(num_tokens(plan, bucket) + plan.text_length, width=width)
+
+    native = cost(Bucket(shape.num_frames, shape.height, shape.width))
+    sizes = balanced_batches({bucket: cost(bucket) for bucket in used}, batch_size=size, native_cost=native)
+    return {bucket.key: count for bucket, count in sizes.items()}
 
 
 def find_start(plan: Plan) -> Path | None:

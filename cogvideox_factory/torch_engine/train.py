@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cogvideox_factory.config import Config
+from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.cache import open_cache, recorded_dtype
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.loader import CacheSource, Draws, Loader, RawSource
@@ -32,7 +33,15 @@ from cogvideox_factory.torch_engine.loop import Loop, Watch
 from cogvideox_factory.torch_engine.objective import Objective, Scales
 from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
-from cogvideox_factory.torch_engine.start import Plan, digest_of, find_start, identity, make_plan
+from cogvideox_factory.torch_engine.start import (
+    Plan,
+    batch_sizes,
+    digest_of,
+    find_start,
+    identity,
+    make_plan,
+    num_tokens,
+)
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
@@ -92,9 +101,11 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str]:
             )
         clip_ids = sorted(clip.id for clip in index.clips)
         return CacheSource(index), digest_of(clip_ids, settings.to_json())
-    manifest = prepare.checked_manifest(config, spec)
+    manifest = prepare.checked_manifest(config, spec, plan.model)
     clip_ids = sorted(clip.id for clip in manifest.usable)
-    return RawSource(manifest.usable, spec), digest_of(clip_ids, spec)
+    rule = prepare.bucket_rule(config, spec)
+    source = RawSource(manifest.usable, latent_channels=plan.model.out_channels)
+    return source, digest_of(clip_ids, [spec, rule, sorted(source.buckets.items())] if rule else spec)
 
 
 def _train(plan: Plan, source: CacheSource | RawSource, *, start: Path | None, wanted: dict[str, Any]) -> None:
@@ -102,8 +113,9 @@ def _train(plan: Plan, source: CacheSource | RawSource, *, start: Path | None, w
     train_ids, held_ids = sorted(source.buckets), []
     if config.validation.every:
         train_ids, held_ids = hold_out(train_ids, config.validation.num_clips)
+    sizes = batch_sizes(plan, source.buckets.values())
     sampler = Sampler(
-        train_ids, batch_size=config.train.batch_size * config.train.gradient_accumulation,
+        train_ids, batch_size={key: size * config.train.gradient_accumulation for key, size in sizes.items()},
         seed=config.run.seed, buckets=source.buckets,
     )  # fmt: skip
     loader = Loader(
@@ -134,7 +146,7 @@ def _train(plan: Plan, source: CacheSource | RawSource, *, start: Path | None, w
         },
         log_every=config.train.log_every, save_every=config.train.save_every,
         keep_checkpoints=config.train.keep_checkpoints, identity=wanted,
-        tokens_per_sample=num_tokens(plan) + plan.text_length,
+        tokens={key: num_tokens(plan, Bucket.parse(key)) + plan.text_length for key in sizes},
         watch=Watch(
             every=config.validation.every, source=source, clip_ids=held_ids, draws=make_draws(plan, quiet=True),
             samples=make_samples(plan, frozen, transformer),
@@ -155,11 +167,10 @@ def _train(plan: Plan, source: CacheSource | RawSource, *, start: Path | None, w
 
 def make_draws(plan: Plan, *, quiet: bool = False) -> Draws:
     """Return what is drawn for each sample; `quiet` drops, noises and flips nothing."""
-    config, shape = plan.config, plan.shape
+    config = plan.config
     return Draws(
         seed=config.run.seed,
-        latent_shape=(shape.latent_frames, plan.model.out_channels, shape.latent_height, shape.latent_width),
-        num_front_padding=shape.num_front_padding,
+        patch_size_t=plan.model.patch_size_t,
         caption_dropout=0 if quiet else config.train.caption_dropout,
         image_dropout=0 if quiet else config.train.image_dropout,
         flip_probability=0 if quiet else config.data.flip_probability,
@@ -274,13 +285,6 @@ def export(transformer: CogVideoXTransformer, run_folder: Path, *, method: str) 
             transformer.save(folder / "transformer")
 
 
-def num_tokens(plan: Plan) -> int:
-    """Return the video tokens of one clip."""
-    model, shape = plan.model, plan.shape
-    frames = (shape.latent_frames + shape.num_front_padding) // (model.patch_size_t or 1)
-    return frames * (shape.latent_height // model.patch_size) * (shape.latent_width // model.patch_size)
-
-
 def _image_scale(config: Config, vae: VaeConfig) -> float:
     return vae.image_scale if config.train.image_scale == "pipeline" else vae.scaling_factor
 
@@ -298,12 +302,14 @@ def _check_validation(plan: Plan) -> None:
 def _say_arithmetic(plan: Plan, sampler: Sampler, update: Update, start: Path | None) -> None:
     train, shape = plan.config.train, plan.shape
     trained = sum(p.numel() for p in update.trained.values())
-    say(
-        f"{len(sampler)} clips of {shape.num_frames} frames {shape.height}x{shape.width} at {shape.fps:g} fps = "
-        f"{num_tokens(plan)} + {plan.text_length} tokens; batch {sampler.batch_size} "
-        f"({train.batch_size} x {train.gradient_accumulation} accumulated), "
-        f"{sampler.epochs(train.steps):.1f} epochs in {train.steps} steps"
-    )
+    say(f"{len(sampler)} clips at {shape.fps:g} fps, {sampler.epochs(train.steps):.1f} epochs in {train.steps} steps:")
+    for key, count in sampler.counts.items():
+        size = sampler.batch_sizes[key]
+        say(
+            f"  {count} of {key} (frames x height x width) = {num_tokens(plan, Bucket.parse(key))} + "
+            f"{plan.text_length} tokens; batch {size} ({size // train.gradient_accumulation} x "
+            f"{train.gradient_accumulation} accumulated)"
+        )
     say(
         f"{train.method}: {trained:,} of {plan.model.num_parameters:,} parameters, {plan.dtype} on {plan.device}, "
         f"checkpointing {train.checkpointing}, "

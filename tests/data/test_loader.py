@@ -49,7 +49,7 @@ def index(tmp_path, manifest):
 
 
 def draws(**more) -> Draws:
-    return Draws(**{"seed": 5, "latent_shape": SHAPE, "image_to_video": True, **more})
+    return Draws(**{"seed": 5, "image_to_video": True, **more})
 
 
 def loader(source, *, batch_size=2, drawn=None, **more) -> Loader:
@@ -66,7 +66,7 @@ def equal(one: dict, other: dict) -> bool:
 
 
 def test_a_cached_batch_has_its_shapes_and_dtypes(index):
-    batch = loader(CacheSource(index), drawn=draws(num_front_padding=1)).batch(0)
+    batch = loader(CacheSource(index), drawn=draws(patch_size_t=2)).batch(0)
     assert shape_of(batch) == {
         "mean": (2, *SHAPE), "logvar": (2, *SHAPE), "prompt_embeds": (2, 5, 8), "noise": (2, 4, 4, 4, 6),
         "posterior_noise": (2, *SHAPE), "timesteps": (2,), "caption_keep": (2,), "image_keep": (2,),
@@ -87,7 +87,7 @@ def test_text_to_video_has_nothing_of_an_image(index):
 
 
 def test_a_raw_batch_has_its_shapes(manifest):
-    batch = loader(RawSource(manifest.usable, SPEC)).batch(0)
+    batch = loader(RawSource(manifest.usable, latent_channels=4)).batch(0)
     assert batch["pixels"].shape == (2, 9, 32, 48, 3)
     assert batch["pixels"].dtype == np.uint8
     assert batch["image_noise_sigma"].shape == (2,)
@@ -99,7 +99,7 @@ def test_a_raw_batch_has_its_shapes(manifest):
 
 @pytest.mark.parametrize("kind", ["cache", "raw"])
 def test_batches_do_not_depend_on_workers_or_where_one_starts(index, manifest, kind):
-    source = CacheSource(index) if kind == "cache" else RawSource(manifest.usable, SPEC)
+    source = CacheSource(index) if kind == "cache" else RawSource(manifest.usable, latent_channels=4)
     drawn = draws(caption_dropout=0.3, image_dropout=0.3, flip_probability=0.5)
     straight = list(loader(source, drawn=drawn, num_workers=0).batches(0, 8))
     for num_workers, ahead in ((1, None), (4, None), (4, 1), (2, 7)):
@@ -147,7 +147,7 @@ def test_dropped_captions_become_the_empty_one(index, manifest):
             assert (float(embeds[0, 0]) == 0) == (not keep)  # the empty caption is number 0
             kept.append((bool(keep), bool(image)))
     assert len(set(kept)) == 4  # caption and image are dropped independently
-    raw = loader(RawSource(manifest.usable, SPEC), drawn=drawn).batch(0)
+    raw = loader(RawSource(manifest.usable, latent_channels=4), drawn=drawn).batch(0)
     assert [bool(caption) for caption in raw["captions"]] == raw["caption_keep"].tolist()
     for share, wanted in ((0.0, True), (1.0, False)):
         batch = loader(CacheSource(index), drawn=draws(caption_dropout=share)).batch(0)
@@ -166,8 +166,8 @@ def test_noised_first_frames_are_taken_unless_noise_is_off(index):
 
 
 def test_timesteps_are_uniform_and_sigmas_as_trained():
-    drawn = draws(latent_shape=(1, 1, 1, 1))
-    steps = np.array([drawn.sample(Pick("c", epoch))["timesteps"] for epoch in range(2000)])
+    drawn = draws()
+    steps = np.array([drawn.sample(Pick("c", epoch), (1, 1, 1, 1))["timesteps"] for epoch in range(2000)])
     assert steps.min() >= 0
     assert steps.max() <= 999
     assert steps.mean() == pytest.approx(499.5, abs=30)
@@ -178,7 +178,8 @@ def test_timesteps_are_uniform_and_sigmas_as_trained():
 
 
 def test_flips_are_per_clip_and_whole(manifest):
-    source = RawSource(manifest.usable, replace(SPEC, crop="random"))
+    spec = replace(SPEC, crop="random")
+    source = RawSource([replace(clip, spec=spec) for clip in manifest.usable], latent_channels=4)
     plain = loader(source, drawn=draws(flip_probability=0.0), batch_size=3).batch(2)
     flipped = loader(source, drawn=draws(flip_probability=1.0), batch_size=3).batch(2)
     assert np.array_equal(plain["pixels"], flipped["pixels"][:, :, :, ::-1])
@@ -199,7 +200,7 @@ def test_a_bad_entry_is_named_and_stops_the_run(index):
 def test_a_clip_that_breaks_is_named_and_stops_the_run(dataset, manifest):
     (dataset / "videos/1.mp4").write_bytes(b"broken")
     with pytest.raises(ClipError) as caught:
-        list(loader(RawSource(manifest.usable, SPEC)).batches(0, 10))
+        list(loader(RawSource(manifest.usable, latent_channels=4)).batches(0, 10))
     assert "videos/1.mp4" in caught.value.__notes__[0]
 
 

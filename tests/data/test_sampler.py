@@ -70,9 +70,76 @@ def test_what_cannot_be_sampled():
         Sampler([], batch_size=1, seed=0)
     with pytest.raises(FactoryError, match="batch_size=0"):
         Sampler(ids(2), batch_size=0, seed=0)
-    with pytest.raises(DataError, match="2 shapes"):
-        Sampler(ids(2), batch_size=1, seed=0, buckets={"clip0": "3x4x6", "clip1": "3x8x8"})
-    Sampler(ids(2), batch_size=1, seed=0, buckets={"clip0": "3x4x6", "clip1": "3x4x6", "unused": "1x1x1"})
+
+
+SHAPES = ("9x32x48", "9x48x32", "17x32x32")
+
+
+@st.composite
+def bucketed(draw):
+    shapes = draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=40))
+    sizes = {key: draw(st.integers(1, 9)) for key in SHAPES}
+    return (
+        Sampler(
+            ids(len(shapes)),
+            batch_size=sizes,
+            seed=draw(st.integers(0, 9)),
+            buckets=dict(zip(ids(len(shapes)), shapes)),
+        ),
+        dict(zip(ids(len(shapes)), shapes)),
+        sizes,
+    )
+
+
+def walk(sampler, shapes, sizes, epochs):
+    """Lines of clips, one a shape, as the module's words have it."""
+    lines = {key: [] for key in sizes}
+    for epoch in range(epochs):
+        for clip_id in sampler.order(epoch):
+            line = lines[shapes[clip_id]]
+            line.append((clip_id, epoch))
+            if len(line) == sizes[shapes[clip_id]]:
+                yield list(line)
+                line.clear()
+
+
+@given(bucketed())
+@settings(max_examples=150, deadline=None)
+def test_buckets_leave_as_a_walk_along_the_stream_says(made):
+    sampler, shapes, sizes = made
+    expected = list(walk(sampler, shapes, sizes, epochs=5))
+    found = [[tuple(pick) for pick in sampler.batch(step)] for step in range(len(expected))]
+    assert found == expected
+    assert sampler.steps_before(5) == len(expected)
+    for step, batch in enumerate(expected):
+        assert {shapes[clip_id] for clip_id, _ in batch} == {sampler.bucket(step)}
+        assert sampler.epochs(step) == pytest.approx(sum(map(len, expected[:step])) / len(shapes))
+
+
+@given(bucketed())
+@settings(max_examples=60, deadline=None)
+def test_with_buckets_too_no_clip_is_left_out_or_seen_twice(made):
+    sampler, shapes, sizes = made
+    steps = sampler.steps_before(40)
+    seen = Counter(pick for step in range(steps) for pick in sampler.batch(step))
+    assert set(seen.values()) <= {1}
+    waiting = 40 * len(shapes) - len(seen)
+    assert waiting == sum(40 * list(shapes.values()).count(key) % size for key, size in sizes.items())
+
+
+def test_jumping_to_a_step_finds_the_same_batch():
+    shapes = dict(zip(ids(30), [SHAPES[i % 3] for i in range(30)]))
+    one, other = (Sampler(ids(30), batch_size=dict(zip(SHAPES, (4, 7, 2))), seed=2, buckets=shapes) for _ in range(2))
+    straight = [one.batch(step) for step in range(400)]
+    assert [other.batch(step) for step in (399, 7, 250, 0)] == [straight[step] for step in (399, 7, 250, 0)]
+
+
+def test_every_shape_must_divide_over_the_ranks():
+    shapes = {"clip0": SHAPES[0], "clip1": SHAPES[1]}
+    sampler = Sampler(ids(2), batch_size={SHAPES[0]: 4, SHAPES[1]: 6}, seed=0, buckets=shapes)
+    sampler.share(0, num_ranks=2)
+    with pytest.raises(FactoryError, match=r"batch of 6 of 9x48x32 does not divide over 4 ranks"):
+        sampler.share(0, num_ranks=4)
 
 
 @given(st.integers(2, 40), st.integers(0, 39))
