@@ -85,6 +85,10 @@ class Buckets(Protocol):
         """Every bucket there is."""
         ...
 
+    def to_json(self) -> str:
+        """Return what decides which clip goes where."""
+        ...
+
 
 @cache
 def resolution_shapes(name: str) -> tuple[tuple[int, int], ...]:

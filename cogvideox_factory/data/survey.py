@@ -7,13 +7,14 @@ pass.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from cogvideox_factory.data.buckets import Buckets, Source
 from cogvideox_factory.data.container import DEFAULT_LIMITS, Limits, VideoInfo, probe
 from cogvideox_factory.data.manifest import Clip, Manifest
+from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.timing import ClipSpec, num_available, plan_frames
@@ -27,6 +28,7 @@ def survey(
     spec: ClipSpec,
     *,
     buckets: Buckets | None = None,
+    memo: Memo | None = None,
     limits: Limits = DEFAULT_LIMITS,
     num_workers: int = 2,
     on_clip: Callable[[Clip], None] | None = None,
@@ -35,11 +37,15 @@ def survey(
 
     Clips with the same bytes and the same caption as an earlier row become duplicates; the same bytes under
     another caption are kept. With `buckets` each clip is brought to the size and length they choose for it, and
-    the rest of `spec` holds for all. `on_clip` is called with each clip, in order, for progress.
+    the rest of `spec` holds for all. What `memo` remembers of an unchanged file is not looked at again. `on_clip` is
+    called with each clip, in order, for progress.
     """
     first_rows: dict[str, int] = {}
     surveyed = []
     look = partial(look_at, spec=spec, buckets=buckets, limits=limits)
+    if memo:
+        shapes = [buckets.to_json(), buckets.all] if buckets else None
+        look = partial(memo.ask, question=["survey", asdict(spec), shapes, asdict(limits)], look=look)
     for clip in ordered_map(look, manifest.usable, num_workers=num_workers):
         if clip.usable:
             first = first_rows.setdefault(clip.id, clip.row)
@@ -52,18 +58,26 @@ def survey(
 
 
 def measure(
-    manifest: Manifest, spec: ClipSpec, *, limits: Limits = DEFAULT_LIMITS, num_workers: int = 2
+    manifest: Manifest,
+    spec: ClipSpec,
+    *,
+    memo: Memo | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    num_workers: int = 2,
 ) -> list[Source]:
     """Return frames (at the rate of `spec`) and size of each usable clip whose header can be read."""
 
-    def source(clip: Clip) -> Source | None:
+    def look(clip: Clip) -> Clip:
         assert clip.path is not None
         try:
-            return _source(probe(clip.path, limits=limits), spec)
+            return replace(clip, facts={"measured": _source(probe(clip.path, limits=limits), spec)})
         except ClipError:
-            return None  # `survey` will say why
+            return replace(clip, facts={})  # `survey` will say why
 
-    return [found for found in ordered_map(source, manifest.usable, num_workers=num_workers) if found]
+    if memo:
+        look = partial(memo.ask, question=["measure", asdict(spec), asdict(limits)], look=look)
+    looked = ordered_map(look, manifest.usable, num_workers=num_workers)
+    return [Source(*clip.facts["measured"]) for clip in looked if "measured" in clip.facts]
 
 
 def look_at(clip: Clip, spec: ClipSpec, *, buckets: Buckets | None = None, limits: Limits = DEFAULT_LIMITS) -> Clip:

@@ -18,6 +18,7 @@ from cogvideox_factory.data.buckets import Bucket, Buckets, auto_buckets, read_b
 from cogvideox_factory.data.cache import Cache, CacheIndex
 from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings, hash_folder
 from cogvideox_factory.data.manifest import Clip, Manifest, Source, read_manifest
+from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.reasons import ClipError, printable
 from cogvideox_factory.data.survey import measure, survey
@@ -150,7 +151,7 @@ def clip_spec(config: Config, shape: ClipShape) -> ClipSpec:
     )  # fmt: skip
 
 
-def make_buckets(config: Config, spec: ClipSpec, rows: Manifest) -> Buckets | None:
+def make_buckets(config: Config, spec: ClipSpec, rows: Manifest, memo: Memo | None = None) -> Buckets | None:
     """Return the rule that gives each clip its size and length, if the settings ask for one.
 
     Raises:
@@ -162,7 +163,7 @@ def make_buckets(config: Config, spec: ClipSpec, rows: Manifest) -> Buckets | No
     if asked != "auto":
         return read_buckets(Path(asked), seed=config.run.seed)
     native = Bucket(spec.num_frames, spec.height, spec.width)
-    return auto_buckets(measure(rows, spec), native=native, max_buckets=config.data.max_buckets)
+    return auto_buckets(measure(rows, spec, memo=memo), native=native, max_buckets=config.data.max_buckets)
 
 
 def check_buckets(clips: Iterable[Clip], transformer: TransformerConfig) -> None:
@@ -193,14 +194,17 @@ def checked_manifest(config: Config, spec: ClipSpec, transformer: TransformerCon
         caption_column=data.caption_column, video_column=data.video_column,
     )  # fmt: skip
     rows = read_manifest(source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
-    buckets = make_buckets(config, spec, rows)
+    memo = Memo(Path(config.cache.dir) / "survey.jsonl") if config.cache.dir else None
+    buckets = make_buckets(config, spec, rows, memo)
     with progress_bar("reading clips", len(rows.usable)) as advance:
-        manifest = survey(rows, spec, buckets=buckets, on_clip=lambda clip: advance())
+        manifest = survey(rows, spec, buckets=buckets, memo=memo, on_clip=lambda clip: advance())
     for line in manifest.report():
         say(line)
     if buckets and transformer:
         check_buckets(manifest.usable, transformer)
     manifest.require_good(strict=data.strict, max_bad=data.max_bad)
+    if memo:
+        memo.save()
     return manifest
 
 

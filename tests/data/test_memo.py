@@ -1,0 +1,116 @@
+"""The memo of a survey: the same answers, no second look, and a look whenever the file may be another one."""
+
+import os
+from dataclasses import asdict
+
+import pytest
+
+from cogvideox_factory.data import memo as memo_module
+from cogvideox_factory.data import survey as survey_module
+from cogvideox_factory.data.buckets import Bucket, auto_buckets
+from cogvideox_factory.data.manifest import read_manifest
+from cogvideox_factory.data.memo import Memo
+from cogvideox_factory.data.survey import measure, survey
+from cogvideox_factory.data.timing import ClipSpec
+
+SPEC = ClipSpec(num_frames=9, height=32, width=48, fps=8)
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Names of the files that are opened."""
+    seen = []
+    original = survey_module.probe
+
+    def probe(path, **more):
+        seen.append(path.name)
+        return original(path, **more)
+
+    monkeypatch.setattr(survey_module, "probe", probe)
+    return seen
+
+
+@pytest.fixture
+def old(dataset, monkeypatch):
+    """The data set, as if it had been written a while ago (the time of an entry's last change cannot be set)."""
+    monkeypatch.setattr(memo_module, "_FRESH_NS", -1)
+    return dataset
+
+
+def ask(dataset, file, spec=SPEC, **more):
+    memo = Memo(file)
+    manifest = survey(read_manifest(dataset), spec, memo=memo, **more)
+    memo.save()
+    return manifest
+
+
+def everything(manifest):
+    return [(asdict(clip), clip.spec) for clip in manifest.clips]
+
+
+def test_the_second_look_opens_nothing_and_says_the_same(old, tmp_path, looks):
+    file = tmp_path / "memo.jsonl"
+    first = ask(old, file)
+    opened = len(looks)
+    assert opened == len(first.usable) > 1
+    again = ask(old, file)
+    assert len(looks) == opened
+    assert everything(again) == everything(first) == everything(survey(read_manifest(old), SPEC))
+
+
+def test_a_file_that_changed_is_looked_at_though_its_date_and_size_did_not(old, tmp_path, looks):
+    file = tmp_path / "memo.jsonl"
+    first = ask(old, file)
+    path = first.usable[0].path
+    status, data = path.stat(), bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(bytes(data))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    looks.clear()
+    again = ask(old, file)
+    assert looks == [path.name]
+    assert again.clips[0].content != first.clips[0].content
+
+
+def test_another_question_is_asked_anew_and_both_answers_stay(old, tmp_path, looks):
+    file = tmp_path / "memo.jsonl"
+    ask(old, file)
+    ask(old, file, ClipSpec(num_frames=5, height=32, width=48, fps=8))
+    looks.clear()
+    ask(old, file)
+    ask(old, file, ClipSpec(num_frames=5, height=32, width=48, fps=8))
+    assert not looks
+
+
+def test_with_buckets_too(old, tmp_path, looks):
+    file = tmp_path / "memo.jsonl"
+
+    def bucketed():
+        memo = Memo(file)
+        rows = read_manifest(old)
+        buckets = auto_buckets(measure(rows, SPEC, memo=memo), native=Bucket(9, 32, 48), max_buckets=2)
+        manifest = survey(rows, SPEC, buckets=buckets, memo=memo)
+        memo.save()
+        return manifest
+
+    first = bucketed()
+    looks.clear()
+    assert everything(bucketed()) == everything(first)
+    assert not looks
+
+
+def test_what_was_just_written_is_not_trusted_yet(dataset, tmp_path, looks):
+    file = tmp_path / "memo.jsonl"
+    for path in dataset.rglob("*.mp4"):
+        path.touch()
+    ask(dataset, file)
+    looks.clear()
+    ask(dataset, file)
+    assert looks
+
+
+@pytest.mark.parametrize("damage", ["", "nonsense", '["a"]\n', '{"a": 1}\n'])
+def test_a_damaged_memo_only_means_looking_again(old, tmp_path, damage):
+    file = tmp_path / "memo.jsonl"
+    file.write_text(damage)
+    assert everything(ask(old, file)) == everything(survey(read_manifest(old), SPEC))
