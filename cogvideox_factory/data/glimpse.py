@@ -5,14 +5,14 @@ frame and all it is known by afterwards are a few numbers. Every source frame up
 damage inside a file that its header and packets hide is found here, with the reason training would give.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cogvideox_factory.data.container import DEFAULT_LIMITS, Limits
+from cogvideox_factory.data.export import encode_jpeg
 from cogvideox_factory.data.likeness import SIDE, perceptual_hash
 from cogvideox_factory.data.manifest import Clip, Manifest
 from cogvideox_factory.data.ordered import ordered_map
@@ -179,14 +179,33 @@ def contents(manifest: Manifest) -> dict[str, Clip]:
     return firsts
 
 
-def thumbnail(path: Path, *, height: int, width: int, longest: int) -> np.ndarray:
-    """Return the first frame of a clip of this size, uint8 [h, w, 3], the longer side `longest` pixels.
+def thumbnails(
+    clips: Iterable[Clip], *, longest: int = 144, num_workers: int = 2, on_clip: Callable[[], None] | None = None
+) -> dict[int, bytes]:
+    """Return row -> JPEG of the first frame of each surveyed clip, the longer side `longest` pixels.
 
-    Raises:
-        ClipError: it cannot be decoded.
+    A clip that cannot be decoded has none. Choose few clips: all pictures are held in memory, 2 to 8 KB each.
     """
+    chosen = list(clips)
+    pictures = {}
+    for clip, picture in zip(
+        chosen, ordered_map(lambda clip: _thumbnail(clip, longest), chosen, num_workers=num_workers)
+    ):
+        if picture is not None:
+            pictures[clip.row] = picture
+        if on_clip:
+            on_clip()
+    return pictures
+
+
+def _thumbnail(clip: Clip, longest: int) -> bytes | None:
+    height, width = clip.facts["source_height"], clip.facts["source_width"]
+    assert clip.path is not None, f"{clip.name} names no file"
     scale = longest / max(height, width)
     spec = ClipSpec(
         num_frames=1, height=max(1, round(height * scale)), width=max(1, round(width * scale)), fps=1, crop="stretch"
     )  # fmt: skip
-    return read_clip(path, spec).pixels[0]
+    try:
+        return encode_jpeg(read_clip(clip.path, spec).pixels[0])
+    except ClipError:
+        return None

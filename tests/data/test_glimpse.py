@@ -1,12 +1,14 @@
 import shutil
 from functools import partial
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogvideox_factory.data.glimpse import Glimpse, contents, look_closer, scene_cuts, thumbnail
+from cogvideox_factory.data.glimpse import Glimpse, contents, look_closer, scene_cuts, thumbnails
+from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.likeness import MAX_BITS, distances
 from cogvideox_factory.data.manifest import read_manifest
 from cogvideox_factory.data.survey import survey
@@ -119,7 +121,19 @@ def test_a_clip_keeps_its_looks_through_another_size_and_encoder(tmp_path, make_
         assert distances(first.hashes, second.hashes[None])[0] <= MAX_BITS
 
 
-def test_a_thumbnail_keeps_the_shape(dataset):
-    small = thumbnail(dataset / "videos/0.mp4", height=32, width=48, longest=24)
-    assert small.shape == (16, 24, 3)
-    assert small.mean() == pytest.approx(20, abs=3)
+def test_a_thumbnail_keeps_the_shape_and_a_broken_clip_has_none(dataset):
+    manifest = survey(read_manifest(dataset), SPEC)
+    (dataset / "videos/1.mp4").write_bytes(b"gone bad")
+    calls = []
+    pictures = thumbnails(manifest.usable, longest=24, on_clip=partial(calls.append, 1))
+    assert list(pictures) == [1, 3]
+    assert len(calls) == 3
+    (dataset / "small.jpg").write_bytes(pictures[1])
+    info = probe_size(dataset / "small.jpg")
+    assert info == (24, 16)
+    assert read_image(dataset / "small.jpg", 16, 24).mean() == pytest.approx(20, abs=3)
+
+
+def probe_size(path):
+    with av.open(str(path)) as container:
+        return container.streams.video[0].width, container.streams.video[0].height
