@@ -212,6 +212,6 @@ def _near(usable: list[Clip], glimpses: Mapping[str, Glimpse]) -> list[list[int]
     if len(firsts) < 2:
         return []
     hashes = np.stack([glimpses[content].hashes for content in firsts])
-    colours = np.stack([glimpses[content].colour for content in firsts])
+    colours = np.stack([glimpses[content].colours for content in firsts])
     rows = [clip.row for clip in firsts.values()]
     return [[rows[place] for place in group] for group in near_groups(hashes, colours)]

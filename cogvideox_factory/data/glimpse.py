@@ -49,23 +49,24 @@ class Glimpse:
     """Seconds from the start of the clip as trained at which a new scene begins."""
     hashes: np.ndarray
     """uint64 [NUM_HASHED]; see `likeness`."""
-    colour: np.ndarray
-    """Mean of each channel, float64 [3], 0 to 255."""
+    colours: np.ndarray
+    """Mean colour of each of 4 x 4 parts of the hashed frames, uint8 [NUM_HASHED * 48]."""
 
     @classmethod
     def of(cls, pixels: np.ndarray, *, fps: float) -> "Glimpse":
         """Measure uint8 [F, 64, 64, 3] at `fps` frames a second."""
         luma = pixels.astype(np.float32) @ _LUMA  # [F, 64, 64]
         cuts = scene_cuts(pixels, luma)
-        chosen = luma[np.linspace(0, len(luma) - 1, NUM_HASHED).round().astype(int)]
-        grey = chosen.reshape(NUM_HASHED, SIDE, 2, SIDE, 2).mean(axis=(2, 4))
+        chosen = np.linspace(0, len(luma) - 1, NUM_HASHED).round().astype(int)
+        grey = luma[chosen].reshape(NUM_HASHED, SIDE, 2, SIDE, 2).mean(axis=(2, 4))
+        parts = pixels[chosen].reshape(NUM_HASHED, 4, _SIDE // 4, 4, _SIDE // 4, 3).mean(axis=(2, 4))
         return cls(
             motion=_motion(pixels, cuts, fps),
             brightness=float(luma.mean() / 255),
             black_frames=int(((luma < _BLACK).mean(axis=(1, 2)) >= _BLACK_SHARE).sum()),
             scene_cuts=tuple(round(place / fps, 3) for place in cuts),
             hashes=perceptual_hash(grey),
-            colour=pixels.mean(axis=(0, 1, 2)),
+            colours=parts.round().astype(np.uint8).ravel(),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -11,8 +11,8 @@ SIDE = 32
 """Pixels a side of the grey picture that is hashed."""
 MAX_BITS = 24
 """Bits of the 189 of three frames that may differ in clips called alike."""
-MAX_COLOUR = 32.0
-"""Grey levels of 255 by which the mean of a colour channel may differ in clips called alike."""
+MAX_COLOUR = 48.0
+"""Levels of 255 by which the mean colour of any part of the picture may differ in clips called alike."""
 
 _KEPT = 8
 # A wave of amplitude a over the whole picture has the coefficient a * SIDE / 2. Below half a grey level it is noise:
@@ -47,17 +47,22 @@ def near_groups(
 
     Args:
         hashes: uint64 [N, K], K hashed frames a clip.
-        colours: mean of each channel, [N, 3] in levels from 0 to 255; plain pictures differ in nothing else.
+        colours: mean colours of C parts of the pictures, [N, C] in levels from 0 to 255; plain pictures, and the same
+            shape in another colour, differ in nothing else.
         max_bits: most bits of all K hashes together in which clips called alike differ.
-        max_colour: most levels by which a channel's mean differs.
+        max_colour: most levels by which any of the C means differs.
     """
     groups = []
-    left = np.arange(len(hashes))
-    while len(left) > 1:
-        leader, left = left[0], left[1:]
-        near = distances(hashes[leader], hashes[left]) <= max_bits
-        near &= np.abs(colours[left] - colours[leader]).max(axis=1) <= max_colour
-        if near.any():
-            groups.append([int(leader), *left[near].tolist()])
-            left = left[~near]
+    is_free = np.ones(len(hashes), bool)
+    first = np.ascontiguousarray(hashes[:, 0])  # alone it leaves few to compare in full
+    for leader in range(len(hashes) - 1):
+        if not is_free[leader]:
+            continue
+        near = leader + 1 + np.flatnonzero(np.bitwise_count(first[leader + 1 :] ^ first[leader]) <= max_bits)
+        near = near[is_free[near]]
+        near = near[distances(hashes[leader], hashes[near]) <= max_bits]
+        near = near[np.abs(colours[near].astype(np.float32) - colours[leader]).max(axis=1) <= max_colour]
+        if len(near):
+            groups.append([leader, *near.tolist()])
+            is_free[near] = False
     return groups

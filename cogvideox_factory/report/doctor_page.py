@@ -116,6 +116,8 @@ def _numbers(census: Census) -> list[str]:
     charts = []
     for measure in measures:
         counts, edges = measure.histogram()
+        if len(counts) == 1:  # all the same: the table says it
+            continue
         charts.append(html.histogram(counts.tolist(), edges.tolist(), f"{measure.title}, {measure.unit}"))
     sizes = list(census.sizes.items())
     parts = [html.table(rows, ("", "clips", "least", "median", "most")), html.row(charts)]

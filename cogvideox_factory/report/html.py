@@ -34,7 +34,7 @@ figure.thumb { width: 9.2rem; } figure.thumb img, figure.thumb .blank { display:
 figure.thumb .blank { width: 9.2rem; height: 5.2rem; border-radius: .4rem; background: var(--line); }
 figcaption { overflow-wrap: anywhere; font-size: .8rem; line-height: 1.3; margin-top: .3rem; }
 .no { color: var(--before); } .yes { color: var(--good); }
-table { border-collapse: collapse; font-size: .92rem; }
+table { border-collapse: collapse; margin-bottom: 1rem; font-size: .92rem; }
 th, td { text-align: left; padding: .25rem 1.2rem .25rem 0; border-bottom: 1px solid var(--line);
          font-weight: normal; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cogvideox_factory.data.glimpse import Glimpse, contents, look_closer, scene_cuts, thumbnails
 from cogvideox_factory.data.image import read_image
-from cogvideox_factory.data.likeness import MAX_BITS, distances
+from cogvideox_factory.data.likeness import MAX_BITS, distances, near_groups
 from cogvideox_factory.data.manifest import read_manifest
 from cogvideox_factory.data.survey import survey
 from cogvideox_factory.data.timing import ClipSpec
@@ -137,3 +137,15 @@ def test_a_thumbnail_keeps_the_shape_and_a_broken_clip_has_none(dataset):
 def probe_size(path):
     with av.open(str(path)) as container:
         return container.streams.video[0].width, container.streams.video[0].height
+
+
+def test_the_same_shape_in_another_colour_is_another_clip():
+    disc = np.hypot(*np.meshgrid(np.arange(64) - 20, np.arange(64) - 30)) < 12
+    looks = []
+    for colour in ((230, 140, 20), (230, 140, 30), (60, 190, 60)):
+        frames = np.full((9, 64, 64, 3), 120, np.uint8)
+        frames[:, disc] = colour
+        looks.append(Glimpse.of(frames, fps=8))
+    hashes, colours = np.stack([g.hashes for g in looks]), np.stack([g.colours for g in looks])
+    assert near_groups(hashes, colours) == [[0, 1]]
+    assert near_groups(hashes, colours, max_colour=255) == [[0, 1, 2]]

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from cogvideox_factory.data.census import take_census
@@ -45,6 +46,7 @@ def test_a_page_of_clips_is_whole_and_tells_every_state(tmp_path, parse_page):
     for word in ("video.unreadable", "path.missing", "a first clip", "duration, s", "motion", "48x32", "tokens"):
         assert word in found.text, word
     assert "no picture" not in found.text
+    assert page.count("<svg") == sum(np.ptp(m.values) > 0 for m in census.measures.values())
 
 
 def test_text_cannot_become_markup(parse_page):
