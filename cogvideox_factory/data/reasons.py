@@ -37,6 +37,7 @@ REASONS: dict[str, str] = {
     "video.too_large": "too_large",
     "video.too_long": "too_large",
     "video.too_short": "too_short",
+    "image.still": "too_short",
     "latent.nonfinite": "failed",
     "encode.failed": "failed",
 }

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from cogvideox_factory.data.container import DEFAULT_LIMITS, Limits, probe
+from cogvideox_factory.data.container import DEFAULT_LIMITS, Limits
 from cogvideox_factory.data.manifest import Clip, Manifest
 from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.timing import ClipSpec, plan_frames
-from cogvideox_factory.data.video import file_stamp, source_facts
+from cogvideox_factory.data.video import file_stamp, probe_clip, source_facts
 
 _BLOCK = 1 << 20
 
@@ -53,7 +53,7 @@ def look_at(clip: Clip, spec: ClipSpec, *, limits: Limits = DEFAULT_LIMITS) -> C
     try:
         stamp = file_stamp(path)
         clip = replace(clip, content=hash_file(path), stamp=stamp)
-        info = probe(path, limits=limits)
+        info = probe_clip(path, spec, limits=limits)
         clip = replace(clip, facts={**clip.facts, **source_facts(info)})
         plan = plan_frames(info, spec)
         return replace(clip, state=plan.state, facts={**clip.facts, **plan.to_json()})

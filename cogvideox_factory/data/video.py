@@ -24,6 +24,7 @@ from cogvideox_factory.data.container import (
     probe,
 )
 from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.image import is_picture, load_picture, probe_picture
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.resize import Fit, Resizer
 from cogvideox_factory.data.timing import ClipSpec, FramePlan, plan_frames
@@ -52,6 +53,25 @@ class DecodedClip:
         return source_facts(self.info) | self.plan.to_json()
 
 
+def probe_clip(path: Path, spec: ClipSpec, *, limits: Limits = DEFAULT_LIMITS) -> VideoInfo:
+    """Describe a video, or a picture as a clip of one frame.
+
+    Raises:
+        ClipError: with the reason the clip cannot be used; `image.still` for a picture where clips have more frames.
+    """
+    path = Path(path)
+    if not is_picture(path):
+        return probe(path, limits=limits)
+    info = probe_picture(path)
+    if spec.num_frames > 1:  # also where short clips are padded: a frozen picture would teach stillness
+        raise ClipError(
+            "image.still",
+            f"{path.name} is a picture and clips have {spec.num_frames} frames; pictures are for runs of one frame "
+            "(data.num_frames=1)",
+        )
+    return info
+
+
 def source_facts(info: VideoInfo) -> dict[str, Any]:
     """Return the facts of a source that a report keeps."""
     facts: dict[str, Any] = {
@@ -61,6 +81,8 @@ def source_facts(info: VideoInfo) -> dict[str, Any]:
         "source_width": info.width,
         "codec": info.codec,
     }
+    if info.still:  # it has no rate, and 1 would be taken for one
+        del facts["source_fps"]
     notes = {
         "rotation": info.rotation,
         "mirrored": info.mirrored,
@@ -88,7 +110,7 @@ def read_clip(
         path: the file.
         spec: frames, size, rate and policies.
         rng: draws the place of a random crop.
-        info: what `probe` said of this file, to save reading its packets again.
+        info: what `probe_clip` said of this file, to save reading its packets again.
         stamp: (size, mtime in ns) the file had when it was hashed; another one now is an error.
         limits: see `probe`.
 
@@ -97,7 +119,7 @@ def read_clip(
     """
     path = Path(path)
     before = stamp or file_stamp(path)
-    info = info or probe(path, limits=limits)
+    info = info or probe_clip(path, spec, limits=limits)
     plan = plan_frames(info, spec)
     fit = Fit.of(info.height, info.width, spec.height, spec.width, crop=spec.crop, rng=rng)
     resize = Resizer(fit, spec.height, spec.width, rotation=info.rotation, mirrored=info.mirrored)
@@ -125,6 +147,9 @@ def file_stamp(path: Path) -> tuple[int, int]:
 
 def _chosen_frames(info: VideoInfo, indices: np.ndarray) -> Iterator[tuple[int, VideoFrame]]:
     """Decode up to the last of `indices` and yield (index, frame) of each one once, in order."""
+    if info.still:
+        yield 0, load_picture(info.path)[0]
+        return
     wanted = sorted(set(indices.tolist()))
     by_stamp = {info.pts[index]: index for index in wanted} if info.pts else None
     found = 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cogvideox_factory.cli import main
-from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.export import export_to_video, write_png
 from cogvideox_factory.tiny.world import random_scene, render
 
 SIZE = ("--data.num-frames", "9", "--data.height", "32", "--data.width", "32", "--data.fps", "8")
@@ -135,3 +135,21 @@ def test_nothing_usable_leaves_no_clean_list(clips, tmp_path, capsys):
     assert doctor("--data.root", clips, *SIZE, "--fix", tmp_path / "clean.jsonl") == 3
     assert "not written" in capsys.readouterr().out
     assert not (tmp_path / "clean.jsonl").exists()
+
+
+def test_a_hub_folder_of_pictures(tmp_path, capsys):
+    for index in range(3):
+        frame = render(random_scene(5, index), num_frames=1, height=48, width=64, fps=8)[0]
+        write_png(tmp_path / f"{index}.png", frame)
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n0.png,a\n1.png,b\n2.png,c\n")
+    words = ("--data.root", tmp_path, "--model.path", "tiny-t2v", "--data.num-frames", "1")
+    files = ("--html", tmp_path / "r.html", "--json", tmp_path / "r.json", "--fix", tmp_path / "clean.jsonl")
+    assert doctor(*words, *files) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["counts"] == {"used": 3}
+    assert not {"motion", "duration", "fps"} & set(report["statistics"])
+    assert "'file_name'" in capsys.readouterr().out
+    assert (tmp_path / "r.html").read_text().count("data:image/jpeg") == 3
+    assert doctor(*words, "--data.table", "clean.jsonl", "--data.strict", "True") == 0
+    assert doctor("--data.root", tmp_path, *SIZE, "--json", tmp_path / "r.json") == 3
+    assert json.loads((tmp_path / "r.json").read_text())["counts"] == {"too_short": 3}
