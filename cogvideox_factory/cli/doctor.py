@@ -172,7 +172,10 @@ def _write_clean(found: Examination, config: Config, file: Path) -> None:
     )  # fmt: skip
     inside = file.resolve().is_relative_to(root.resolve())
     table = file.resolve().relative_to(root.resolve()) if inside else file.resolve()
-    say(f"clean list: {file}, {count} of {len(found.manifest.clips)} rows. To use it: --data.table {table}")
+    say(
+        f"clean list: {file}, {count} of {len(found.manifest.clips)} rows. To use it: --data.root {root} "
+        f"--data.table {table}"
+    )
 
 
 def _source(config: Config) -> Source:

@@ -119,7 +119,7 @@ def test_the_clean_list_gives_only_usable_clips(clips, tmp_path, capsys):
     before = {path: path.read_bytes() for path in clips.iterdir()}
     words = ("--data.root", clips, *SIZE, "--data.trigger-word", "sks", "--json", tmp_path / "r.json")
     assert doctor(*words, "--fix", clips / "clean.jsonl") == 3  # three of six lost is too much, but mended
-    assert "--data.table clean.jsonl" in capsys.readouterr().out
+    assert f"--data.root {clips} --data.table clean.jsonl" in capsys.readouterr().out
     assert doctor(*words, "--data.table", "clean.jsonl", "--data.strict", "True") == 0
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["counts"] == {"used": 3}
