@@ -41,11 +41,11 @@ class Data(_Section):
     root: str = ""
     """Folder that holds the clips; every path in a list is relative to it and must stay inside."""
     table: str | None = None
-    """CSV or JSONL file (relative to root) with one row a clip."""
+    """CSV, TSV, JSONL or Parquet file (relative to root) with one row a clip."""
     caption_column: str = "caption"
     """Column of the table that holds the caption."""
     video_column: str = "video"
-    """Column of the table that holds the clip's path."""
+    """Column of the table that holds the clip's path; where there is none, `file_name` (Hugging Face) is taken."""
     captions: str | None = None
     """Text file with one caption a line; needs `videos`."""
     videos: str | None = None

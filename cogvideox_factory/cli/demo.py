@@ -89,8 +89,9 @@ def _run_stages(ask: Demo, out: Path, concept: str) -> dict[str, dict[str, float
     write_recipe(recipe, config)
     seconds["draw"] = time.monotonic() - begun
     with stage("doctor", 0):
-        manifest = doctor.examine(config)
-        doctor.print_table(manifest)
+        found = doctor.examine(config)
+        doctor.print_tables(found)
+        manifest = found.manifest
         manifest.require_good(strict=True)
 
     from cogvideox_factory.evaluate import read_video

@@ -1,6 +1,8 @@
 """`cogvideox doctor`: what is in a data set and what would become of each clip, before any long work."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -9,21 +11,30 @@ from pydantic import BaseModel, ConfigDict
 
 from cogvideox_factory.cli.settings import parse_with
 from cogvideox_factory.config import Config
+from cogvideox_factory.data.buckets import Bucket, count_table
+from cogvideox_factory.data.caption_tokens import token_counter
+from cogvideox_factory.data.census import Census, take_census, with_tokens
+from cogvideox_factory.data.clean_list import require_free, write_clean_list
+from cogvideox_factory.data.glimpse import Glimpse, contents, look_closer, thumbnails
 from cogvideox_factory.data.manifest import Manifest, Source, read_manifest
-from cogvideox_factory.data.survey import survey
+from cogvideox_factory.data.survey import find_buckets, survey
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import console, progress_bar, say
 from cogvideox_factory.models import PUBLISHED, TransformerConfig
 from cogvideox_factory.publish import publish_text
+from cogvideox_factory.report import doctor_page
+from cogvideox_factory.report.remarks import remarks
 from cogvideox_factory.shapes import clip_shape
-from cogvideox_factory.weights import resolve_model
+from cogvideox_factory.weights import EMBEDDED, resolve_model
 
 DESCRIPTION = """Look at every clip of a data set: counts that add up, one named state a clip, the reason where one
-cannot be used. Sizes, frames and frame rate are those of the settings, or of the model they name. Nothing is changed;
-no framework is loaded. With data.strict any loss ends in exit code 3."""
+cannot be used; durations, sizes, motion, black frames, scene cuts, clips that look alike; captions that are empty,
+repeated or too long. Sizes, frames and frame rate are those of the settings, or of the model they name; a model folder
+with a tokenizer also tells how many tokens are cut. Nothing is changed; no framework is loaded. With data.strict any
+loss ends in exit code 3."""
 
-SECTIONS = ("model", "data")
+SECTIONS = ("model", "data", "text")
 
 
 class Doctor(BaseModel):
@@ -32,52 +43,168 @@ class Doctor(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
-    """Write the whole report here: total, counts, one entry a clip."""
+    """Write the whole report here: total, counts, one entry a clip, statistics."""
+    html_file: Annotated[str | None, tyro.conf.arg(name="html")] = None
+    """Write one self-contained page here: counts, reasons, histograms, pictures of the clips."""
+    fix: str | None = None
+    """Write a clean list here, a new .jsonl file with the clips that can be used; `--data.table` reads it. Nothing else
+    is touched."""
+    quick: bool = False
+    """Decode no frames: no motion, black frames, scene cuts or likeness, and damage inside a file is not found."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Examination:
+    """What was found."""
+
+    manifest: Manifest
+    census: Census
+    spec: ClipSpec
+    skipped: tuple[str, ...]
+    """What was not looked at, and why."""
+
+    @property
+    def buckets(self) -> dict[str, int]:
+        """Clips of each bucket, where a run has several."""
+        clips = self.manifest.usable
+        return count_table(Bucket.parse(clip.facts["bucket"]) for clip in clips if "bucket" in clip.facts)
+
+    def to_json(self) -> dict:
+        """Return the whole report."""
+        more = {"skipped": list(self.skipped), "buckets": self.buckets}
+        return self.manifest.to_json() | self.census.to_json() | more
 
 
 def run(argv: list[str]) -> None:
-    """Examine, print the table, write the report."""
+    """Examine, print the tables, write what was asked for."""
     config, ask = parse_with("doctor", argv, sections=SECTIONS, description=DESCRIPTION, own=Doctor)
-    manifest = examine(config)
-    print_table(manifest)
+    if ask.fix:
+        require_free(Path(ask.fix))  # said before the long look, not after
+    found = examine(config, quick=ask.quick)
+    print_tables(found)
     if ask.json_file:
-        publish_text(Path(ask.json_file), json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n")
+        publish_text(Path(ask.json_file), json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n")
         say(f"report: {ask.json_file}")
-    manifest.require_good(strict=config.data.strict, max_bad=config.data.max_bad)
+    if ask.html_file:
+        publish_text(Path(ask.html_file), _page(found))
+        say(f"page: {ask.html_file}")
+    if ask.fix:
+        _write_clean(found, config, Path(ask.fix))
+    found.manifest.require_good(strict=config.data.strict, max_bad=config.data.max_bad)
 
 
-def examine(config: Config) -> Manifest:
-    """Return every row of the data set with its state.
+def examine(config: Config, *, quick: bool = False) -> Examination:
+    """Return every row of the data set with its state, and what all of them are like.
 
     Raises:
         FactoryError: no data named, or no size to bring clips to.
         DataError: the list of clips itself cannot be read.
     """
     data = config.data
-    if not data.root:
-        raise FactoryError("which clips? give --data.root FOLDER")
-    source = Source.choose(
-        Path(data.root), table=data.table, captions=data.captions, videos=data.videos,
-        caption_column=data.caption_column, video_column=data.video_column,
-    )  # fmt: skip
+    source = _source(config)
     spec = _clip_spec(config)
-    rows = read_manifest(source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
-    with progress_bar("reading clips", len(rows.usable)) as advance:
-        return survey(rows, spec, on_clip=lambda clip: advance())
+    skipped = []
+    manifest = read_manifest(source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
+    buckets = find_buckets(data.buckets, manifest.usable, spec, max_buckets=data.max_buckets, seed=config.run.seed)
+    with progress_bar("reading clips", len(manifest.usable)) as advance:
+        manifest = survey(manifest, spec, buckets=buckets, on_clip=lambda clip: advance())
+    glimpses: Mapping[str, Glimpse] | None = None
+    if quick:
+        skipped.append("frames, as --quick asks: no motion, black frames, scene cuts, likeness, or damage inside files")
+    else:
+        with progress_bar("looking at frames", len(contents(manifest))) as advance:
+            manifest, glimpses = look_closer(manifest, spec, on_content=advance)
+    max_tokens = None
+    folder = _model_folder(config)
+    count = token_counter(folder) if folder else None
+    if count:
+        max_tokens = config.text.max_sequence_length or _transformer_config(config).max_text_seq_length
+        manifest = with_tokens(manifest, count, max_tokens)
+    else:
+        skipped.append("how many tokens captions have: that takes a model folder with a tokenizer (--model.path)")
+    census = take_census(manifest, glimpses, max_tokens=max_tokens)
+    return Examination(manifest=manifest, census=census, spec=spec, skipped=tuple(skipped))
 
 
-def print_table(manifest: Manifest) -> None:
-    """Print the counts and every clip that is lost, with its reason."""
+def print_tables(found: Examination) -> None:
+    """Print the counts, the numbers, what is worth knowing, and every clip that is lost, with its reason."""
     from rich.table import Table
 
+    manifest, census = found.manifest, found.census
     counts = Table("state", "clips", title=manifest.source, title_justify="left")
     for state, count in manifest.counts().items():
         counts.add_row(state, str(count))
     counts.add_section()
     counts.add_row("total", str(len(manifest.clips)))
     console.print(counts)
+    if census.measures:
+        numbers = Table("", "clips", "least", "median", "most")
+        for measure in census.measures.values():
+            low, high = measure.values.min(), measure.values.max()
+            name = f"{measure.title}, {measure.unit}"
+            numbers.add_row(name, str(len(measure.values)), *(f"{v:.4g}" for v in (low, measure.median, high)))
+        console.print(numbers)
+    if found.buckets:
+        shapes = Table("bucket (frames x height x width)", "clips")
+        for key, count in found.buckets.items():
+            shapes.add_row(key, str(count))
+        console.print(shapes)
+    if census.sizes:
+        sizes = [f"{size} ({count})" for size, count in list(census.sizes.items())[:8]]
+        more = f", and {len(census.sizes) - 8} others" if len(census.sizes) > 8 else ""
+        say(f"  sizes: {', '.join(sizes)}{more}")
+    for title, text in remarks(manifest, census):
+        say(f"  {title}: {text}")
     for line in manifest.report()[1:]:
         say(line)
+    for reason in found.skipped:
+        say(f"  not looked at: {reason}")
+
+
+def _page(found: Examination) -> str:
+    manifest = found.manifest
+    rows = set(doctor_page.rows_to_show(manifest, found.census))
+    shown = [clip for clip in manifest.usable if clip.row in rows]
+    with progress_bar("drawing the page", len(shown)) as advance:
+        pictures = thumbnails(shown, on_clip=advance)
+    return doctor_page.render(
+        doctor_page.Findings(
+            manifest=manifest,
+            census=found.census,
+            spec=found.spec,
+            pictures=pictures,
+            skipped=found.skipped,
+            buckets=found.buckets,
+        )
+    )
+
+
+def _write_clean(found: Examination, config: Config, file: Path) -> None:
+    data = config.data
+    if not found.manifest.usable:
+        say(f"clean list: not written, no clip is left for {file}")
+        return
+    root = _source(config).root
+    count = write_clean_list(
+        found.manifest, file, root=root, caption_column=data.caption_column, video_column=data.video_column,
+        trigger_word=data.trigger_word,
+    )  # fmt: skip
+    inside = file.resolve().is_relative_to(root.resolve())
+    table = file.resolve().relative_to(root.resolve()) if inside else file.resolve()
+    say(
+        f"clean list: {file}, {count} of {len(found.manifest.clips)} rows. To use it: --data.root {root} "
+        f"--data.table {table}"
+    )
+
+
+def _source(config: Config) -> Source:
+    data = config.data
+    if not data.root:
+        raise FactoryError("which clips? give --data.root FOLDER")
+    return Source.choose(
+        Path(data.root), table=data.table, captions=data.captions, videos=data.videos,
+        caption_column=data.caption_column, video_column=data.video_column,
+    )  # fmt: skip
 
 
 def _clip_spec(config: Config) -> ClipSpec:
@@ -108,3 +235,10 @@ def _transformer_config(config: Config) -> TransformerConfig:
         if config.model.path == facts.hub_id and not Path(config.model.path).is_dir():
             return facts.transformer  # nothing is downloaded for a look at clips
     return TransformerConfig.from_folder(resolve_model(config.model.path) / "transformer")
+
+
+def _model_folder(config: Config) -> Path | None:
+    """Return the folder of the model where it lies on this machine; nothing is downloaded for a look at clips."""
+    path = config.model.path
+    is_here = path in EMBEDDED or (path and Path(path).expanduser().is_dir())
+    return resolve_model(path) if is_here else None

@@ -18,7 +18,7 @@ sides are multiples of 16 is kept, and frames are counted after resampling.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import log, sqrt
@@ -309,17 +309,34 @@ def auto_buckets(sources: Iterable[Source], *, native: Bucket, max_buckets: int)
         native: the size and length the model was made for.
         max_buckets: more are only kept when joining further would leave clips without a bucket.
     """
-    wishes = Counter(wish for source in sources if (wish := _wish(source, native)))
+    wishes: dict[Bucket, _Wish] = {}
+    for source in sources:
+        if bucket := _wish(source, native):
+            wishes[bucket] = wishes.get(bucket, _Wish(0, source)).joined(_Wish(1, source))
     while len(wishes) > max_buckets:
-        for rare in sorted(wishes, key=lambda bucket: (wishes[bucket], bucket)):
-            hosts = [bucket for bucket in wishes if bucket != rare and _fits(bucket, Source(*rare))]
+        for rare in sorted(wishes, key=lambda bucket: (wishes[bucket].count, bucket)):
+            hosts = [bucket for bucket in wishes if bucket != rare and _fits(bucket, wishes[rare].least)]
             if hosts:
-                wishes[min(hosts, key=lambda bucket: (_distance(bucket, Source(*rare)), bucket))] += wishes.pop(rare)
+                host = min(hosts, key=lambda bucket: (_distance(bucket, Source(*rare)), bucket))
+                wishes[host] = wishes[host].joined(wishes.pop(rare))
                 break
         else:
             break
     rule = json.dumps({"auto": list(native), "max_buckets": max_buckets})
     return AutoBuckets(buckets=tuple(sorted(wishes)), rule=rule)
+
+
+class _Wish(NamedTuple):
+    """The clips that ask for one bucket."""
+
+    count: int
+    least: Source
+    """The fewest frames and the smallest picture among them."""
+
+    def joined(self, other: "_Wish") -> "_Wish":
+        smaller = min(self.least, other.least, key=lambda source: source.height * source.width)
+        frames = min(self.least.num_frames, other.least.num_frames)
+        return _Wish(self.count + other.count, smaller._replace(num_frames=frames))
 
 
 def _wish(source: Source, native: Bucket) -> Bucket | None:
@@ -330,7 +347,12 @@ def _wish(source: Source, native: Bucket) -> Bucket | None:
         return None
     ratio = min(max(source.height / source.width, _RATIOS[0]), 1 / _RATIOS[0])
     area = min(native.height * native.width, source.height * source.width)
-    return Bucket(max(fitting), _rounded(sqrt(area * ratio)), _rounded(sqrt(area / ratio)))
+    bucket = Bucket(max(fitting), _rounded(sqrt(area * ratio)), _rounded(sqrt(area / ratio)))
+    if _fits(bucket, source):
+        return bucket
+    sides = (max(MULTIPLE, int(side) // MULTIPLE * MULTIPLE) for side in (sqrt(area * ratio), sqrt(area / ratio)))
+    bucket = Bucket(bucket.num_frames, *sides)
+    return bucket if _fits(bucket, source) else None
 
 
 def _fits(bucket: Bucket, source: Source) -> bool:
@@ -356,7 +378,7 @@ def balanced_batches(costs: Mapping[Bucket, float], *, batch_size: int, native_c
     return {bucket: max(1, int(batch_size * native_cost / cost)) for bucket, cost in costs.items()}
 
 
-def count_table(chosen: Iterable[Bucket], batch_sizes: Mapping[Bucket, int]) -> list[Sequence[Any]]:
-    """Return (key, clips, clips a step) of each bucket in use, largest first."""
+def count_table(chosen: Iterable[Bucket]) -> dict[str, int]:
+    """Return the clips of each bucket in use, longest and largest first."""
     counts = Counter(chosen)
-    return [(b.key, counts[b], batch_sizes.get(b, 0)) for b in sorted(counts, reverse=True)]
+    return {bucket.key: counts[bucket] for bucket in sorted(counts, reverse=True)}

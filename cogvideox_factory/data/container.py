@@ -86,6 +86,8 @@ class VideoInfo:
     """Resolution of `times`."""
     pts: tuple[int, ...] | None = field(repr=False, compare=False)
     """Presentation stamp of each frame in stream units; None when the container has none and frames count."""
+    still: bool = False
+    """Whether this is a picture: one frame, and no rate or duration that means anything."""
 
 
 @contextmanager
@@ -204,9 +206,7 @@ def _describe(
     tick: float,
     pts: tuple[int, ...] | None,
 ) -> VideoInfo:
-    if frame.color_trc in _HDR_TRANSFERS:
-        name = _HDR_TRANSFERS[frame.color_trc]
-        raise ClipError("video.hdr", f"{path.name} is HDR ({name}) and would look washed out; convert it to SDR first")
+    refuse_hdr(frame, path.name)
     rotation, mirrored = orientation(frame, path.name)
     aspect = float(stream.sample_aspect_ratio or 1)
     size = (round(frame.width * aspect), frame.height)
@@ -223,6 +223,16 @@ def _describe(
         has_alpha=has_alpha(frame), interlaced=bool(frame.interlaced_frame),
         times=times, tick_seconds=tick, pts=pts,
     )  # fmt: skip
+
+
+def refuse_hdr(frame: VideoFrame, name: str) -> None:
+    """Raise `video.hdr` for a frame in a transfer curve that needs tone mapping.
+
+    Raises:
+        ClipError: it is PQ or HLG.
+    """
+    if curve := _HDR_TRANSFERS.get(frame.color_trc or 0):
+        raise ClipError("video.hdr", f"{name} is HDR ({curve}) and would look washed out; convert it to SDR first")
 
 
 def has_alpha(frame: VideoFrame) -> bool:

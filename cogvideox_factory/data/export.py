@@ -114,13 +114,27 @@ def to_uint8(picture: Any) -> np.ndarray:
 def write_png(path: Path | str, pixels: np.ndarray) -> Path:
     """Write uint8 [H, W, 3] (or floats in [0, 1]) as PNG and return the path."""
     path = Path(path)
-    picture = to_uint8(pixels)
-    encoder = av.CodecContext.create("png", "w")
-    assert isinstance(encoder, av.VideoCodecContext)
-    encoder.width, encoder.height, encoder.pix_fmt = picture.shape[1], picture.shape[0], "rgb24"
-    encoder.time_base = Fraction(1)
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-    data = b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
+    data = _encode_picture(to_uint8(pixels), "png", "rgb24", {})
     with publish_file(path) as temporary:
         temporary.write_bytes(data)
     return path
+
+
+def encode_jpeg(pixels: np.ndarray) -> bytes:
+    """Return uint8 [H, W, 3] (or floats in [0, 1]) as a JPEG of middling quality, for thumbnails."""
+    return _encode_picture(to_uint8(pixels), "mjpeg", "yuvj420p", {"qmin": "5", "qmax": "5"})
+
+
+def _encode_picture(picture: np.ndarray, codec: str, pixel_format: str, options: dict[str, str]) -> bytes:
+    encoder = av.CodecContext.create(codec, "w")
+    assert isinstance(encoder, av.VideoCodecContext)
+    encoder.width, encoder.height, encoder.pix_fmt = picture.shape[1], picture.shape[0], pixel_format
+    encoder.time_base, encoder.options = Fraction(1), options
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    if pixel_format != "rgb24":  # a JPEG without a profile is BT.601 at full range
+        frame = frame.reformat(
+            format=pixel_format, dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.JPEG,
+            interpolation=_FILTER, threads=1,
+        )  # fmt: skip
+        frame.pts = 0
+    return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])

@@ -1,4 +1,5 @@
-"""Reading one picture: PNG, JPEG, WebP or BMP, upright, in RGB, covered and cropped to a size."""
+"""Reading one picture: PNG, JPEG, WebP or BMP, upright, in RGB, covered and cropped to a size; and as a clip of one
+frame."""
 
 import io
 import struct
@@ -11,7 +12,7 @@ import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 
-from cogvideox_factory.data.container import orientation
+from cogvideox_factory.data.container import VideoInfo, has_alpha, orientation, refuse_hdr
 from cogvideox_factory.data.reasons import ClipError, printable
 from cogvideox_factory.data.resize import Fit, Resizer
 from cogvideox_factory.errors import DataError
@@ -19,6 +20,7 @@ from cogvideox_factory.errors import DataError
 _FORMATS = "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
 _MAX_BYTES = 256 * 2**20
 _MAX_PIXELS = 120_000_000
+_HEAD = 1 << 16
 # EXIF orientation (tag 0x0112) -> (degrees counter-clockwise, mirrored first).
 _EXIF = {1: (0, False), 2: (0, True), 3: (180, False), 4: (180, True), 5: (90, True), 6: (270, False),
          7: (270, True), 8: (90, False)}  # fmt: skip
@@ -44,21 +46,68 @@ def read_image(
     path = Path(path)
     shown = printable(str(path))
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise DataError(f"{shown} has more than {_MAX_BYTES >> 20} MiB; give a smaller picture.")
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{shown} cannot be read: {error.strerror or error}. Check the name and its rights.") from error
-    try:
-        frame = _decode(data)
-        rotation, mirrored = _orientation(data, frame, shown)
-    except av.error.FFmpegError as error:
-        raise DataError(f"{shown} is no picture that can be read (PNG, JPEG, WebP, BMP).") from error
+        frame, rotation, mirrored = load_picture(path)
     except ClipError as error:
         raise DataError(f"{shown}: {error.message}.") from error
     size = (frame.width, frame.height) if rotation % 180 else (frame.height, frame.width)
     fit = Fit.of(*size, height, width, crop=crop, rng=rng)
     return np.ascontiguousarray(Resizer(fit, height, width, rotation=rotation, mirrored=mirrored)(frame))
+
+
+def is_picture(path: Path) -> bool:
+    """Tell whether a file begins as a PNG, JPEG or WebP does; its name says nothing."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError:  # whoever opens it next says what is wrong
+        return False
+    return head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
+
+
+def probe_picture(path: Path) -> VideoInfo:
+    """Describe a picture as a clip of one frame that lasts a second.
+
+    Raises:
+        ClipError: it cannot be read, or moves.
+    """
+    frame, rotation, mirrored = load_picture(path)
+    refuse_hdr(frame, path.name)
+    height, width = (frame.width, frame.height) if rotation % 180 else (frame.height, frame.width)
+    return VideoInfo(
+        path=path, codec="picture", pixel_format=frame.format.name, width=width, height=height, fps=1.0,
+        num_frames=1, duration_seconds=1.0, rotation=rotation, mirrored=mirrored, sample_aspect_ratio=1.0,
+        bit_depth=max(component.bits for component in frame.format.components), has_alpha=has_alpha(frame),
+        interlaced=False, variable_rate=False, times=np.zeros(1), tick_seconds=0.0, pts=None, still=True,
+    )  # fmt: skip
+
+
+def load_picture(path: Path) -> tuple[VideoFrame, int, bool]:
+    """Decode a picture; return (frame, degrees counter-clockwise that bring it upright, mirrored before that).
+
+    Raises:
+        ClipError: gone, too large, damaged, animated, or no picture.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ClipError("video.too_large", f"it has more than {_MAX_BYTES >> 20} MiB; give a smaller picture")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ClipError("path.missing", f"it cannot be read: {error.strerror or error}; check the name") from error
+    if _is_animated(data):
+        raise ClipError("video.codec", "it is an animated picture; convert it to MP4")
+    try:
+        frame = _decode(data)
+    except av.error.FFmpegError as error:
+        raise ClipError("video.unreadable", "it is no picture that can be read (PNG, JPEG, WebP, BMP)") from error
+    rotation, mirrored = _orientation(data, frame, path.name)
+    return frame, rotation, mirrored
+
+
+def _is_animated(data: bytes) -> bool:
+    """Look for APNG's control chunk before the pixels and for the flag of an animated WebP."""
+    if data[8:16] == b"WEBPVP8X":
+        return bool(data[20:21] and data[20] & 2)
+    return data[:4] == b"\x89PNG" and 0 <= data.find(b"acTL", 0, _HEAD) < data.find(b"IDAT")
 
 
 def _decode(data: bytes) -> VideoFrame:
@@ -68,7 +117,8 @@ def _decode(data: bytes) -> VideoFrame:
         context = stream.codec_context
         if context.width * context.height > _MAX_PIXELS:
             raise ClipError("video.too_large", f"{context.width}x{context.height} pixels are more than {_MAX_PIXELS}")
-        context.options = {"err_detect": "explode", "max_pixels": str(_MAX_PIXELS)}
+        # Without crccheck a flipped bit in a PNG's pixels can pass.
+        context.options = {"err_detect": "crccheck+explode", "max_pixels": str(_MAX_PIXELS)}
         frame = next(container.decode(stream), None)
     if frame is None or frame.is_corrupt:
         raise ClipError("video.corrupt", "the picture is damaged")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from cogvideox_factory.data.parquet import read_parquet
 from cogvideox_factory.data.paths import PathResolver
 from cogvideox_factory.data.reasons import PENDING, STATES, USABLE, ClipError, printable
 from cogvideox_factory.data.rows import Row, Rows, read_csv, read_folder, read_jsonl, read_two_lists
@@ -21,9 +22,10 @@ from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.errors import DataError
 
 log = logging.getLogger(__name__)
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+_READERS = {".csv": read_csv, ".tsv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
+TABLE_SUFFIXES = tuple(_READERS)
 _LISTS = (("prompts.txt", "prompt.txt", "captions.txt"), ("videos.txt",))
-_TABLES = ("metadata.jsonl", "metadata.csv")
+_TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _MAX_PRINTED = 20
 
 
@@ -169,7 +171,7 @@ class Source:
     root: Path
     """Folder that holds the clips; paths in lists are relative to it."""
     table: str | None = None
-    """CSV, TSV or JSONL file, relative to the root."""
+    """CSV, TSV, JSONL or Parquet file, relative to the root."""
     captions: str | None = None
     """Text file with one caption a line, relative to the root; goes with `videos`."""
     videos: str | None = None
@@ -183,7 +185,8 @@ class Source:
         """Find the layout of a folder (or take a table file as it is).
 
         Two lists (`prompts.txt` or `prompt.txt` with `videos.txt`) come before `metadata.jsonl`,
-        `metadata.csv` and captions beside the clips; what else is there and is not read is noted.
+        `metadata.csv`, `metadata.parquet` (Hugging Face's names) and captions beside the clips; what else is
+        there and is not read is noted.
 
         Raises:
             DataError: no such folder, or two caption lists that differ.
@@ -206,7 +209,8 @@ class Source:
             return replace(found, captions=captions[0], videos=videos[0], notes=notes)
         if tables:
             return replace(found, table=tables[0], notes=_unread(tables[1:]))
-        return found
+        splits = sorted(path.relative_to(root).as_posix() for name in _TABLES for path in root.glob(f"*/{name}"))
+        return replace(found, notes=_unread(splits))
 
     @classmethod
     def choose(
@@ -268,12 +272,12 @@ def read_manifest(
 
 
 def _read_rows(source: Source) -> Rows:
-    columns = {"caption_column": source.caption_column, "video_column": source.video_column}
     if source.table:
         path = source.root / source.table
-        if path.suffix.lower() not in TABLE_SUFFIXES:
+        reader = _READERS.get(path.suffix.lower())
+        if reader is None:
             raise DataError(f"{path} is no table that can be read. Use one of {', '.join(TABLE_SUFFIXES)}.")
-        return read_jsonl(path, **columns) if path.suffix.lower() == ".jsonl" else read_csv(path, **columns)
+        return reader(path, caption_column=source.caption_column, video_column=source.video_column)
     if source.captions and source.videos:
         return read_two_lists(source.root / source.captions, source.root / source.videos)
     if source.captions or source.videos:

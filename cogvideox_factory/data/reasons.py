@@ -38,6 +38,7 @@ REASONS: dict[str, str] = {
     "video.too_long": "too_large",
     "video.too_short": "too_short",
     "bucket.none": "no_bucket",
+    "image.still": "too_short",
     "latent.nonfinite": "failed",
     "encode.failed": "failed",
 }

@@ -1,4 +1,4 @@
-"""Reading lists of clips: two text lists, CSV, JSONL, or captions beside the clips.
+"""Reading lists of clips: two text lists, CSV, TSV, JSONL, or captions beside the clips (Parquet: `parquet.py`).
 
 Text is UTF-8 and strict: a byte that is not is an error with its place, never a replacement character. Lines
 end at `\\n` only (`\\r\\n` accepted); other separators Unicode knows, such as U+2028, belong to the caption.
@@ -9,7 +9,7 @@ after it.
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from cogvideox_factory.data.reasons import printable
 from cogvideox_factory.errors import DataError, nearest
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+HUB_COLUMN = "file_name"
+"""What the metadata tables of Hugging Face data sets call the column that names the file."""
 _CSV_FIELD_LIMIT = 1_000_000
 
 
@@ -26,7 +29,8 @@ class Row:
     """One row as it was written; `code` is set when it cannot be used whatever it names."""
 
     line: int
-    """1-based physical line (for clips with a caption file beside them: 1-based place in the sorted list)."""
+    """1-based physical line (clips with a caption file beside them: 1-based place in the sorted list; Parquet: 1-based
+    row)."""
     video: str = ""
     caption: str = ""
     code: str | None = None
@@ -127,6 +131,7 @@ def read_csv(path: Path, *, caption_column: str, video_column: str) -> Rows:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     rows: list[Row] = []
+    notes: tuple[str, ...] = ()
     header: list[str] | None = None
     start = 1
     try:
@@ -136,7 +141,7 @@ def read_csv(path: Path, *, caption_column: str, video_column: str) -> Rows:
                 continue
             if header is None:
                 header = [name.strip() for name in fields]
-                _check_columns(path, header, (caption_column, video_column))
+                video_column, notes = choose_columns(path, header, caption_column, video_column)
             elif len(fields) != len(header):
                 detail = f"{len(fields)} values for {len(header)} columns ({', '.join(header)})"
                 rows.append(Row(line=line, code="row.malformed", detail=detail))
@@ -147,7 +152,25 @@ def read_csv(path: Path, *, caption_column: str, video_column: str) -> Rows:
         raise DataError(f"{path}, line {reader.line_num}: {error}. Quote values that hold quotes or commas.") from error
     if header is None:
         raise DataError(f"{path} is empty; its first line must name the columns.")
-    return Rows(rows=rows)
+    return Rows(rows=rows, notes=notes)
+
+
+def choose_columns(
+    path: Path, columns: Sequence[str], caption_column: str, video_column: str
+) -> tuple[str, tuple[str, ...]]:
+    """Check that a table has its two columns; return (the video column, notes).
+
+    `file_name`, as in the metadata of a Hugging Face data set, stands in for a video column that is not there.
+
+    Raises:
+        DataError: a column is missing or there twice.
+    """
+    notes: tuple[str, ...] = ()
+    if video_column not in columns and HUB_COLUMN in columns:
+        notes = (f"no column {printable(video_column)!r}: clips are taken from {HUB_COLUMN!r}",)
+        video_column = HUB_COLUMN
+    _check_columns(path, columns, (caption_column, video_column))
+    return video_column, notes
 
 
 def _check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
@@ -168,33 +191,43 @@ def read_jsonl(path: Path, *, caption_column: str, video_column: str) -> Rows:
     Raises:
         DataError: no row at all has the columns.
     """
-    rows: list[Row] = []
+    parsed: list[tuple[int, dict[str, Any] | str]] = []
     columns: dict[str, None] = {}
     for line, text in enumerate(read_lines(path), start=1):
         if text.strip():
-            rows.append(_json_row(line, text, caption_column, video_column, columns))
-    for name in (caption_column, video_column):
-        if columns and name not in columns:
-            _check_columns(path, list(columns), (name,))
-    return Rows(rows=rows)
+            values = _json_object(text)
+            parsed.append((line, values))
+            columns.update(dict.fromkeys(values) if isinstance(values, dict) else {})
+    notes: tuple[str, ...] = ()
+    if columns:
+        video_column, notes = choose_columns(path, list(columns), caption_column, video_column)
+    rows = [
+        Row(line=line, code="row.malformed", detail=values)
+        if isinstance(values, str)
+        else table_row(line, values, caption_column=caption_column, video_column=video_column)
+        for line, values in parsed
+    ]
+    return Rows(rows=rows, notes=notes)
 
 
-def _json_row(line: int, text: str, caption_column: str, video_column: str, columns: dict[str, None]) -> Row:
-    def malformed(detail: str) -> Row:
-        return Row(line=line, code="row.malformed", detail=detail)
-
+def _json_object(text: str) -> dict[str, Any] | str:
+    """Return the object, or what is wrong with the line."""
     try:
         values = json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        return malformed(f"not a JSON object: {error}")
-    if not isinstance(values, dict):
-        return malformed(f"a JSON {type(values).__name__}, not an object")
-    columns.update(dict.fromkeys(values))
+        return f"not a JSON object: {error}"
+    return values if isinstance(values, dict) else f"a JSON {type(values).__name__}, not an object"
+
+
+def table_row(line: int, values: Mapping[str, Any], *, caption_column: str, video_column: str) -> Row:
+    """Return the row of a table whose values have types: text or nothing is good, all else malformed."""
     for name in (caption_column, video_column):
         if name not in values:
-            return malformed(f"no {name!r} in it (it has: {', '.join(values) or 'nothing'})")
+            detail = f"no {name!r} in it (it has: {', '.join(values) or 'nothing'})"
+            return Row(line=line, code="row.malformed", detail=detail)
         if values[name] is not None and not isinstance(values[name], str):
-            return malformed(f"{name!r} is a {type(values[name]).__name__}, not text")
+            detail = f"{name!r} is a {type(values[name]).__name__}, not text"
+            return Row(line=line, code="row.malformed", detail=detail)
     return Row(line=line, video=(values[video_column] or "").strip(), caption=values[caption_column] or "")
 
 
@@ -206,22 +239,34 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_folder(root: Path) -> Rows:
-    """Read clips with a text file of the same name beside them (`x.mp4`, `x.txt`), in all subfolders."""
-    rows: list[Row] = []
-    notes = []
+    """Read clips with a text file of the same name beside them (`x.mp4`, `x.txt`), in all subfolders.
+
+    Pictures with a text of their own are rows too, and where there is no video at all, every picture is one. What else
+    lies there (a preview beside a clip, a text without a clip) is counted in a note.
+    """
     found = sorted(_files(root))
-    stems = {path.with_suffix("") for path in found if path.suffix.lower() in VIDEO_SUFFIXES}
-    for path in found:
-        if path.suffix.lower() not in VIDEO_SUFFIXES:
-            continue
+    videos = [path for path in found if path.suffix.lower() in VIDEO_SUFFIXES]
+    pictures = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+    taken = {path.with_suffix("") for path in videos}
+    chosen = [
+        path
+        for path in pictures
+        if path.with_suffix("") not in taken and (not videos or path.with_suffix(".txt").is_file())
+    ]
+    rows: list[Row] = []
+    for path in sorted(videos + chosen):
         line, name, caption_file = len(rows) + 1, path.relative_to(root).as_posix(), path.with_suffix(".txt")
         if not caption_file.is_file():
             rows.append(Row(line=line, video=name, code="text.missing", detail=f"no {caption_file.name} beside it"))
         else:
             rows.append(_folder_row(line, name, caption_file))
+    notes = []
+    stems = taken | {path.with_suffix("") for path in chosen}
     orphans = [p.name for p in found if p.suffix == ".txt" and p.with_suffix("") not in stems]
     if orphans:
         notes.append(f"{len(orphans)} .txt files have no clip beside them, for example {printable(orphans[0])}")
+    if left := len(pictures) - len(chosen):
+        notes.append(f"{left} pictures have no .txt of their own and are not read")
     return Rows(rows=rows, notes=tuple(notes))
 
 

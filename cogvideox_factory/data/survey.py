@@ -6,19 +6,19 @@ pass.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from cogvideox_factory.data.buckets import Buckets, Source
-from cogvideox_factory.data.container import DEFAULT_LIMITS, Limits, VideoInfo, probe
+from cogvideox_factory.data.buckets import Bucket, Buckets, Source, auto_buckets, read_buckets
+from cogvideox_factory.data.container import DEFAULT_LIMITS, Limits, VideoInfo
 from cogvideox_factory.data.manifest import Clip, Manifest
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.timing import ClipSpec, num_available, plan_frames
-from cogvideox_factory.data.video import file_stamp, source_facts
+from cogvideox_factory.data.video import file_stamp, probe_clip, require_moving, source_facts
 
 _BLOCK = 1 << 20
 
@@ -57,26 +57,56 @@ def survey(
     return manifest.with_clips(surveyed)
 
 
+def find_buckets(
+    asked: str | None,
+    clips: Iterable[Clip],
+    spec: ClipSpec,
+    *,
+    max_buckets: int,
+    seed: int,
+    memo: Memo | None = None,
+) -> Buckets | None:
+    """Return the rule that gives each clip its size and length, if one is asked for.
+
+    Args:
+        asked: None, "auto" or a bucket file.
+        clips: usable rows, which "auto" makes its shapes of.
+        spec: the size and length the model was made for, and the rate.
+        max_buckets: most shapes that "auto" makes.
+        seed: of a file's keep_prob draws.
+        memo: see `survey`.
+
+    Raises:
+        FactoryError: a bucket file that cannot be read.
+    """
+    if asked is None:
+        return None
+    if asked != "auto":
+        return read_buckets(Path(asked), seed=seed)
+    native = Bucket(spec.num_frames, spec.height, spec.width)
+    return auto_buckets(measure(clips, spec, memo=memo), native=native, max_buckets=max_buckets)
+
+
 def measure(
-    manifest: Manifest,
+    clips: Iterable[Clip],
     spec: ClipSpec,
     *,
     memo: Memo | None = None,
     limits: Limits = DEFAULT_LIMITS,
     num_workers: int = 2,
 ) -> list[Source]:
-    """Return frames (at the rate of `spec`) and size of each usable clip whose header can be read."""
+    """Return frames (at the rate of `spec`) and size of each of the usable `clips` whose header can be read."""
 
     def look(clip: Clip) -> Clip:
         assert clip.path is not None
         try:
-            return replace(clip, facts={"measured": _source(probe(clip.path, limits=limits), spec)})
+            return replace(clip, facts={"measured": _source(probe_clip(clip.path, limits=limits), spec)})
         except ClipError:
             return replace(clip, facts={})  # `survey` will say why
 
     if memo:
         look = partial(memo.ask, question=["measure", asdict(spec), asdict(limits)], look=look)
-    looked = ordered_map(look, manifest.usable, num_workers=num_workers)
+    looked = ordered_map(look, clips, num_workers=num_workers)
     return [Source(*clip.facts["measured"]) for clip in looked if "measured" in clip.facts]
 
 
@@ -87,12 +117,13 @@ def look_at(clip: Clip, spec: ClipSpec, *, buckets: Buckets | None = None, limit
     try:
         stamp = file_stamp(path)
         clip = replace(clip, content=hash_file(path), stamp=stamp)
-        info = probe(path, limits=limits)
+        info = probe_clip(path, limits=limits)
         clip = replace(clip, facts={**clip.facts, **source_facts(info)})
         if buckets:
             chosen = buckets.choose(clip.content or "", _source(info, spec))
             spec = replace(spec, num_frames=chosen.num_frames, height=chosen.height, width=chosen.width)
             clip = replace(clip, facts={**clip.facts, "bucket": chosen.key})
+        require_moving(info, spec)
         plan = plan_frames(info, spec)
         return replace(clip, state=plan.state, spec=spec, facts={**clip.facts, **plan.to_json()})
     except ClipError as error:

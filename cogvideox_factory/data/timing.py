@@ -85,7 +85,7 @@ def compact(indices: np.ndarray) -> str:
 
 def num_available(info: VideoInfo, spec: ClipSpec) -> int:
     """Return how many frames of `info` there are at the rate of `spec`."""
-    if spec.fps_policy == "stretch":
+    if info.still or spec.fps_policy == "stretch":
         return info.num_frames
     return max(1, math.ceil((info.duration_seconds - 1e-6) * spec.fps))
 

@@ -24,6 +24,7 @@ from cogvideox_factory.data.container import (
     probe,
 )
 from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.image import is_picture, load_picture, probe_picture
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.resize import Fit, Resizer
 from cogvideox_factory.data.timing import ClipSpec, FramePlan, plan_frames
@@ -52,6 +53,30 @@ class DecodedClip:
         return source_facts(self.info) | self.plan.to_json()
 
 
+def probe_clip(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> VideoInfo:
+    """Describe a video, or a picture as a clip of one frame.
+
+    Raises:
+        ClipError: with the reason the clip cannot be used.
+    """
+    path = Path(path)
+    return probe_picture(path) if is_picture(path) else probe(path, limits=limits)
+
+
+def require_moving(info: VideoInfo, spec: ClipSpec) -> None:
+    """Refuse a picture where clips have more than one frame.
+
+    Raises:
+        ClipError: `image.still`.
+    """
+    if info.still and spec.num_frames > 1:  # also where short clips are padded: it would teach stillness
+        raise ClipError(
+            "image.still",
+            f"{info.path.name} is a picture and clips have {spec.num_frames} frames; pictures are for runs of one "
+            "frame (data.num_frames=1) and for buckets of one",
+        )
+
+
 def source_facts(info: VideoInfo) -> dict[str, Any]:
     """Return the facts of a source that a report keeps."""
     facts: dict[str, Any] = {
@@ -61,6 +86,8 @@ def source_facts(info: VideoInfo) -> dict[str, Any]:
         "source_width": info.width,
         "codec": info.codec,
     }
+    if info.still:  # it has no rate, and 1 would be taken for one
+        del facts["source_fps"]
     notes = {
         "rotation": info.rotation,
         "mirrored": info.mirrored,
@@ -88,7 +115,7 @@ def read_clip(
         path: the file.
         spec: frames, size, rate and policies.
         rng: draws the place of a random crop.
-        info: what `probe` said of this file, to save reading its packets again.
+        info: what `probe_clip` said of this file, to save reading its packets again.
         stamp: (size, mtime in ns) the file had when it was hashed; another one now is an error.
         limits: see `probe`.
 
@@ -97,7 +124,8 @@ def read_clip(
     """
     path = Path(path)
     before = stamp or file_stamp(path)
-    info = info or probe(path, limits=limits)
+    info = info or probe_clip(path, limits=limits)
+    require_moving(info, spec)
     plan = plan_frames(info, spec)
     fit = Fit.of(info.height, info.width, spec.height, spec.width, crop=spec.crop, rng=rng)
     resize = Resizer(fit, spec.height, spec.width, rotation=info.rotation, mirrored=info.mirrored)
@@ -125,6 +153,9 @@ def file_stamp(path: Path) -> tuple[int, int]:
 
 def _chosen_frames(info: VideoInfo, indices: np.ndarray) -> Iterator[tuple[int, VideoFrame]]:
     """Decode up to the last of `indices` and yield (index, frame) of each one once, in order."""
+    if info.still:
+        yield 0, load_picture(info.path)[0]
+        return
     wanted = sorted(set(indices.tolist()))
     by_stamp = {info.pts[index]: index for index in wanted} if info.pts else None
     found = 0

@@ -29,9 +29,12 @@ figure { margin: 0; width: 9rem; }
 figure.pair { width: 17rem; }
 figure video, figure img { width: 8.2rem; height: 8.2rem; border-radius: .4rem; image-rendering: pixelated;
        background: var(--line); object-fit: cover; }
-figcaption { font-size: .8rem; line-height: 1.3; margin-top: .3rem; }
+figure.thumb { width: 9.2rem; } figure.thumb img, figure.thumb .blank { display: block; width: auto; height: auto;
+       max-width: 9.2rem; max-height: 9.2rem; image-rendering: auto; }
+figure.thumb .blank { width: 9.2rem; height: 5.2rem; border-radius: .4rem; background: var(--line); }
+figcaption { overflow-wrap: anywhere; font-size: .8rem; line-height: 1.3; margin-top: .3rem; }
 .no { color: var(--before); } .yes { color: var(--good); }
-table { border-collapse: collapse; font-size: .92rem; }
+table { border-collapse: collapse; margin-bottom: 1rem; font-size: .92rem; }
 th, td { text-align: left; padding: .25rem 1.2rem .25rem 0; border-bottom: 1px solid var(--line);
          font-weight: normal; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
@@ -80,6 +83,15 @@ def figure(media: Sequence[Path], caption: str, *, note: str = "", good: bool | 
     return f"<figure{kind}>{pictures}<figcaption>{escape(caption)}{mark}</figcaption></figure>"
 
 
+def thumb(jpeg: bytes | None, caption: str, *, note: str = "") -> str:
+    """Return a small JPEG in its own shape over its caption, or a blank where there is no picture."""
+    picture = '<span class="blank"></span>'
+    if jpeg is not None:
+        picture = f'<img src="{_data_uri("image/jpeg", jpeg)}" alt="">'
+    mark = f'<br><span class="no">{escape(note)}</span>' if note else ""
+    return f'<figure class="thumb">{picture}<figcaption>{escape(caption)}{mark}</figcaption></figure>'
+
+
 def table(rows: Sequence[Sequence[str | float | int]], header: Sequence[str] = ()) -> str:
     """Return a table; numbers are aligned right."""
     head = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in header)}</tr>" if header else ""
@@ -125,6 +137,29 @@ def line_chart(
     return f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(parts)}</svg>'
 
 
+def histogram(counts: Sequence[int], edges: Sequence[float], title: str, *, width: int = 300, height: int = 130) -> str:
+    """Return an SVG of bars, `counts[i]` high, from `edges[i]` to `edges[i + 1]` (one bar may have no width)."""
+    assert len(edges) == len(counts) + 1, "a bar has two edges"
+    left, bottom, top = 10, 20, 26
+    most = max([*counts, 1])
+    span = (width - 2 * left) / len(counts)
+    parts = [f'<text x="{left}" y="14">{escape(title)}</text>']
+    for place, count in enumerate(counts):
+        tall = (height - bottom - top) * count / most
+        x, y = left + place * span, height - bottom - tall
+        tip = f"{edges[place]:.4g} to {edges[place + 1]:.4g}: {count:,}"
+        parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(1.0, span - 1):.1f}" height="{tall:.1f}" fill="var(--after)">'
+            f"<title>{tip}</title></rect>"
+        )
+    axis = height - bottom
+    parts.append(f'<line x1="{left}" x2="{width - left}" y1="{axis}" y2="{axis}" stroke="var(--line)"/>')
+    parts.append(f'<text x="{left}" y="{height - 5}">{edges[0]:.4g}</text>')
+    parts.append(f'<text x="{width - left}" y="{height - 5}" text-anchor="end">{edges[-1]:.4g}</text>')
+    parts.append(f'<text x="{width - left}" y="14" text-anchor="end">{most:,} at most</text>')
+    return f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(parts)}</svg>'
+
+
 def _cell(value: str | float | int) -> str:
     if isinstance(value, str):
         return f"<td>{escape(value)}</td>"
@@ -133,7 +168,11 @@ def _cell(value: str | float | int) -> str:
 
 def _medium(path: Path) -> str:
     kind = _MEDIA[path.suffix]
-    source = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    source = _data_uri(kind, path.read_bytes())
     if kind.startswith("image"):
         return f'<img src="{source}" alt="">'
     return f'<video src="{source}" autoplay loop muted playsinline></video>'
+
+
+def _data_uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

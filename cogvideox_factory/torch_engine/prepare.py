@@ -14,14 +14,14 @@ import torch
 
 from cogvideox_factory import draws, weights
 from cogvideox_factory.config import Config
-from cogvideox_factory.data.buckets import Bucket, Buckets, auto_buckets, read_buckets
+from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.cache import Cache, CacheIndex
 from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings, hash_folder
 from cogvideox_factory.data.manifest import Clip, Manifest, Source, read_manifest
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.reasons import ClipError, printable
-from cogvideox_factory.data.survey import measure, survey
+from cogvideox_factory.data.survey import find_buckets, survey
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import DecodedClip, read_clip
 from cogvideox_factory.diffusion.frames import SPATIAL_COMPRESSION, num_latent_frames
@@ -151,21 +151,6 @@ def clip_spec(config: Config, shape: ClipShape) -> ClipSpec:
     )  # fmt: skip
 
 
-def make_buckets(config: Config, spec: ClipSpec, rows: Manifest, memo: Memo | None = None) -> Buckets | None:
-    """Return the rule that gives each clip its size and length, if the settings ask for one.
-
-    Raises:
-        FactoryError: a bucket file that cannot be read.
-    """
-    asked = config.data.buckets
-    if asked is None:
-        return None
-    if asked != "auto":
-        return read_buckets(Path(asked), seed=config.run.seed)
-    native = Bucket(spec.num_frames, spec.height, spec.width)
-    return auto_buckets(measure(rows, spec, memo=memo), native=native, max_buckets=config.data.max_buckets)
-
-
 def check_buckets(clips: Iterable[Clip], transformer: TransformerConfig) -> None:
     """Refuse buckets in use that the model cannot take.
 
@@ -195,7 +180,9 @@ def checked_manifest(config: Config, spec: ClipSpec, transformer: TransformerCon
     )  # fmt: skip
     rows = read_manifest(source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
     memo = Memo(Path(config.cache.dir) / "survey.jsonl") if config.cache.dir else None
-    buckets = make_buckets(config, spec, rows, memo)
+    buckets = find_buckets(
+        data.buckets, rows.usable, spec, max_buckets=data.max_buckets, seed=config.run.seed, memo=memo
+    )
     with progress_bar("reading clips", len(rows.usable)) as advance:
         manifest = survey(rows, spec, buckets=buckets, memo=memo, on_clip=lambda clip: advance())
     for line in manifest.report():
@@ -229,13 +216,8 @@ def cache_settings(
 
 def bucket_rule(config: Config, spec: ClipSpec) -> str | None:
     """Return what decides which bucket a clip goes to, as a cache records it."""
-    asked = config.data.buckets
-    if asked is None:
-        return None
-    if asked != "auto":
-        return read_buckets(Path(asked), seed=config.run.seed).to_json()
-    native = Bucket(spec.num_frames, spec.height, spec.width)
-    return auto_buckets([], native=native, max_buckets=config.data.max_buckets).to_json()
+    buckets = find_buckets(config.data.buckets, [], spec, max_buckets=config.data.max_buckets, seed=config.run.seed)
+    return buckets.to_json() if buckets else None
 
 
 def text_length(config: Config, transformer: TransformerConfig) -> int:

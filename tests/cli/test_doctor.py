@@ -1,11 +1,13 @@
 import json
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from cogvideox_factory.cli import main
-from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.export import export_to_video, write_png
 from cogvideox_factory.tiny.world import random_scene, render
 
 SIZE = ("--data.num-frames", "9", "--data.height", "32", "--data.width", "32", "--data.fps", "8")
@@ -66,3 +68,88 @@ def test_no_framework_is_loaded(clips):
     code += "; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip().endswith("False")
+
+
+def test_the_report_tells_what_the_clips_are_like(clips, tmp_path, capsys, tiny_model):
+    export_to_video(render(random_scene(5, 0), num_frames=9, height=32, width=32, fps=8), clips / "copy.mp4")
+    (clips / "copy.txt").write_text("clip " * 40)
+    (clips / "1.txt").write_text("clip\x02 0")
+    words = ("--data.root", clips, "--model.path", tiny_model("cogvideox-2b"), *SIZE)
+    assert doctor(*words, "--json", tmp_path / "r.json", "--html", tmp_path / "r.html") == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert list(report)[:4] == ["source", "total", "counts", "clips"]
+    assert report["same_bytes"] == [[1, 6]]
+    assert report["captions"]["max_tokens"] == 16
+    assert list(report["captions"]["too_long"]) == ["6"]
+    assert report["captions"]["replaced"] == {"2": 1}
+    assert {"motion", "black_frames", "scene_cuts", "tokens"} <= set(report["clips"][0])
+    assert report["statistics"]["motion"]["clips"] == 6
+    assert report["skipped"] == []
+    printed = capsys.readouterr().out
+    for word in ("same bytes, other caption", "tokens beyond 16", "motion, widths/s", "32x32 (6)"):
+        assert word in printed, word
+    assert (tmp_path / "r.html").read_text().count("data:image/jpeg") == 6
+
+
+def damage_inside(path):
+    """Zero a stretch of the pixels of a clip whose header and index stay good."""
+    noise = np.random.default_rng(0).integers(0, 255, (9, 32, 32, 3), dtype=np.uint8)
+    data = bytearray(export_to_video(noise, path).read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 600] = bytes(600)
+    path.write_bytes(data)
+
+
+def test_quick_decodes_nothing_and_says_so(clips, tmp_path, capsys):
+    damage_inside(clips / "3.mp4")
+    words = ("--data.root", clips, *SIZE, "--json", tmp_path / "r.json")
+    assert doctor(*words, "--quick", "True", "--html", tmp_path / "r.html") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["counts"] == {"used": 5}
+    assert "--quick" in capsys.readouterr().out
+    assert doctor(*words, "--data.max-bad", "0.5") == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["counts"] == {"used": 4, "corrupt": 1}
+    assert report["clips"][3]["reason"] == "video.corrupt"
+
+
+def test_the_clean_list_gives_only_usable_clips(clips, tmp_path, capsys):
+    damage_inside(clips / "3.mp4")
+    (clips / "4.txt").write_text("  ")
+    shutil.copy(clips / "0.mp4", clips / "9.mp4")
+    shutil.copy(clips / "0.txt", clips / "9.txt")
+    before = {path: path.read_bytes() for path in clips.iterdir()}
+    words = ("--data.root", clips, *SIZE, "--data.trigger-word", "sks", "--json", tmp_path / "r.json")
+    assert doctor(*words, "--fix", clips / "clean.jsonl") == 3  # three of six lost is too much, but mended
+    assert f"--data.root {clips} --data.table clean.jsonl" in capsys.readouterr().out
+    assert doctor(*words, "--data.table", "clean.jsonl", "--data.strict", "True") == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["counts"] == {"used": 3}
+    assert [clip["caption"] for clip in report["clips"]] == ["sks clip 0", "sks clip 1", "sks clip 2"]
+    assert {path: path.read_bytes() for path in before} == before
+    assert doctor(*words, "--fix", clips / "clean.jsonl") == 6
+    assert doctor(*words, "--fix", clips / "clean.csv") == 2
+
+
+def test_nothing_usable_leaves_no_clean_list(clips, tmp_path, capsys):
+    for text in clips.glob("*.txt"):
+        text.unlink()
+    assert doctor("--data.root", clips, *SIZE, "--fix", tmp_path / "clean.jsonl") == 3
+    assert "not written" in capsys.readouterr().out
+    assert not (tmp_path / "clean.jsonl").exists()
+
+
+def test_a_hub_folder_of_pictures(tmp_path, capsys):
+    for index in range(3):
+        frame = render(random_scene(5, index), num_frames=1, height=48, width=64, fps=8)[0]
+        write_png(tmp_path / f"{index}.png", frame)
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n0.png,a\n1.png,b\n2.png,c\n")
+    words = ("--data.root", tmp_path, "--model.path", "tiny-t2v", "--data.num-frames", "1")
+    files = ("--html", tmp_path / "r.html", "--json", tmp_path / "r.json", "--fix", tmp_path / "clean.jsonl")
+    assert doctor(*words, *files) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["counts"] == {"used": 3}
+    assert not {"motion", "duration", "fps"} & set(report["statistics"])
+    assert "'file_name'" in capsys.readouterr().out
+    assert (tmp_path / "r.html").read_text().count("data:image/jpeg") == 3
+    assert doctor(*words, "--data.table", "clean.jsonl", "--data.strict", "True") == 0
+    assert doctor("--data.root", tmp_path, *SIZE, "--json", tmp_path / "r.json") == 3
+    assert json.loads((tmp_path / "r.json").read_text())["counts"] == {"too_short": 3}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogvideox_factory.data.container import probe
-from cogvideox_factory.data.export import export_to_video, to_uint8, write_png
+from cogvideox_factory.data.export import encode_jpeg, export_to_video, to_uint8, write_png
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.video import ClipSpec, read_clip
 from cogvideox_factory.errors import FactoryError, StorageError
@@ -106,3 +106,13 @@ def test_png_round_trip_is_exact(tmp_path_factory, height, width, seed):
 def test_floats_round_to_the_nearest_level():
     levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     assert (to_uint8(levels / 255) == levels).all()
+
+
+def test_a_jpeg_shows_the_same_picture_small(tmp_path):
+    smooth = clip(1, 48, 72)[0]
+    data = encode_jpeg(smooth)
+    (tmp_path / "x.jpg").write_bytes(data)
+    back = read_image(tmp_path / "x.jpg", 48, 72).astype(int)
+    assert len(data) < 2000
+    assert abs(back - smooth).mean() < 3
+    assert abs((back - smooth).mean(axis=(0, 1))).max() < 1.5  # no tint

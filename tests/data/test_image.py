@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cogvideox_factory.data.export import write_png
-from cogvideox_factory.data.image import exif_orientation, read_image
+from cogvideox_factory.data.image import exif_orientation, is_picture, probe_picture, read_image
+from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.errors import DataError
 
 
@@ -99,3 +100,68 @@ def test_missing_and_cut_pictures(tmp_path):
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(DataError):
         read_image(path, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt"), [("png", "rgb24"), ("mjpeg", "yuvj420p"), ("libwebp", "yuv420p"), ("png", "rgba")]
+)
+def test_a_picture_is_known_by_its_bytes_and_described_upright(tmp_path, codec, pix_fmt):
+    picture = quarters()
+    if pix_fmt == "rgba":
+        picture = np.concatenate([picture, np.full((64, 96, 1), 255, np.uint8)], axis=2)
+    path = tmp_path / "named.mp4"
+    path.write_bytes(encode(codec, pix_fmt, picture))
+    assert is_picture(path)
+    info = probe_picture(path)
+    assert (info.num_frames, info.width, info.height, info.still) == (1, 96, 64, True)
+    assert info.has_alpha is (pix_fmt == "rgba")
+
+
+def test_what_is_no_picture_is_not_taken_for_one(tmp_path, make_video):
+    assert not is_picture(make_video(tmp_path / "a.mp4", 2))
+    assert not is_picture(make_video(tmp_path / "a.avi", 2, codec="mpeg4"))  # RIFF like WebP
+    for content in (b"", b"\x89PNG", b"\xff\xd8", b"RIFF1234WAVE", b"BM"):
+        (tmp_path / "x.png").write_bytes(content)
+        assert not is_picture(tmp_path / "x.png")
+    assert not is_picture(tmp_path / "nowhere.png")
+
+
+def test_a_turned_picture_has_the_size_it_is_shown_in(tmp_path):
+    data = encode("mjpeg", "yuvj420p", quarters())
+    body = b"Exif\0\0MM" + struct.pack(">HIHHHIHHI", 42, 8, 1, 0x0112, 3, 1, 6, 0, 0)
+    (tmp_path / "x.jpg").write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + data[2:])
+    info = probe_picture(tmp_path / "x.jpg")
+    assert (info.width, info.height, info.rotation) == (64, 96, 270)
+
+
+def test_moving_pictures_are_refused(tmp_path):
+    frames = [quarters(), quarters()[::-1]]
+    with av.open(str(tmp_path / "a.apng"), "w", format="apng") as container:
+        stream = container.add_stream("apng", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "rgb24"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode(None))
+    with av.open(str(tmp_path / "a.webp"), "w", format="webp") as container:
+        stream = container.add_stream("libwebp_anim", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode(None))
+    for name in ("a.apng", "a.webp"):
+        with pytest.raises(ClipError, match="animated") as caught:
+            probe_picture(tmp_path / name)
+        assert caught.value.code == "video.codec"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_one_flipped_bit_of_a_png_never_changes_it_silently(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    path = write_png(tmp_path / "x.png", quarters(32, 48))
+    good, data = read_image(path, 32, 48), bytearray(path.read_bytes())
+    data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+    path.write_bytes(data)
+    try:
+        assert (read_image(path, 32, 48) == good).all()
+    except DataError:
+        return

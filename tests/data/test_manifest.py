@@ -45,6 +45,19 @@ def test_a_table_can_be_given_by_itself(dataset):
     assert read_manifest(dataset / "metadata.jsonl").usable[0].caption == "by itself"
 
 
+def test_a_hub_folder_and_its_splits(dataset):
+    """The hub's layout: metadata beside the files, or one folder a split, which must be named."""
+    hub = dataset / "train"
+    (dataset / "videos").rename(hub)
+    for name in ("prompts.txt", "videos.txt"):
+        (dataset / name).unlink()
+    (hub / "metadata.csv").write_text("file_name,caption\n0.mp4,a\n1.mp4,b\n")
+    manifest = read_manifest(hub)
+    assert [(clip.name, clip.state) for clip in manifest.clips] == [("0.mp4", "pending"), ("1.mp4", "pending")]
+    assert manifest.notes == ("no column 'video': clips are taken from 'file_name'",)
+    assert "also there and not read: train/metadata.csv" in read_manifest(dataset).notes
+
+
 def test_two_caption_lists_that_differ_are_refused(dataset):
     (dataset / "prompt.txt").write_text("something\nquite\nelse\n")
     with pytest.raises(DataError, match=r"prompts\.txt and prompt\.txt, and they differ"):

@@ -20,13 +20,13 @@ SPEC = ClipSpec(num_frames=9, height=32, width=48, fps=8)
 def looks(monkeypatch):
     """Names of the files that are opened."""
     seen = []
-    original = survey_module.probe
+    original = survey_module.probe_clip
 
     def probe(path, **more):
         seen.append(path.name)
         return original(path, **more)
 
-    monkeypatch.setattr(survey_module, "probe", probe)
+    monkeypatch.setattr(survey_module, "probe_clip", probe)
     return seen
 
 
@@ -88,7 +88,7 @@ def test_with_buckets_too(old, tmp_path, looks):
     def bucketed():
         memo = Memo(file)
         rows = read_manifest(old)
-        buckets = auto_buckets(measure(rows, SPEC, memo=memo), native=Bucket(9, 32, 48), max_buckets=2)
+        buckets = auto_buckets(measure(rows.usable, SPEC, memo=memo), native=Bucket(9, 32, 48), max_buckets=2)
         manifest = survey(rows, SPEC, buckets=buckets, memo=memo)
         memo.save()
         return manifest

@@ -1,3 +1,5 @@
+import csv
+import json
 import string
 
 import pytest
@@ -144,3 +146,51 @@ def test_folder_pairs_by_name(tmp_path):
         ("sub/c.MOV", "sea", None),
     ]
     assert "alone.txt" in read.notes[0]
+
+
+@given(st.lists(st.tuples(line, st.text(string.ascii_letters, min_size=1, max_size=5)), min_size=1, max_size=8))
+@settings(max_examples=40, deadline=None)
+def test_csv_tsv_and_jsonl_of_the_same_rows_read_alike(tmp_path_factory, pairs):
+    root = tmp_path_factory.mktemp("t")
+    for name, dialect in (("m.csv", "excel"), ("m.tsv", "excel-tab")):
+        with (root / name).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, dialect, quoting=csv.QUOTE_ALL, lineterminator="\n")
+            writer.writerows([("caption", "video"), *pairs])
+    (root / "m.jsonl").write_text("".join(json.dumps({"caption": c, "video": v}) + "\n" for c, v in pairs))
+    readers = {"m.csv": read_csv, "m.tsv": read_csv, "m.jsonl": read_jsonl}
+    read = [reader(root / name, **COLUMNS) for name, reader in readers.items()]
+    for rows in read:
+        assert [(row.caption, row.video, row.code) for row in rows.rows] == [(c, v, None) for c, v in pairs]
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
+def test_file_name_stands_in_for_a_video_column_that_is_not_there(tmp_path, name):
+    def read(columns):
+        values = {"file_name": "hub.mp4", "video": "own.mp4", "caption": "a caption", "clip": "asked.mp4"}
+        rows = {column: values[column] for column in columns}
+        text = ",".join(rows) + "\n" + ",".join(rows.values()) + "\n" if name == "m.csv" else json.dumps(rows) + "\n"
+        (tmp_path / name).write_text(text)
+        return (read_csv if name == "m.csv" else read_jsonl)(tmp_path / name, **COLUMNS)
+
+    hub = read(["file_name", "caption"])
+    assert (hub.rows[0].video, hub.rows[0].caption) == ("hub.mp4", "a caption")
+    assert hub.notes == ("no column 'video': clips are taken from 'file_name'",)
+    own = read(["file_name", "video", "caption"])
+    assert (own.rows[0].video, own.notes) == ("own.mp4", ())
+    with pytest.raises(DataError, match=r"no column 'video'.*it has: clip, caption"):
+        read(["clip", "caption"])
+
+
+def test_pictures_in_a_folder(tmp_path):
+    """With videos about, only a picture with a text of its own is a clip; by themselves, all are."""
+    for name in ("alone.png", "other.JPG", "both.webp"):
+        (tmp_path / name).touch()
+    (tmp_path / "other.txt").write_text("a picture")
+    (tmp_path / "both.txt").write_text("a clip")
+    assert [(r.video, r.code) for r in read_folder(tmp_path).rows] == [
+        ("alone.png", "text.missing"), ("both.webp", None), ("other.JPG", None),
+    ]  # fmt: skip
+    (tmp_path / "both.mp4").touch()
+    read = read_folder(tmp_path)
+    assert [(r.video, r.caption) for r in read.rows] == [("both.mp4", "a clip"), ("other.JPG", "a picture")]
+    assert read.notes == ("2 pictures have no .txt of their own and are not read",)

@@ -1,6 +1,10 @@
 import shutil
+from dataclasses import replace
+
+import numpy as np
 
 from cogvideox_factory.data.container import Limits
+from cogvideox_factory.data.export import write_png
 from cogvideox_factory.data.manifest import read_manifest
 from cogvideox_factory.data.survey import survey
 from cogvideox_factory.data.timing import ClipSpec
@@ -57,3 +61,15 @@ def test_ids_follow_bytes_and_caption_not_name_or_place(dataset):
 def test_limits_reach_the_clips(dataset):
     manifest = survey(read_manifest(dataset), SPEC, limits=Limits(max_frames=8))
     assert manifest.counts() == {"too_large": 3}
+
+
+def test_pictures_and_videos_in_runs_of_one_frame_and_of_many(dataset):
+    write_png(dataset / "videos/p.png", np.full((64, 32, 3), 90, np.uint8))
+    (dataset / "videos/bad.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    (dataset / "videos.txt").write_text("videos/0.mp4\nvideos/p.png\nvideos/bad.jpg\n")
+    one = survey(read_manifest(dataset), replace(SPEC, num_frames=1))
+    assert [clip.state for clip in one.clips] == ["trimmed", "used", "corrupt"]
+    assert (one.clips[1].facts["source_height"], one.clips[1].facts["source_width"]) == (64, 32)
+    many = survey(read_manifest(dataset), SPEC)
+    assert [clip.state for clip in many.clips] == ["used", "too_short", "corrupt"]
+    assert many.clips[1].reason == "image.still"

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from cogvideox_factory.data.container import probe
+from cogvideox_factory.data.export import write_png
+from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.video import ClipSpec, read_clip
 
@@ -189,6 +191,27 @@ def test_memory_is_that_of_the_result(tmp_path, make_video):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < clip.pixels.nbytes + 256 * 384 * 3 * 4
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.mp4"])
+@pytest.mark.parametrize("policy", ["resample", "stretch"])
+def test_a_picture_is_a_clip_of_one_frame(tmp_path, name, policy):
+    path = tmp_path / name
+    write_png(path, quarters())
+    clip = read_clip(path, spec(1, 32, 48, fps_policy=policy))
+    assert clip.pixels.shape == (1, 32, 48, 3)
+    assert corners(clip.pixels[0]) == "rgbw"
+    assert (clip.pixels[0] == read_image(path, 32, 48)).all()
+    assert clip.state == "used"
+    assert "source_fps" not in clip.facts
+
+
+@pytest.mark.parametrize("policy", ["reject", "repeat_last"])
+def test_a_picture_never_becomes_a_frozen_clip(tmp_path, policy):
+    path = write_png(tmp_path / "x.png", quarters())
+    with pytest.raises(ClipError, match=r"clips have 9 frames.*num_frames=1") as caught:
+        read_clip(path, spec(9, short_policy=policy))
+    assert (caught.value.code, caught.value.state) == ("image.still", "too_short")
 
 
 def test_real_clips():
