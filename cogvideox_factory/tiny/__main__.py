@@ -2,7 +2,6 @@
 
     python -m cogvideox_factory.tiny clips  OUT --count 4096            # clips of the world with captions
     python -m cogvideox_factory.tiny model  OUT --task t2v --vae runs/vae/vae [--transformer FOLDER]
-    python -m cogvideox_factory.tiny image  OUT --start FOLDER --config recipes/tiny/transformer_i2v.json
 
 `recipes/tiny/README.md` tells the whole way.
 """
@@ -44,17 +43,6 @@ class Model:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-@dataclass(kw_only=True)
-class Image:
-    """Give a trained text-to-video transformer an input for an image, for image-to-video training to start from."""
-
-    out: Annotated[Path, tyro.conf.Positional]
-    start: Path
-    """Folder of the text-to-video transformer."""
-    config: Path
-    """config.json of the image-to-video transformer."""
-
-
 def draw_clips(ask: Clips) -> None:
     """Write `count` mp4 files and captions."""
     from cogvideox_factory.data.export import export_to_video
@@ -75,18 +63,16 @@ def draw_clips(ask: Clips) -> None:
 
 
 def main() -> None:
-    """Do one of the three."""
-    kinds = {"clips": Clips, "model": Model, "image": Image}
+    """Do one of the two."""
+    kinds = {"clips": Clips, "model": Model}
     ask = tyro.extras.subcommand_cli_from_dict(kinds, prog="python -m cogvideox_factory.tiny")
     from cogvideox_factory.tiny import build
 
     if isinstance(ask, Clips):
         draw_clips(ask)
-    elif isinstance(ask, Model):
+    else:
         folder = build.assemble_model(ask.out, ask.task, vae=ask.vae, transformer=ask.transformer, dtype=ask.dtype)
         say(f"model in {folder}")
-    else:
-        say(f"transformer in {build.add_image_input(ask.out, start=ask.start, config=ask.config)}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from cogvideox_factory import draws
-from cogvideox_factory.errors import FactoryError, UnfitError, nearest
-from cogvideox_factory.models import PUBLISHED, ModelFacts, TransformerConfig, tiny_facts
+from cogvideox_factory.errors import FactoryError, nearest
+from cogvideox_factory.models import PUBLISHED, ModelFacts, tiny_facts
 from cogvideox_factory.publish import publish_folder
 from cogvideox_factory.tiny import tokenizer
 from cogvideox_factory.tiny.layout import Shapes, text_encoder_shapes, transformer_shapes, vae_shapes
@@ -97,35 +97,6 @@ def assemble_model(
         scheduler = {**facts.scheduler.to_dict(), "_class_name": "CogVideoXDPMScheduler"}
         _write_json(root / "scheduler" / "scheduler_config.json", scheduler)
         _write_json(root / "model_index.json", _pipeline_index(facts, scheduler["_class_name"]))
-    return Path(folder)
-
-
-def add_image_input(folder: Path | str, *, start: Path, config: Path) -> Path:
-    """Write a text-to-video transformer as an image-to-video one that does not heed its image yet; return its path.
-
-    As CogVideoX-I2V was made (arXiv 2408.06072, section 3.4): new input channels behind the old ones, with weights of
-    zero, so training starts where text-to-video ended. The `ofs` embedding starts at zero as well.
-
-    Args:
-        folder: where to write.
-        start: folder of the trained text-to-video transformer.
-        config: config.json of the image-to-video one, otherwise of the same size.
-
-    Raises:
-        UnfitError: the two are of different sizes.
-    """
-    wanted = TransformerConfig.from_folder(config.parent, filename=config.name)
-    arrays = load_folder(start)
-    for name, shape in transformer_shapes(wanted).items():
-        if name.startswith("ofs_embedding"):
-            drawn = draws.normal(0, "image input", name, shape=shape) * np.float32(shape[-1] ** -0.5)
-            arrays[name] = drawn if name == "ofs_embedding.linear_1.weight" else np.zeros(shape, np.float32)
-        elif name == "patch_embed.proj.weight" and len(shape) == 2 and name in arrays:
-            old = arrays[name]
-            arrays[name] = np.concatenate([old, np.zeros((len(old), shape[1] - old.shape[1]), old.dtype)], axis=1)
-        if name not in arrays or arrays[name].shape != shape:
-            raise UnfitError(f"{start}: {name} does not fit {config}; both must describe one size of transformer.")
-    save_folder(Path(folder), arrays, config=wanted.to_dict())
     return Path(folder)
 
 

@@ -8,13 +8,10 @@ import pytest
 import torch
 
 from cogvideox_factory.data.manifest import read_manifest
-from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.models import TransformerConfig, VaeConfig
 from cogvideox_factory.tiny import __main__ as command
-from cogvideox_factory.tiny.build import add_image_input, assemble_model
-from cogvideox_factory.torch_engine.objective import predict_v
+from cogvideox_factory.tiny.build import assemble_model
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
-from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.weights import load_folder
 
 
@@ -69,23 +66,3 @@ def test_words_are_told_apart_by_their_neighbours(tmp_path, tiny_model):
     gap = (one - two).norm(dim=-1) / one.norm(dim=-1)
     assert gap[2] > 0.05  # red, beside large or small
     assert gap[2] > 2 * gap[4]  # and, far from both
-
-
-@torch.no_grad()
-def test_an_added_image_input_changes_nothing_yet(run, tmp_path, tiny_model):
-    model = tiny_model("cogvideox1.5-5b")
-    config = write_config(tmp_path, model, in_channels=32, ofs_embed_dim=32)
-    run("image", tmp_path / "i2v", "--start", model / "transformer", "--config", config)
-    old, new = (CogVideoXTransformer.from_folder(path) for path in (model / "transformer", tmp_path / "i2v"))
-    latents, image = torch.randn(2, 4, 16, 8, 8), torch.randn(2, 4, 16, 8, 8)
-    embeds, timesteps = torch.randn(2, 16, 32), torch.tensor([10, 900])
-    expected = predict_v(old, latents, embeds, timesteps)
-    assert torch.allclose(predict_v(new, torch.cat([latents, image], dim=2), embeds, timesteps), expected, atol=1e-6)
-
-
-def test_another_size_is_refused(tmp_path, tiny_model):
-    model = tiny_model("cogvideox1.5-5b")
-    config = write_config(tmp_path, model, in_channels=32, ofs_embed_dim=32, num_attention_heads=3)
-    with pytest.raises(UnfitError, match="one size"):
-        add_image_input(tmp_path / "i2v", start=model / "transformer", config=config)
-    assert not (tmp_path / "i2v").exists()
