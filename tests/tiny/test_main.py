@@ -1,6 +1,5 @@
-"""`python -m cogvideox_factory.tiny`: clips, model folders, and an image input for a transformer."""
+"""`python -m cogvideox_factory.tiny`: clips and model folders."""
 
-import json
 import sys
 
 import numpy as np
@@ -22,13 +21,6 @@ def run(monkeypatch):
         command.main()
 
     return call
-
-
-def write_config(folder, model, **changes):
-    values = TransformerConfig.from_folder(model / "transformer").to_dict() | changes
-    file = folder / "i2v.json"
-    file.write_text(json.dumps(values))
-    return file
 
 
 @pytest.mark.parametrize("scenes", ["train", "held_out", "sks", "bounce"])
