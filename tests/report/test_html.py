@@ -64,4 +64,4 @@ def test_bars_stay_inside_and_the_highest_reaches_the_top(counts):
     assert all(x >= 0 and x + wide <= 300 and 26 <= y <= 110 and y + tall <= 110.1 for x, y, wide, tall in bars)
     tallest = [tall for *_, tall in bars]
     assert max(tallest) == pytest.approx(84 if any(counts) else 0)
-    assert tallest.index(max(tallest)) == counts.index(max(counts))
+    assert counts[tallest.index(max(tallest))] >= 0.99 * max(counts)  # coordinates are rounded

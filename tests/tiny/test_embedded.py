@@ -17,7 +17,6 @@ from cogvideox_factory.weights import EMBEDDED, resolve_model
 
 NUM_PROMPTS = 64
 CALL = {"num_inference_steps": 20, "guidance_scale": 2.0, "seed": 42}
-UNTRAINED = pytest.mark.xfail(run=False, reason="the transformers need several times the training they had, see LOG.md")
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +60,12 @@ def test_the_vae_rebuilds_clips_it_never_saw(held_out):
     assert np.mean(psnr) >= 30
 
 
-def test_text_to_video_heeds_colour_and_background(held_out):
-    scenes = held_out[0][:16]
+@pytest.fixture(scope="module")
+def spoken(held_out):
+    """What share of the held-out prompts' videos show each attribute."""
+    scenes, _ = held_out
     pipe = CogVideoXPipeline.from_pretrained("tiny-t2v", tiling=False)
-    found = shares(scenes, pipe([scene.caption for scene in scenes], **CALL).frames)
-    assert found["colour"] >= 0.75, found
-    assert found["background"] >= 0.9, found
+    return shares(scenes, pipe([scene.caption for scene in scenes], **CALL).frames)
 
 
 def shares(scenes, videos):
@@ -74,18 +73,16 @@ def shares(scenes, videos):
     return {name: np.mean([verdict[name] for verdict in verdicts]) for name in lesson.KNOWN}
 
 
-@UNTRAINED
-def test_text_to_video_shows_what_prompts_say(held_out):
-    scenes, _ = held_out
-    pipe = CogVideoXPipeline.from_pretrained("tiny-t2v", tiling=False)
-    found = shares(scenes, pipe([scene.caption for scene in scenes], **CALL).frames)
-    assert found["colour"] >= 0.95, found
-    assert found["background"] >= 0.95, found
-    assert found["motion"] >= 0.90, found
-    assert found["shape"] >= 0.85, found
+@pytest.mark.parametrize(("attribute", "least"), [("colour", 0.95), ("background", 0.95), ("motion", 0.90)])
+def test_text_to_video_shows_what_prompts_say(spoken, attribute, least):
+    assert spoken[attribute] >= least, spoken
 
 
-@UNTRAINED
+@pytest.mark.xfail(strict=True, reason="shapes take more training than the transformer had, see LOG.md")
+def test_text_to_video_shows_the_shape_that_prompts_say(spoken):
+    assert spoken["shape"] >= 0.85, spoken
+
+
 def test_image_to_video_starts_at_the_image_and_moves_as_told(held_out):
     scenes, drawn = held_out
     pipe = CogVideoXPipeline.from_pretrained("tiny-i2v", tiling=False)
