@@ -1,0 +1,25 @@
+"""What the demo promises: the new thing is learned and what was known stays. `make test-lessons` runs all four."""
+
+import json
+
+import pytest
+
+from cogvideox_factory.cli import demo
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [
+        ("t2v", "lora"),
+        pytest.param("t2v", "full", marks=pytest.mark.slow),
+        pytest.param("i2v", "lora", marks=pytest.mark.slow),
+        pytest.param("i2v", "full", marks=pytest.mark.slow),
+    ],
+)
+def test_a_lesson_is_learned_and_costs_little_of_what_was_known(tmp_path, task, method):
+    demo.run(["--out", str(tmp_path / "demo"), "--task", task, "--method", method])
+    scores = json.loads((tmp_path / "demo" / "scores.json").read_text())
+    assert scores["before"]["concept"] <= 0.15, scores
+    assert scores["after"]["concept"] >= 0.80, scores
+    assert scores["before"]["known"] - scores["after"]["known"] < 0.05, scores
