@@ -55,10 +55,10 @@ def run(config: Config) -> CacheIndex:
     check_task(config.task, transformer, source=str(folder))
     shape = training_shape(config, transformer)
     spec = clip_spec(config, shape)
-    manifest = checked_manifest(config, spec, transformer)
+    memo = Memo(Path(config.cache.dir) / "survey.jsonl")
+    manifest = checked_manifest(config, spec, transformer, memo=memo)
     device = pick_device(config.run.device)
     dtype = pick_dtype(config.run.dtype, device, transformer)
-    set_determinism(config.run.deterministic)
     cache = Cache(
         Path(config.cache.dir),
         cache_settings(config, folder, transformer, spec, str(dtype).removeprefix("torch.")),
@@ -67,7 +67,10 @@ def run(config: Config) -> CacheIndex:
     _check_room(cache, clips, transformer, num_captions=len(captions))
     if cache.folder.exists():
         sweep(cache.folder)
+    memo.save()
     say(f"{len(manifest.usable)} clips, {len(clips)} to encode; {len(captions)} captions to encode -> {cache.folder}")
+    if captions or clips:  # torch takes seconds to load what this needs, and a finished cache needs none of it
+        set_determinism(config.run.deterministic)
     if captions:
         _encode_captions(cache, captions, folder, device, dtype, strict=config.data.strict)
     if clips:
@@ -166,8 +169,10 @@ def check_buckets(clips: Iterable[Clip], transformer: TransformerConfig) -> None
             raise FactoryError(f"bucket {Bucket(*shape).key} ({count} clips): {error}") from error
 
 
-def checked_manifest(config: Config, spec: ClipSpec, transformer: TransformerConfig | None = None) -> Manifest:
-    """Read the rows, look at every clip, and print what becomes of them.
+def checked_manifest(
+    config: Config, spec: ClipSpec, transformer: TransformerConfig | None = None, *, memo: Memo | None = None
+) -> Manifest:
+    """Read the rows, look at every clip that `memo` does not know, and print what becomes of them.
 
     Raises:
         FactoryError: a bucket file that cannot be read, or a bucket `transformer` cannot take.
@@ -179,7 +184,6 @@ def checked_manifest(config: Config, spec: ClipSpec, transformer: TransformerCon
         caption_column=data.caption_column, video_column=data.video_column,
     )  # fmt: skip
     rows = read_manifest(source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
-    memo = Memo(Path(config.cache.dir) / "survey.jsonl") if config.cache.dir else None
     buckets = find_buckets(
         data.buckets, rows.usable, spec, max_buckets=data.max_buckets, seed=config.run.seed, memo=memo
     )
@@ -190,8 +194,6 @@ def checked_manifest(config: Config, spec: ClipSpec, transformer: TransformerCon
     if buckets and transformer:
         check_buckets(manifest.usable, transformer)
     manifest.require_good(strict=data.strict, max_bad=data.max_bad)
-    if memo:
-        memo.save()
     return manifest
 
 
