@@ -19,7 +19,7 @@ from cogvideox_factory.data.glimpse import Glimpse, contents, look_closer, thumb
 from cogvideox_factory.data.manifest import Manifest, Source, read_manifest
 from cogvideox_factory.data.survey import find_buckets, survey
 from cogvideox_factory.data.timing import ClipSpec
-from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.errors import DataError, FactoryError
 from cogvideox_factory.metrics import console, progress_bar, say
 from cogvideox_factory.models import PUBLISHED, TransformerConfig
 from cogvideox_factory.publish import publish_text
@@ -32,7 +32,7 @@ DESCRIPTION = """Look at every clip of a data set: counts that add up, one named
 cannot be used; durations, sizes, motion, black frames, scene cuts, clips that look alike; captions that are empty,
 repeated or too long. Sizes, frames and frame rate are those of the settings, or of the model they name; a model folder
 with a tokenizer also tells how many tokens are cut. Nothing is changed; no framework is loaded. With data.strict any
-loss ends in exit code 3."""
+loss, of a clip or the end of a caption, ends in exit code 3."""
 
 SECTIONS = ("model", "data", "text")
 
@@ -91,6 +91,11 @@ def run(argv: list[str]) -> None:
     if ask.fix:
         _write_clean(found, config, Path(ask.fix))
     found.manifest.require_good(strict=config.data.strict, max_bad=config.data.max_bad)
+    if config.data.strict and (cut := found.census.captions.too_long):
+        raise DataError(
+            f"strict allows no loss; {len(cut)} captions are longer than {found.census.captions.max_tokens} tokens and "
+            f"would be cut (rows {', '.join(map(str, list(cut)[:20]))}). Shorten them, or turn --data.strict off."
+        )
 
 
 def examine(config: Config, *, quick: bool = False) -> Examination:

@@ -40,6 +40,13 @@ def test_counts_add_up_and_the_report_names_every_clip(clips, tmp_path, capsys):
     assert "total" in printed
 
 
+def test_strict_lets_no_caption_be_cut(clips, capsys):
+    next(clips.glob("*.txt")).write_text("a large red circle " * 20)
+    assert doctor("--data.root", clips, "--model.path", "tiny-t2v") == 0
+    assert doctor("--data.root", clips, "--model.path", "tiny-t2v", "--data.strict", "True") == 3
+    assert "1 captions are longer than 24 tokens" in capsys.readouterr().err
+
+
 def test_strict_turns_a_loss_into_exit_code_3(clips, capsys):
     assert doctor("--data.root", clips, *SIZE, "--data.strict", "True") == 0
     (clips / "3.mp4").write_bytes(b"no video")
