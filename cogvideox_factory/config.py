@@ -375,5 +375,11 @@ _WITHOUT_EFFECT: tuple[tuple[Callable[[Config], bool], str, tuple[str, ...]], ..
     ),
     (lambda config: config.train.schedule != "cosine_with_restarts", "this schedule", ("train.num_cycles",)),
     (lambda config: config.train.schedule != "polynomial", "this schedule", ("train.power",)),
+    (lambda config: config.data.buckets != "auto", "data.buckets other than auto", ("data.max_buckets",)),
+    (
+        lambda config: config.data.buckets not in (None, "auto"),
+        "a bucket file, which says how many clips of each shape a step has",
+        ("train.batch_size",),
+    ),
     (lambda config: not config.validation.every, "validation.every=0", ("validation.prompts", "validation.images")),
 )  # fmt: skip

@@ -1,7 +1,9 @@
 """What a model can take: task, frames, size, frame rate, checked before anything is loaded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.diffusion.frames import check_num_frames, check_size, latent_frames_for_model
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.models import TransformerConfig, facts_for
@@ -74,6 +76,19 @@ def _check_positions(config: TransformerConfig, height: int, width: int) -> None
             f"size {height}x{width}: this model has rotary positions up to {limit_height}x{limit_width}. "
             "Use a smaller size."
         )
+
+
+def check_buckets(counts: Mapping[Bucket, int], config: TransformerConfig) -> None:
+    """Refuse buckets that the model cannot take; `counts` are the clips of each.
+
+    Raises:
+        FactoryError: naming the shape, how many clips have it, and what the model takes.
+    """
+    for bucket, count in counts.items():
+        try:
+            clip_shape(config, num_frames=bucket.num_frames, height=bucket.height, width=bucket.width)
+        except FactoryError as error:
+            raise FactoryError(f"bucket {bucket.key} ({count} clips): {error}") from error
 
 
 def check_task(task: str, config: TransformerConfig, *, source: str) -> None:

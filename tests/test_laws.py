@@ -83,7 +83,7 @@ def test_nothing_unpickles_evaluates_or_calls_a_shell():
     for path in FILES:
         text = path.read_text(encoding="utf-8")
         for word in banned:
-            if word == "yaml.load(" and name(path) == "recipe.py":
+            if word == "yaml.load(" and name(path) == "strict_yaml.py":
                 assert text.count(word) == text.count('yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)')
                 continue
             if word == "eval(":

@@ -2,7 +2,8 @@ import pytest
 
 from cogvideox_factory.config import Config
 from cogvideox_factory.errors import FactoryError
-from cogvideox_factory.recipe import check, read_recipe, read_yaml, write_recipe
+from cogvideox_factory.recipe import check, read_recipe, write_recipe
+from cogvideox_factory.strict_yaml import read_yaml
 
 
 def write(tmp_path, text: str):

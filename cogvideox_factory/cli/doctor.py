@@ -11,13 +11,12 @@ from pydantic import BaseModel, ConfigDict
 
 from cogvideox_factory.cli.settings import parse_with
 from cogvideox_factory.config import Config
-from cogvideox_factory.data.buckets import Bucket, count_table
 from cogvideox_factory.data.caption_tokens import token_counter
 from cogvideox_factory.data.census import Census, take_census, with_tokens
 from cogvideox_factory.data.clean_list import require_free, write_clean_list
 from cogvideox_factory.data.glimpse import Glimpse, contents, look_closer, thumbnails
 from cogvideox_factory.data.manifest import Manifest, Source, read_manifest
-from cogvideox_factory.data.survey import find_buckets, survey
+from cogvideox_factory.data.survey import count_buckets, find_buckets, survey
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.errors import DataError, FactoryError
 from cogvideox_factory.metrics import console, progress_bar, say
@@ -25,7 +24,7 @@ from cogvideox_factory.models import PUBLISHED, TransformerConfig
 from cogvideox_factory.publish import publish_text
 from cogvideox_factory.report import doctor_page
 from cogvideox_factory.report.remarks import remarks
-from cogvideox_factory.shapes import clip_shape
+from cogvideox_factory.shapes import check_buckets, clip_shape
 from cogvideox_factory.weights import EMBEDDED, resolve_model
 
 DESCRIPTION = """Look at every clip of a data set: counts that add up, one named state a clip, the reason where one
@@ -62,12 +61,15 @@ class Examination:
     spec: ClipSpec
     skipped: tuple[str, ...]
     """What was not looked at, and why."""
+    has_buckets: bool = False
+    """Whether clips have sizes and lengths of their own."""
 
     @property
     def buckets(self) -> dict[str, int]:
         """Clips of each bucket, where a run has several."""
-        clips = self.manifest.usable
-        return count_table(Bucket.parse(clip.facts["bucket"]) for clip in clips if "bucket" in clip.facts)
+        if not self.has_buckets:
+            return {}
+        return {bucket.key: count for bucket, count in count_buckets(self.manifest.usable).items()}
 
     def to_json(self) -> dict:
         """Return the whole report."""
@@ -113,6 +115,8 @@ def examine(config: Config, *, quick: bool = False) -> Examination:
     buckets = find_buckets(data.buckets, manifest.usable, spec, max_buckets=data.max_buckets, seed=config.run.seed)
     with progress_bar("reading clips", len(manifest.usable)) as advance:
         manifest = survey(manifest, spec, buckets=buckets, on_clip=lambda clip: advance())
+    if buckets and (config.model.path or config.model.transformer_config):
+        check_buckets(count_buckets(manifest.usable), _transformer_config(config))
     glimpses: Mapping[str, Glimpse] | None = None
     if quick:
         skipped.append("frames, as --quick asks: no motion, black frames, scene cuts, likeness, or damage inside files")
@@ -128,7 +132,9 @@ def examine(config: Config, *, quick: bool = False) -> Examination:
     else:
         skipped.append("how many tokens captions have: that takes a model folder with a tokenizer (--model.path)")
     census = take_census(manifest, glimpses, max_tokens=max_tokens)
-    return Examination(manifest=manifest, census=census, spec=spec, skipped=tuple(skipped))
+    return Examination(
+        manifest=manifest, census=census, spec=spec, skipped=tuple(skipped), has_buckets=buckets is not None
+    )
 
 
 def print_tables(found: Examination) -> None:

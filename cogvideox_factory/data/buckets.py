@@ -3,7 +3,7 @@
 Two ways to a table of buckets. A file in the format of the older trainers,
 
     bucket_config:
-      480p:                    # a resolution by name, see `RESOLUTIONS`
+      480p:                    # a resolution by name, see `resolution_shapes`
         49: [1.0, 4]           # frames: [keep_prob, batch_size]
         81: [0.5, 2]
 
@@ -17,7 +17,6 @@ sides are multiples of 16 is kept, and frames are counted after resampling.
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -25,11 +24,10 @@ from math import log, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import yaml
-
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.draws import generator
 from cogvideox_factory.errors import FactoryError, nearest
+from cogvideox_factory.strict_yaml import read_yaml
 
 MULTIPLE = 16
 FILLS = 0.8
@@ -217,13 +215,11 @@ def read_buckets(path: Path, *, seed: int) -> ListedBuckets:
         seed: of the keep_prob draws.
 
     Raises:
-        FactoryError: not readable, an unknown resolution, or a line that is not frames: [keep_prob, batch_size].
+        FactoryError: not readable, a key twice, an unknown resolution, or a line that is not
+            frames: [keep_prob, batch_size].
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise FactoryError(f"{path} cannot be read as a bucket file: {error}") from error
-    table = content.get("bucket_config", content) if isinstance(content, dict) else None
+    content = read_yaml(path)
+    table = content.get("bucket_config", content)
     if not isinstance(table, dict) or not table:
         raise FactoryError(f"{path} holds no buckets; write `480p: {{49: [1.0, 4]}}` under bucket_config.")
     lines = [(str(name), *line) for name, row in table.items() for line in _lines(path, name, row)]
@@ -376,9 +372,3 @@ def step_cost(num_tokens: int, *, width: int) -> float:
 def balanced_batches(costs: Mapping[Bucket, float], *, batch_size: int, native_cost: float) -> dict[Bucket, int]:
     """Return the clips a step of each bucket such that no step costs more than `batch_size` native clips do."""
     return {bucket: max(1, int(batch_size * native_cost / cost)) for bucket, cost in costs.items()}
-
-
-def count_table(chosen: Iterable[Bucket]) -> dict[str, int]:
-    """Return the clips of each bucket in use, longest and largest first."""
-    counts = Counter(chosen)
-    return {bucket.key: counts[bucket] for bucket in sorted(counts, reverse=True)}

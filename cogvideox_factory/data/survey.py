@@ -6,6 +6,7 @@ pass.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
@@ -85,6 +86,13 @@ def find_buckets(
         return read_buckets(Path(asked), seed=seed)
     native = Bucket(spec.num_frames, spec.height, spec.width)
     return auto_buckets(measure(clips, spec, memo=memo), native=native, max_buckets=max_buckets)
+
+
+def count_buckets(clips: Iterable[Clip]) -> dict[Bucket, int]:
+    """Return how many of the surveyed `clips` each bucket has, longest and largest first."""
+    specs = [clip.spec for clip in clips if clip.spec]
+    counts = Counter(Bucket(spec.num_frames, spec.height, spec.width) for spec in specs)
+    return dict(sorted(counts.items(), reverse=True))
 
 
 def measure(

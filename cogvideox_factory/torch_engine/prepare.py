@@ -4,8 +4,6 @@ Everything that can be known without a model is checked first, for all clips at 
 clips, each in its turn with only its own model loaded; what is in the cache already is not made again.
 """
 
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +12,13 @@ import torch
 
 from cogvideox_factory import draws, weights
 from cogvideox_factory.config import Config
-from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.cache import Cache, CacheIndex
 from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings, hash_folder
 from cogvideox_factory.data.manifest import Clip, Manifest, Source, read_manifest
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.reasons import ClipError, printable
-from cogvideox_factory.data.survey import find_buckets, survey
+from cogvideox_factory.data.survey import count_buckets, find_buckets, survey
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import DecodedClip, read_clip
 from cogvideox_factory.diffusion.frames import SPATIAL_COMPRESSION, num_latent_frames
@@ -29,7 +26,7 @@ from cogvideox_factory.errors import DataError, FactoryError, UnfitError
 from cogvideox_factory.metrics import progress_bar, say
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.publish import require_room, sweep
-from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
+from cogvideox_factory.shapes import ClipShape, check_buckets, check_task, clip_shape
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
 from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_determinism
 from cogvideox_factory.torch_engine.encode import Encoder
@@ -154,21 +151,6 @@ def clip_spec(config: Config, shape: ClipShape) -> ClipSpec:
     )  # fmt: skip
 
 
-def check_buckets(clips: Iterable[Clip], transformer: TransformerConfig) -> None:
-    """Refuse buckets in use that the model cannot take.
-
-    Raises:
-        FactoryError: naming the shape, how many clips have it, and what the model takes.
-    """
-    counts = Counter((s.num_frames, s.height, s.width) for clip in clips if (s := clip.spec))
-    for shape, count in counts.items():
-        try:
-            num_frames, height, width = shape
-            clip_shape(transformer, num_frames=num_frames, height=height, width=width)
-        except FactoryError as error:
-            raise FactoryError(f"bucket {Bucket(*shape).key} ({count} clips): {error}") from error
-
-
 def checked_manifest(
     config: Config, spec: ClipSpec, transformer: TransformerConfig | None = None, *, memo: Memo | None = None
 ) -> Manifest:
@@ -192,7 +174,7 @@ def checked_manifest(
     for line in manifest.report():
         say(line)
     if buckets and transformer:
-        check_buckets(manifest.usable, transformer)
+        check_buckets(count_buckets(manifest.usable), transformer)
     manifest.require_good(strict=data.strict, max_bad=data.max_bad)
     return manifest
 

@@ -62,6 +62,9 @@ def run(config: Config) -> Path:
     _check_validation(plan)
     set_determinism(config.run.deterministic)
     source, described = open_source(plan)
+    sizes = batch_sizes(plan, source.buckets.values())
+    if config.data.buckets:  # which clips a step has depends on these too
+        described = digest_of(sorted(source.buckets), described, sorted(source.buckets.items()), sorted(sizes.items()))
     with locked(plan.run_folder):
         start = find_start(plan)
         wanted = identity(plan, described)
@@ -73,7 +76,7 @@ def run(config: Config) -> Path:
                     f"train.steps={config.train.steps}, but {start} is at step {state['step']} already. "
                     "Ask for more steps, or start a new run in another --train.dir."
                 )
-        _train(plan, source, start=start, wanted=wanted)
+        _train(plan, source, sizes, start=start, wanted=wanted)
     return plan.run_folder
 
 
@@ -103,17 +106,21 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str]:
         return CacheSource(index), digest_of(clip_ids, settings.to_json())
     manifest = prepare.checked_manifest(config, spec, plan.model)
     clip_ids = sorted(clip.id for clip in manifest.usable)
-    rule = prepare.bucket_rule(config, spec)
-    source = RawSource(manifest.usable, latent_channels=plan.model.out_channels)
-    return source, digest_of(clip_ids, [spec, rule, sorted(source.buckets.items())] if rule else spec)
+    return RawSource(manifest.usable, latent_channels=plan.model.out_channels), digest_of(clip_ids, spec)
 
 
-def _train(plan: Plan, source: CacheSource | RawSource, *, start: Path | None, wanted: dict[str, Any]) -> None:
+def _train(
+    plan: Plan,
+    source: CacheSource | RawSource,
+    sizes: dict[str, int],
+    *,
+    start: Path | None,
+    wanted: dict[str, Any],
+) -> None:
     config = plan.config
     train_ids, held_ids = sorted(source.buckets), []
     if config.validation.every:
         train_ids, held_ids = hold_out(train_ids, config.validation.num_clips)
-    sizes = batch_sizes(plan, source.buckets.values())
     sampler = Sampler(
         train_ids, batch_size={key: size * config.train.gradient_accumulation for key, size in sizes.items()},
         seed=config.run.seed, buckets=source.buckets,

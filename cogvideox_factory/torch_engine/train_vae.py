@@ -59,6 +59,8 @@ def run(config: Config) -> Path:
     """
     if not config.data.root:
         raise FactoryError("train on what? give --data.root FOLDER")
+    if config.data.buckets:
+        raise FactoryError("data.buckets has no effect here: a VAE is trained on cuts of one size; remove it")
     spec = _clip_spec(config)
     out = Path(config.vae.dir)
     if (out / "metrics.jsonl").exists():

@@ -23,10 +23,10 @@ def balance_latents(vae: CogVideoXVAE, latents: Tensor, *, power: float) -> Tens
 
     A latent x becomes x M. With S = U diag(w) U^T the second moments of `latents`, M is U diag(w^(-power / 2)) U^T,
     times the number that gives the result unit variance: the identity (but for that number) at power 0, and at 1 the
-    whitening that changes latents least (Kessy et al., arXiv 1512.00809, ZCA). The spread of each direction, before
-    relative to after, is raised to 1 - power. `scaling_factor` becomes 1.
+    whitening that changes latents least (Kessy et al., arXiv 1512.00809, ZCA). The second moment w of each direction
+    becomes w^(1 - power), times a number. `scaling_factor` becomes 1.
 
-    The posterior's variances cannot be mixed like means and stay independent; they are scaled by the rows of M as if
+    The posterior's variances cannot be mixed like means and stay independent; they are scaled by the columns of M as if
     all channels had the same.
 
     Args:

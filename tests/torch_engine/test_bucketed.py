@@ -120,7 +120,7 @@ def test_a_bucket_file_decides_shapes_and_batches(roomy_model, tmp_path, capsys)
     clips.mkdir()
     write_clips(clips, [(17, 144, 256), (9, 256, 144), (9, 192, 192), (9, 256, 144)])
     file = bucket_file(tmp_path, "bucket_config: {144p: {9: [1.0, 2], 17: [1.0, 1]}}")
-    train.run(settings(roomy_model, clips, dir=str(tmp_path / "run"), data={"buckets": file}, steps=2))
+    train.run(settings(roomy_model, clips, dir=str(tmp_path / "run"), batch_size=1, data={"buckets": file}, steps=2))
     said = capsys.readouterr().out
     assert "1 of 17x144x256" in said
     assert "batch 1 (1 x 1 accumulated)" in said
@@ -134,7 +134,7 @@ def test_a_changed_table_is_refused_and_only_what_moved_is_made_again(roomy_mode
     write_clips(clips, [(17, 144, 256), (9, 192, 192)])
     cache = tmp_path / "cache"
     file = bucket_file(tmp_path, "144p: {9: [1.0, 2], 17: [1.0, 1]}")
-    config = settings(roomy_model, clips, data={"buckets": file}, cache=cache, dir=str(tmp_path / "run"))
+    config = settings(roomy_model, clips, batch_size=1, data={"buckets": file}, cache=cache, dir=str(tmp_path / "run"))
     index = prepare.run(config)
     assert sorted(clip.bucket for clip in index.clips) == ["17x144x256", "9x192x192"]
     before = {path.name for path in (cache / "clips").rglob("*.safetensors")}
@@ -148,6 +148,21 @@ def test_a_changed_table_is_refused_and_only_what_moved_is_made_again(roomy_mode
     assert len(after - before) == 1
     bucket_file(tmp_path, "144p: {9: [1.0, 2]}")  # another batch size makes no other latents
     train.run(config)
+    bucket_file(tmp_path, "144p: {9: [1.0, 1]}")  # but it is another run
+    with pytest.raises(UnfitError, match="data"):
+        train.run(config)
+
+
+@pytest.mark.parametrize(
+    ("data", "training", "law"),
+    [
+        ({"max_buckets": 3}, {}, r"data\.max_buckets has no effect"),
+        ({"buckets": "b.yaml"}, {}, r"train\.batch_size has"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(roomy_model, clips, data, training, law):
+    with pytest.raises(FactoryError, match=law):
+        settings(roomy_model, clips, data=data, **training)
 
 
 def test_clips_that_fit_nowhere_are_counted_and_explained(roomy_model, tmp_path, capsys):
@@ -155,13 +170,15 @@ def test_clips_that_fit_nowhere_are_counted_and_explained(roomy_model, tmp_path,
     clips.mkdir()
     write_clips(clips, [(17, 144, 256), (9, 64, 96)])
     file = bucket_file(tmp_path, "144p: {9: [1.0, 2]}")
-    config = settings(roomy_model, clips, data={"buckets": file}, cache=tmp_path / "cache")
+    config = settings(roomy_model, clips, batch_size=1, data={"buckets": file}, cache=tmp_path / "cache")
     prepare.run(config)
     said = capsys.readouterr().out
     assert "1 trimmed, 1 no_bucket" in said
     assert "fill no resolution of the bucket file" in said
     with pytest.raises(DataError, match=r"bucket\.none"):
-        prepare.run(settings(roomy_model, clips, data={"buckets": file, "strict": True}, cache=tmp_path / "cache"))
+        prepare.run(
+            settings(roomy_model, clips, batch_size=1, data={"buckets": file, "strict": True}, cache=tmp_path / "cache")
+        )
 
 
 def test_a_shape_the_model_cannot_take_is_named(roomy_model, tmp_path):
@@ -170,5 +187,5 @@ def test_a_shape_the_model_cannot_take_is_named(roomy_model, tmp_path):
     write_clips(clips, [(17, 144, 256)])
     file = bucket_file(tmp_path, "144p: {11: [1.0, 2]}")
     with pytest.raises(FactoryError, match=r"bucket 11x144x256 \(1 clips\): num_frames=11 does not fit"):
-        prepare.run(settings(roomy_model, clips, data={"buckets": file}, cache=tmp_path / "cache"))
+        prepare.run(settings(roomy_model, clips, batch_size=1, data={"buckets": file}, cache=tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()

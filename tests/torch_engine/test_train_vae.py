@@ -138,6 +138,7 @@ def test_the_loss_is_what_its_parts_say():
     [
         ({"data": {"root": ""}}, "--data.root"),
         ({"data": {"fps": None}}, "--data.fps"),
+        ({"data": {"buckets": "auto"}}, r"data\.buckets has no effect"),
         ({"vae": {"crop": 40}}, "larger than the clips"),
     ],
 )
