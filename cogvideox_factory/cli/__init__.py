@@ -9,7 +9,7 @@ from importlib import import_module
 
 COMMANDS = {
     "demo": "the whole factory on an embedded model: clips, preparation, training, video, one page",
-    "doctor": "looks at every clip of a data set: counts that add up, reasons for what is lost",
+    "doctor": "looks at every clip of a data set, or every entry of a cache: counts that add up, reasons",
     "prepare": "videos + captions -> cache of latents and text embeddings",
     "train": "cache or raw clips -> run folder with a LoRA or a fine-tuned transformer",
     "generate": "prompts (and images) -> mp4",

@@ -1,6 +1,6 @@
 """The cache that `prepare` writes and `train` reads.
 
-    CACHE/cache.json                     what made it, and the checksum of the list
+    CACHE/cache.json                     what made it, the checksum of the list, and its own
     CACHE/clips.jsonl                    one row a clip of the input, lost ones included
     CACHE/clips/ab/abcdef….safetensors   moments of a clip, unscaled and unsampled: mean, logvar
                                          [F, C, h, w]; of its first frame, clean then noised:
@@ -60,7 +60,7 @@ class Cache:
 
     def caption_file(self, caption: str) -> str:
         """Return the entry of a caption, relative to the folder."""
-        return _entry_file("text", entry_key(self._text, _text_hash(caption)))
+        return _entry_file("text", entry_key(self._text, text_hash(caption)))
 
     def missing_clips(self, clips: Iterable[Clip]) -> list[Clip]:
         """Return the usable clips without a complete entry, one a content."""
@@ -81,7 +81,7 @@ class Cache:
             header = read_header(self.folder / file)
         except UnfitError:  # absent or cut: both mean it is to be made
             return None
-        return header if _belongs(header, file) else None
+        return header if belongs(header, file) else None
 
     def write_clip(
         self,
@@ -131,7 +131,7 @@ class Cache:
             StorageError: the disk is full or cannot be written.
         """
         assert prompt_embeds.shape[:-1] == (self.settings.text.max_sequence_length,), prompt_embeds.shape
-        metadata = {"content": _text_hash(caption), "layout": "SE", "fingerprint": self._text}
+        metadata = {"content": text_hash(caption), "layout": "SE", "fingerprint": self._text}
         self._write(self.caption_file(caption), {"prompt_embeds": prompt_embeds}, metadata, f"caption {caption!r}")
 
     def _write(self, file: str, arrays: dict[str, np.ndarray], metadata: dict[str, str], name: str) -> None:
@@ -163,8 +163,9 @@ class Cache:
                 "counts": manifest.counts(),
                 "source": dict(source or {}),
                 "empty_caption": {"file": empty, "checksum": read_header(self.folder / empty).checksum},
-                "clips": {"file": "clips.jsonl", "sha256": _text_hash(text)},
+                "clips": {"file": "clips.jsonl", "sha256": text_hash(text)},
             }
+            described["checksum"] = _seal(described)
             publish_text(self.folder / "clips.jsonl", text)
             publish_text(self.folder / "cache.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n")
             return _read_index(self.folder, "cogvideox prepare")
@@ -239,8 +240,7 @@ def open_cache(
         UnfitError: no cache, one that was not finished, another's, or a damaged one.
     """
     folder = Path(folder)
-    with _lock(folder, exclusive=False):
-        index = _read_index(folder, command)
+    index = read_index(folder, command=command)
     if wanted is not None:
         require_match(folder, index.recorded, wanted, command=command)
     problems = _problems(index, full=False, num_workers=num_workers)
@@ -248,6 +248,16 @@ def open_cache(
         shown = "\n  ".join(problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else []))
         raise UnfitError(f"the cache {folder} has {len(problems)} bad entries; run `{command}` again:\n  {shown}")
     return index
+
+
+def read_index(folder: Path, *, command: str = "cogvideox prepare") -> CacheIndex:
+    """Read what a finished cache lists, without a look at its entries.
+
+    Raises:
+        UnfitError: no cache, one that was not finished, or a damaged list.
+    """
+    with _lock(folder, exclusive=False):
+        return _read_index(folder, command)
 
 
 def recorded_dtype(folder: Path) -> str | None:
@@ -268,10 +278,7 @@ def verify_cache(folder: Path, *, num_workers: int = 4) -> list[str]:
     Raises:
         UnfitError: there is no finished cache.
     """
-    folder = Path(folder)
-    with _lock(folder, exclusive=False):
-        index = _read_index(folder, "cogvideox prepare")
-    return _problems(index, full=True, num_workers=num_workers)
+    return _problems(read_index(Path(folder)), full=True, num_workers=num_workers)
 
 
 def _problems(index: CacheIndex, *, full: bool, num_workers: int) -> list[str]:
@@ -294,7 +301,7 @@ class _Check:
             header = read_entry(path, verify=True)[1] if self.full else read_header(path)
         except UnfitError as error:
             return str(error)
-        if header.checksum != checksum or not _belongs(header, file):
+        if header.checksum != checksum or not belongs(header, file):
             return f"{path} is not the entry that was listed: its checksum differs. Remove it and prepare again."
         return None
 
@@ -307,13 +314,20 @@ def _read_json(path: Path, command: str) -> dict[str, Any]:
         assert isinstance(described, dict)
     except (ValueError, AssertionError) as error:
         raise UnfitError(f"{path} is damaged ({error}). Run `{command}` again.") from error
+    if described.get("checksum") != _seal(described):
+        raise UnfitError(f"{path} is damaged: its checksum differs. Run `{command}` again.")
     return described
+
+
+def _seal(described: Mapping[str, Any]) -> str:
+    """Return the checksum of all that `cache.json` says besides it; how it is laid out does not matter."""
+    return text_hash(json.dumps({k: v for k, v in described.items() if k != "checksum"}, sort_keys=True))
 
 
 def _read_rows(folder: Path, described: dict[str, Any], command: str) -> list[dict[str, Any]]:
     path = folder / "clips.jsonl"
     text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
-    if _text_hash(text) != described.get("clips", {}).get("sha256"):
+    if text_hash(text) != described.get("clips", {}).get("sha256"):
         raise UnfitError(f"{path} does not belong to cache.json: prepare was interrupted. Run `{command}` again.")
     return [json.loads(line) for line in text.split("\n") if line]
 
@@ -330,7 +344,7 @@ def _read_index(folder: Path, command: str) -> CacheIndex:
     )
 
 
-def _belongs(header: Header, file: str) -> bool:
+def belongs(header: Header, file: str) -> bool:
     """Tell whether an entry's own words lead to the name it has."""
     content, made_with = (header.metadata.get(key, "") for key in ("content", "fingerprint"))
     return entry_key(made_with, content) == Path(file).stem
@@ -349,7 +363,8 @@ def _entry_file(kind: str, key: str) -> str:
     return f"{kind}/{key[:2]}/{key}.safetensors"
 
 
-def _text_hash(text: str) -> str:
+def text_hash(text: str) -> str:
+    """Return the SHA-256 that names a caption."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

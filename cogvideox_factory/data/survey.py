@@ -17,6 +17,7 @@ from cogvideox_factory.data.container import DEFAULT_LIMITS, Limits, VideoInfo
 from cogvideox_factory.data.manifest import Clip, Manifest
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.ordered import ordered_map
+from cogvideox_factory.data.paths import require_in_place
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.timing import ClipSpec, num_available, plan_frames
 from cogvideox_factory.data.video import file_stamp, probe_clip, require_moving, source_facts
@@ -123,6 +124,7 @@ def look_at(clip: Clip, spec: ClipSpec, *, buckets: Buckets | None = None, limit
     path = clip.path
     assert path is not None, f"{clip.name} names no file"
     try:
+        require_in_place(path)
         stamp = file_stamp(path)
         clip = replace(clip, content=hash_file(path), stamp=stamp)
         info = probe_clip(path, limits=limits)

@@ -25,6 +25,7 @@ from cogvideox_factory.data.container import (
 )
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.image import is_picture, load_picture, probe_picture
+from cogvideox_factory.data.paths import require_in_place
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.resize import Fit, Resizer
 from cogvideox_factory.data.timing import ClipSpec, FramePlan, plan_frames
@@ -124,6 +125,9 @@ def read_clip(
     """
     path = Path(path)
     before = stamp or file_stamp(path)
+    if stamp:
+        require_in_place(path)
+        _require_unchanged(path, stamp)  # before it is opened: it may be another file by now
     info = info or probe_clip(path, limits=limits)
     require_moving(info, spec)
     plan = plan_frames(info, spec)
@@ -133,9 +137,13 @@ def read_clip(
     for index, frame in _chosen_frames(info, plan.indices):
         first, last = np.searchsorted(plan.indices, (index, index + 1))
         pixels[first:last] = resize(frame)
-    if file_stamp(path) != before:
-        raise ClipError("video.changed", f"{path.name} changed while it was read; leave the clips alone and run again")
+    _require_unchanged(path, before)
     return DecodedClip(pixels=pixels, info=info, plan=plan, fit=fit)
+
+
+def _require_unchanged(path: Path, stamp: tuple[int, int]) -> None:
+    if file_stamp(path) != stamp:
+        raise ClipError("video.changed", f"{path.name} changed while it was read; leave the clips alone and run again")
 
 
 def file_stamp(path: Path) -> tuple[int, int]:
