@@ -130,14 +130,18 @@ def audit_cache(folder: Path, *, num_workers: int = 2, on_file: Callable[[], Non
 
 def _lists(folder: Path) -> tuple[CacheIndex | None, list[Finding]]:
     """Return the list, if it can be trusted, and the state of its two files."""
+    head, rows = _LISTS
     try:
         index = read_index(folder)
     except UnfitError as error:
-        present = [name for name in _LISTS if (folder / name).is_file()]
-        missing = [
-            Finding(file=n, state=MISSING, detail="prepare has not finished") for n in _LISTS if n not in present
-        ]
-        return None, missing + [Finding(file=name, state=DAMAGED, detail=str(error)) for name in present]
+        spoilt = partial(Finding, state=DAMAGED, detail=str(error))
+        unfinished = Finding(file=head, state=MISSING, detail="prepare has not finished")
+        if not (folder / head).is_file():
+            alone = [Finding(file=rows, state=ORPHAN, detail=f"{head}, which vouches for it, is not there")]
+            return None, [unfinished, *(alone if (folder / rows).is_file() else [])]
+        if not (folder / rows).is_file():
+            return None, [spoilt(file=head), Finding(file=rows, state=MISSING, detail="it is listed")]
+        return None, [spoilt(file=head), spoilt(file=rows)]
     return index, [Finding(file=name, state=OK) for name in _LISTS]
 
 

@@ -76,7 +76,7 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _sealed(text: str) -> str:
-    """Return `text` after a checksum of it: one flipped bit of a remembered answer could make a wrong clip of a file."""
+    """Return `text` behind its checksum: a flipped bit of an answer could give a clip other frames or another state."""
     return hashlib.sha256(text.encode()).hexdigest()[:_SEAL] + text
 
 

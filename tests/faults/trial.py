@@ -81,7 +81,7 @@ class Child:
     """A function that runs in a fork of this process; what it prints is kept."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
-        self._file = tempfile.TemporaryFile("w+")
+        self._file = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `wait`
         self._read, write = os.pipe()
         self.started = time.monotonic()
         sys.stdout.flush()

@@ -214,7 +214,8 @@ VIDEOS = [
     row("V23", "far too many pixels", ("a.mp4", video(1, height=2176, width=4112), LARGE),
         says=("4112x2176", "at most 8847360 pixels")),
     row("V24", "a playlist named .mp4", ("a.mp4", _playlist("ffconcat version 1.0\nfile GOOD\n"), UNREADABLE)),
-    row("V25", "HLS named .mp4 and .m3u8", ("a.mp4", _playlist(HLS), UNREADABLE), ("b.m3u8", _playlist(HLS), UNREADABLE)),
+    row("V25", "HLS named .mp4 and .m3u8", ("a.mp4", _playlist(HLS), UNREADABLE),
+        ("b.m3u8", _playlist(HLS), UNREADABLE)),
     row("V26", "a decoder that crashes or hangs", differs="decoding runs in threads of the process, not in children: a "
         "crash ends it, and the next run goes on. F11 counts crashes and hangs over damaged files"),
     row("V27", "a codec that is not built in", ("a.mp4", other_codec, CODEC), says=("no decoder",)),
