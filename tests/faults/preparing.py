@@ -20,6 +20,7 @@ from tests.faults.boundaries import KILL_AFTER, KILL_BEFORE, Boundaries
 from tests.faults.makers import good_set
 from tests.faults.trial import Child, Outcome, Trial, Verdict, files_of, in_child, spread
 
+
 def settings(root: Path, cache: Path) -> Config:
     """Return the settings that prepare `root` with the embedded model."""
     return Config.model_validate({
@@ -194,5 +195,3 @@ def _second_run(run: Path) -> tuple[Verdict, str]:
     if second.exit_code != 2 or "another process" not in second.error:
         return second.broke or Verdict.SILENT, f"the second run was let in: {second}"
     return (Verdict.REFUSED, "") if third.exit_code == 0 else (Verdict.LOST, f"a dead run's lock holds: {third}")
-
-

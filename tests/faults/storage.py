@@ -180,7 +180,7 @@ def _open_up(folder: Path) -> None:
     """Let nobody see the way to a folder (temporary folders are root's own)."""
     for path in (folder, *folder.parents):
         with suppress(OSError):
-            if path.stat().st_uid == os.getuid() and not path.stat().st_mode & 0o005 == 0o005:
+            if path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o005 != 0o005:
                 path.chmod(path.stat().st_mode | 0o055)
 
 
