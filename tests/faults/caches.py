@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache as once
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 from unittest import mock
 
@@ -22,7 +21,7 @@ from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.survey import survey
 from cogvideox_factory.errors import UnfitError
 from tests.faults.makers import SPEC, good_set
-from tests.faults.trial import Trial, Verdict, files_of, spread
+from tests.faults.trial import Trial, Verdict, files_of, folder_of_this_run, spread
 
 SHAPE = (3, 4, 8, 8)
 _TEXT = TextSettings(text_encoder="b" * 64, tokenizer="c" * 64, dtype="float32", max_sequence_length=5)
@@ -70,7 +69,7 @@ class Finished:
 @once
 def finished(image_variants: int = 0) -> Finished:
     """Return a cache of three clips; with `image_variants`, as image-to-video has it."""
-    work = Path(mkdtemp(prefix="faults-cache-"))
+    work = folder_of_this_run("cache")
     good_set(work / "set")
     memo = Memo(work / "cache" / "survey.jsonl")
     with mock.patch("cogvideox_factory.data.memo._FRESH_NS", 0):  # clips of this very second are remembered too

@@ -1,6 +1,5 @@
 """F11, F12, F14, F27: damaged clips, the catalogue of clips, hostile names and links, and clips that are good."""
 
-import hashlib
 import os
 import resource
 from collections.abc import Iterator
@@ -12,27 +11,31 @@ from tempfile import mkdtemp
 import numpy as np
 
 from cogvideox_factory import draws
+from cogvideox_factory.data.cache import Cache
 from cogvideox_factory.data.manifest import Clip, read_manifest
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.survey import look_at
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import read_clip
+from tests.faults.caches import settings
 from tests.faults.catalogue import problems, through, write_table
 from tests.faults.guard import watched
 from tests.faults.makers import SPEC, damaged, good_clip, make_video, moving
-from tests.faults.trial import Outcome, Trial, Verdict, in_child, spread
+from tests.faults.trial import Outcome, Trial, Verdict, folder_of_this_run, in_child, spread
 from tests.faults.videos import VIDEOS
 
 _CONTAINERS = (("mp4", "libx264"), ("mkv", "libx264"), ("webm", "libvpx-vp9"))
 _KINDS = ("cut", "flip", "zero block")
 _FRAMES = ClipSpec(num_frames=24, height=64, width=64, fps=8)
 _CHUNK = 60
+HASH_ONLY = "only its hash, on a later run"
+"""What tells a damaged clip that decodes without a complaint."""
 _MAX_SECONDS, _MAX_MIB = 10.0, 600
 
 
 @once
 def _originals() -> dict[str, bytes]:
-    work = Path(mkdtemp(prefix="faults-media-"))
+    work = folder_of_this_run("media")
     return {
         suffix: make_video(
             work / f"a.{suffix}", pictures=moving(24), height=64, width=64, codec=codec,
@@ -65,33 +68,33 @@ def _one(ended: Outcome) -> list[str]:
 
 
 def _decode_all(numbers: list[int], seed: int, work: Path) -> list[list[str]]:
-    good = {suffix: _pixels(work / f"good.{suffix}", data) for suffix, data in _originals().items()}
-    return [_decode(number, seed, work, good) for number in numbers]
+    good = {suffix: _looked_and_read(work / f"good.{suffix}", data) for suffix, data in _originals().items()}
+    return [_decode(number, seed, work, *good[_CONTAINERS[number // 3 % 3][0]]) for number in numbers]
 
 
-def _decode(number: int, seed: int, work: Path, good: dict[str, np.ndarray]) -> list[str]:
-    """Return (verdict, what noticed, detail) of one mutant, looked at and decoded as `prepare` does."""
+def _decode(number: int, seed: int, work: Path, clip: Clip, pixels: np.ndarray) -> list[str]:
+    """Return (verdict, what noticed, detail) of one mutant of `clip`, looked at and decoded as `prepare` does."""
     suffix, kind = _CONTAINERS[number // 3 % 3][0], _KINDS[number % 3]
-    data = _originals()[suffix]
-    spoilt = damaged(data, kind=kind.split()[0], rng=draws.generator(seed, "mutant", number))
+    spoilt = damaged(_originals()[suffix], kind=kind.split()[0], rng=draws.generator(seed, "mutant", number))
     try:
-        pixels = _pixels(work / f"mutant.{suffix}", spoilt)
+        found, seen = _looked_and_read(work / f"mutant.{suffix}", spoilt)
     except ClipError as error:
         return [Verdict.REFUSED, error.code, ""]
-    if np.array_equal(pixels, good[suffix]):
+    if np.array_equal(seen, pixels):
         return [Verdict.OK, "", ""]
-    # A cache made of the undamaged file is not used for this one, because entries are named by their clip's bytes.
-    assert hashlib.sha256(spoilt).digest() != hashlib.sha256(data).digest()
-    return [Verdict.DEGRADED, "only the source's hash", "other pixels, which no layer of the file tells"]
+    cache = Cache(work / "cache", settings())
+    if cache.clip_file(found) == cache.clip_file(clip):
+        return [Verdict.SILENT, "", "a cache of the undamaged clip would be taken for this one"]
+    return [Verdict.DEGRADED, HASH_ONLY, "other pixels, which no layer of the file tells"]
 
 
-def _pixels(path: Path, data: bytes) -> np.ndarray:
+def _looked_and_read(path: Path, data: bytes) -> tuple[Clip, np.ndarray]:
     path.write_bytes(data)
     clip = look_at(Clip(row=1, name=path.name, caption="x", path=Path(os.path.realpath(path))), _FRAMES)
     if clip.reason:
         raise ClipError(clip.reason, clip.detail)
     assert clip.path is not None
-    return read_clip(clip.path, _FRAMES, stamp=clip.stamp).pixels
+    return clip, read_clip(clip.path, _FRAMES, stamp=clip.stamp).pixels
 
 
 def catalogue(count: int, seed: int, work: Path) -> Iterator[Trial]:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from functools import cache as once
 from pathlib import Path
-from tempfile import mkdtemp
 
 from cogvideox_factory import draws
 from cogvideox_factory.config import Config
@@ -18,7 +17,7 @@ from cogvideox_factory.run_folder import locked
 from cogvideox_factory.weights import resolve_model
 from tests.faults.boundaries import KILL_AFTER, KILL_BEFORE, Boundaries
 from tests.faults.makers import good_set
-from tests.faults.trial import Child, Outcome, Trial, Verdict, files_of, in_child, spread
+from tests.faults.trial import Child, Outcome, Trial, Verdict, files_of, folder_of_this_run, in_child, spread
 
 
 def settings(root: Path, cache: Path) -> Config:
@@ -64,7 +63,7 @@ def warm() -> None:
 def bench() -> tuple[Path, dict[str, bytes], list[str], float]:
     """Return (a data set, the files of an undisturbed run on it, its boundaries, its seconds)."""
     warm()
-    work = Path(mkdtemp(prefix="faults-prepare-"))
+    work = folder_of_this_run("prepare")
     root = good_set(work / "set")
     outcome = in_child(prepare, root, work / "cache", Boundaries(work / "cache"))
     assert outcome.exit_code == 0, outcome.output

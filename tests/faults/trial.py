@@ -1,7 +1,9 @@
 """One trial and its verdict, and the forked child that a fault happens in."""
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -142,6 +144,13 @@ class Child:
 def in_child(function: Callable[..., Any], *args: Any, limit: float = LIMIT_SECONDS) -> Outcome:
     """Run `function` in a fork and return how it ended; its result must be JSON."""
     return Child(function, *args).wait(limit)
+
+
+def folder_of_this_run(what: str) -> Path:
+    """Return an empty folder that is there until this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix=f"faults-{what}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def spread(items: list, count: int) -> list:
