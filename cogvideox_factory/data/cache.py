@@ -145,10 +145,17 @@ class Cache:
         if self._header(file) is None:  # another process may have finished it: entries never change
             write_entry(self.folder / file, halves, metadata)
 
-    def publish(self, manifest: Manifest, source: Mapping[str, Any] | None = None) -> "CacheIndex":
+    def publish(
+        self,
+        manifest: Manifest,
+        source: Mapping[str, Any] | None = None,
+        *,
+        imported: Mapping[str, Any] | None = None,
+    ) -> "CacheIndex":
         """Write `clips.jsonl` and `cache.json` for `manifest` from the entries that are there, and read them back.
 
-        `source` says where the clips came from, so that a run can tell that it asks for others.
+        `source` says where the clips came from, so that a run can tell that it asks for others; `imported` what is
+        known of entries that were made elsewhere.
 
         Raises:
             UnfitError: a usable clip of the manifest has no entry.
@@ -165,6 +172,8 @@ class Cache:
                 "empty_caption": {"file": empty, "checksum": read_header(self.folder / empty).checksum},
                 "clips": {"file": "clips.jsonl", "sha256": _text_hash(text)},
             }
+            if imported is not None:
+                described["imported"] = dict(imported)
             publish_text(self.folder / "clips.jsonl", text)
             publish_text(self.folder / "cache.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n")
             return _read_index(self.folder, "cogvideox prepare")
@@ -248,6 +257,16 @@ def open_cache(
         shown = "\n  ".join(problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else []))
         raise UnfitError(f"the cache {folder} has {len(problems)} bad entries; run `{command}` again:\n  {shown}")
     return index
+
+
+def is_imported(folder: Path) -> bool:
+    """Tell whether a finished cache was made elsewhere and imported.
+
+    Raises:
+        UnfitError: a damaged `cache.json`.
+    """
+    path = Path(folder) / "cache.json"
+    return path.is_file() and bool(_read_json(path, "cogvideox import-prepared").get("imported"))
 
 
 def recorded_dtype(folder: Path) -> str | None:

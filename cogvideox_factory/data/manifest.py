@@ -261,7 +261,7 @@ def read_manifest(
         source = Source.detect(Path(source))
     if not source.root.is_dir():
         raise DataError(f"the data root {source.root} is no folder. Give the folder of the clips.")
-    read = _read_rows(source)
+    read = read_rows(source)
     resolver = PathResolver(source.root, allow_outside=allow_outside_root)
     seen: dict[tuple[Path | None, str], int] = {}
     clips = [_clip(row, resolver, seen, (trigger_word or "").strip(), allow_empty_captions) for row in read.rows]
@@ -271,7 +271,12 @@ def read_manifest(
     return manifest
 
 
-def _read_rows(source: Source) -> Rows:
+def read_rows(source: Source) -> Rows:
+    """Return the rows of a source as they were written.
+
+    Raises:
+        DataError: the list cannot be read.
+    """
     if source.table:
         path = source.root / source.table
         reader = _READERS.get(path.suffix.lower())

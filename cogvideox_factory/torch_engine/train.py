@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.buckets import Bucket
-from cogvideox_factory.data.cache import open_cache, recorded_dtype
+from cogvideox_factory.data.cache import is_imported, open_cache, recorded_dtype
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.loader import CacheSource, Draws, Loader, RawSource
 from cogvideox_factory.data.sampler import Sampler, hold_out
@@ -93,7 +93,10 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str]:
         # What the encoders ran in is the cache's affair: float32 latents feed a bfloat16 run as well.
         dtype = recorded_dtype(Path(config.cache.dir)) or str(plan.dtype).removeprefix("torch.")
         settings = prepare.cache_settings(config, plan.folder, plan.model, spec, dtype)
-        command = f"cogvideox prepare (with this recipe) --cache.dir {config.cache.dir}"
+        verb = "prepare"
+        if is_imported(Path(config.cache.dir)):
+            settings, verb = settings.as_imported(), "import-prepared"
+        command = f"cogvideox {verb} (with this recipe) --cache.dir {config.cache.dir}"
         index = open_cache(Path(config.cache.dir), settings, command=command)
         if config.data.root:
             prepare.require_source(index, config)
