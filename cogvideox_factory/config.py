@@ -46,6 +46,9 @@ class Data(_Section):
     """Column of the table that holds the caption."""
     video_column: str = "video"
     """Column of the table that holds the clip's path; where there is none, `file_name` (Hugging Face) is taken."""
+    image_column: str = "image"
+    """Image-to-video: column of the table that names the picture a clip starts from, in place of the clip's own first
+    frame. A table without the column, or a row without a name in it, starts from the first frame."""
     captions: str | None = None
     """Text file with one caption a line; needs `videos`."""
     videos: str | None = None
@@ -359,8 +362,8 @@ _WITHOUT_EFFECT: tuple[tuple[Callable[[Config], bool], str, tuple[str, ...]], ..
         lambda config: config.task == "t2v",
         "task=t2v",
         (
-            "generate.image", "validation.images", "cache.image_noise_variants", "train.image_dropout",
-            "train.image_noise", "train.image_scale",
+            "data.image_column", "generate.image", "validation.images", "cache.image_noise_variants",
+            "train.image_dropout", "train.image_noise", "train.image_scale",
         ),
     ),
     (

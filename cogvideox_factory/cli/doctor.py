@@ -33,7 +33,7 @@ repeated or too long. Sizes, frames and frame rate are those of the settings, or
 with a tokenizer also tells how many tokens are cut. Nothing is changed; no framework is loaded. With data.strict any
 loss, of a clip or the end of a caption, ends in exit code 3."""
 
-SECTIONS = ("model", "data", "text")
+SECTIONS = ("task", "model", "data", "text")
 
 
 class Doctor(BaseModel):
@@ -198,7 +198,7 @@ def _write_clean(found: Examination, config: Config, file: Path) -> None:
     root = _source(config).root
     count = write_clean_list(
         found.manifest, file, root=root, caption_column=data.caption_column, video_column=data.video_column,
-        trigger_word=data.trigger_word,
+        trigger_word=data.trigger_word, image_column=data.image_column,
     )  # fmt: skip
     inside = file.resolve().is_relative_to(root.resolve())
     table = file.resolve().relative_to(root.resolve()) if inside else file.resolve()
@@ -215,6 +215,7 @@ def _source(config: Config) -> Source:
     return Source.choose(
         Path(data.root), table=data.table, captions=data.captions, videos=data.videos,
         caption_column=data.caption_column, video_column=data.video_column,
+        image_column=data.image_column if config.task == "i2v" else None,
     )  # fmt: skip
 
 

@@ -72,6 +72,14 @@ class VideoSettings:
             return self
         return replace(self, buckets=None, num_frames=spec.num_frames, height=spec.height, width=spec.width)
 
+    def without_images(self) -> Self:
+        """Return the settings of the video latents alone, for a clip whose image is kept in an entry of its own."""
+        return replace(self, image_variants=0, seed=self.seed if self.crop == "random" else None)
+
+    def of_image(self, spec: ClipSpec | None) -> Self:
+        """Return the settings of an image of a clip's own: frames and rate do not matter to it."""
+        return replace(self.of(spec), num_frames=1, fps=0.0, fps_policy="", short_policy="")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextSettings:

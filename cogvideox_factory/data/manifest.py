@@ -16,7 +16,7 @@ from typing import Any, Self
 from cogvideox_factory.data.parquet import read_parquet
 from cogvideox_factory.data.paths import PathResolver
 from cogvideox_factory.data.reasons import PENDING, STATES, USABLE, ClipError, printable
-from cogvideox_factory.data.rows import Row, Rows, read_csv, read_folder, read_jsonl, read_two_lists
+from cogvideox_factory.data.rows import IMAGE_COLUMN, Row, Rows, read_csv, read_folder, read_jsonl, read_two_lists
 from cogvideox_factory.data.rows import read_lines as read_lines
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.errors import DataError
@@ -48,6 +48,12 @@ class Clip:
     """SHA-256 of the file's bytes, once it has been read."""
     stamp: tuple[int, int] | None = None
     """(size, mtime in ns) of the file when it was hashed."""
+    image_name: str = ""
+    """The picture that image-to-video starts from as the list gives it; empty for the clip's own first frame."""
+    image_path: Path | None = None
+    image_content: str | None = None
+    """SHA-256 of the picture, once it has been read."""
+    image_stamp: tuple[int, int] | None = None
     spec: ClipSpec | None = field(default=None, compare=False)
     """What the clip is brought to, once it has been surveyed: with buckets, its own size and length."""
     facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
@@ -60,14 +66,16 @@ class Clip:
 
     @property
     def id(self) -> str:
-        """Name of this clip in caches, batches and draws: its bytes and its caption, nothing else."""
+        """Name of this clip in caches, batches and draws: its bytes, its caption, its own image if it has one."""
         assert self.content is not None, f"{self.name} has not been read yet"
-        return clip_id(self.content, self.caption)
+        name = clip_id(self.content, self.caption)
+        return f"{name}-{self.image_content[:8]}" if self.image_content else name
 
     def to_json(self) -> dict[str, Any]:
         """Return what a report says of the clip."""
         named = ("row", "name", "caption", "state", "reason", "detail")
-        return {name: getattr(self, name) for name in named} | dict(self.facts)
+        image = {"image_name": self.image_name} if self.image_name else {}
+        return {name: getattr(self, name) for name in named} | image | dict(self.facts)
 
     def rejected(self, error: ClipError) -> Self:
         """Return this clip in the state that `error` sends it to."""
@@ -178,6 +186,8 @@ class Source:
     """Text file with one path a line, relative to the root."""
     caption_column: str = "caption"
     video_column: str = "video"
+    image_column: str | None = None
+    """Column of the pictures that image-to-video starts from; None reads none."""
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -215,15 +225,16 @@ class Source:
     @classmethod
     def choose(
         cls, root: Path, *, table: str | None, captions: str | None, videos: str | None, caption_column: str,
-        video_column: str,
+        video_column: str, image_column: str | None = None,
     ) -> Self:  # fmt: skip
         """Return the lists that are named, or, where none is, what `detect` finds."""
         if table or captions:
             return cls(
                 root=root, table=table, captions=captions, videos=videos, caption_column=caption_column,
-                video_column=video_column,
+                video_column=video_column, image_column=image_column,
             )  # fmt: skip
-        return cls.detect(root, caption_column=caption_column, video_column=video_column)
+        found = cls.detect(root, caption_column=caption_column, video_column=video_column)
+        return replace(found, image_column=image_column)
 
     @property
     def description(self) -> str:
@@ -263,7 +274,7 @@ def read_manifest(
         raise DataError(f"the data root {source.root} is no folder. Give the folder of the clips.")
     read = read_rows(source)
     resolver = PathResolver(source.root, allow_outside=allow_outside_root)
-    seen: dict[tuple[Path | None, str], int] = {}
+    seen: dict[tuple[Path | None, str, Path | None], int] = {}
     clips = [_clip(row, resolver, seen, (trigger_word or "").strip(), allow_empty_captions) for row in read.rows]
     manifest = Manifest(source=source.description, clips=tuple(clips), notes=source.notes + read.notes)
     for note in manifest.notes:
@@ -282,7 +293,15 @@ def read_rows(source: Source) -> Rows:
         reader = _READERS.get(path.suffix.lower())
         if reader is None:
             raise DataError(f"{path} is no table that can be read. Use one of {', '.join(TABLE_SUFFIXES)}.")
-        return reader(path, caption_column=source.caption_column, video_column=source.video_column)
+        return reader(
+            path, caption_column=source.caption_column, video_column=source.video_column,
+            image_column=source.image_column,
+        )  # fmt: skip
+    if source.image_column not in (None, IMAGE_COLUMN):
+        raise DataError(
+            f"image_column={source.image_column!r} names a column, and {source.description} is no table. Put the clips "
+            "into a .csv or .jsonl table, or leave it out."
+        )
     if source.captions and source.videos:
         return read_two_lists(source.root / source.captions, source.root / source.videos)
     if source.captions or source.videos:
@@ -293,11 +312,11 @@ def read_rows(source: Source) -> Rows:
 def _clip(
     row: Row,
     resolver: PathResolver,
-    seen: dict[tuple[Path | None, str], int],
+    seen: dict[tuple[Path | None, str, Path | None], int],
     trigger: str,
     allow_empty: bool,
 ) -> Clip:
-    clip = Clip(row=row.line, name=row.video, caption=row.caption)
+    clip = Clip(row=row.line, name=row.video, caption=row.caption, image_name=row.image)
     try:
         if row.code:
             raise ClipError(row.code, row.detail)
@@ -305,12 +324,22 @@ def _clip(
         replaced = sum(_is_control(c) for c in row.caption.strip())
         clip = replace(clip, caption=f"{trigger} {caption}".strip(), facts={"replaced": replaced} if replaced else {})
         clip = replace(clip, path=resolver.resolve(row.video))
-        first = seen.setdefault((clip.path, clip.caption), row.line)
+        if row.image:
+            clip = replace(clip, image_path=_image_path(row.image, resolver))
+        first = seen.setdefault((clip.path, clip.caption, clip.image_path), row.line)
         if first != row.line:
             raise ClipError("row.duplicate", f"the same clip and caption as row {first}")
     except ClipError as error:
         return clip.rejected(error)
     return clip
+
+
+def _image_path(entry: str, resolver: PathResolver) -> Path:
+    try:
+        return resolver.resolve(entry)
+    except ClipError as error:
+        code = "image.outside" if error.code == "path.outside" else "image.missing"
+        raise ClipError(code, f"its image: {error.message}") from error
 
 
 def clean_caption(text: str, *, allow_empty: bool = False) -> str:
