@@ -249,6 +249,8 @@ class CachedClip:
     text_file: Path
     image_file: Path | None
     """Entry of an image of its own, where it has one."""
+    set: str
+    """Its data set, where several are mixed."""
     shapes: dict[str, tuple[int, ...]]
     """Of `mean` and, for image-to-video, `image_mean` (their log-variances alike) and `prompt_embeds`."""
 
@@ -399,6 +401,7 @@ def _cached(folder: Path, row: dict[str, Any]) -> CachedClip:
         id=row["id"], name=row["name"], caption=row["caption"], bucket=row["bucket"],
         clip_file=folder / row["clip"]["file"], text_file=folder / row["text"]["file"],
         image_file=folder / row["image"]["file"] if "image" in row else None,
+        set=row.get("set", ""),
         shapes={name: tuple(shape) for name, shape in shapes.items()},
     )  # fmt: skip
 

@@ -118,6 +118,11 @@ class CacheSource:
         """Shape key of each clip, for `Sampler`."""
         return {clip.id: clip.bucket for clip in self._clips.values()}
 
+    @property
+    def sets(self) -> dict[str, str]:
+        """Data set of each clip, for `Sampler`."""
+        return {clip.id: clip.set for clip in self._clips.values()}
+
     def name(self, clip_id: str) -> str:
         """Return the clip's path in the list it came from."""
         return self._clips[clip_id].name
@@ -168,6 +173,11 @@ class RawSource:
         """Shape key of each clip, for `Sampler`."""
         specs = {clip_id: _spec(clip) for clip_id, clip in self._clips.items()}
         return {clip_id: Bucket(s.num_frames, s.height, s.width).key for clip_id, s in specs.items()}
+
+    @property
+    def sets(self) -> dict[str, str]:
+        """Data set of each clip, for `Sampler`."""
+        return {clip_id: clip.set for clip_id, clip in self._clips.items()}
 
     def name(self, clip_id: str) -> str:
         """Return the clip's path in the list it came from."""

@@ -37,6 +37,10 @@ class Clip:
     """1-based line in the list the row came from."""
     name: str
     """The path as the list gives it."""
+    set: str = ""
+    """Name of its data set, where several are mixed."""
+    set_row: int | None = None
+    """The line in that set's own list; `row` then counts through all sets."""
     caption: str
     """The text that is encoded: cleaned, trigger word in front."""
     path: Path | None = None
@@ -71,11 +75,17 @@ class Clip:
         name = clip_id(self.content, self.caption)
         return f"{name}-{self.image_content[:8]}" if self.image_content else name
 
+    @property
+    def place(self) -> str:
+        """Where its row is, for people."""
+        return f"row {self.set_row} of {self.set}" if self.set else f"row {self.row}"
+
     def to_json(self) -> dict[str, Any]:
         """Return what a report says of the clip."""
         named = ("row", "name", "caption", "state", "reason", "detail")
-        image = {"image_name": self.image_name} if self.image_name else {}
-        return {name: getattr(self, name) for name in named} | image | dict(self.facts)
+        more = {"image_name": self.image_name} if self.image_name else {}
+        more |= {"set": self.set, "set_row": self.set_row} if self.set else {}
+        return {name: getattr(self, name) for name in named} | more | dict(self.facts)
 
     def rejected(self, error: ClipError) -> Self:
         """Return this clip in the state that `error` sends it to."""
@@ -134,7 +144,7 @@ class Manifest:
         """Return lines to print: the counts, then the first `limit` lost clips, then the notes."""
         counts = ", ".join(f"{count} {state}" for state, count in self.counts().items())
         lines = [f"{len(self.clips)} clips from {printable(self.source)}: {counts or 'none'}"]
-        lines += [f"  row {c.row} {printable(c.name)}: {printable(c.detail)} [{c.reason}]" for c in self.lost[:limit]]
+        lines += [f"  {c.place} {printable(c.name)}: {printable(c.detail)} [{c.reason}]" for c in self.lost[:limit]]
         if len(self.lost) > limit:
             lines.append(f"  … and {len(self.lost) - limit} more")
         return lines + [f"  note: {note}" for note in self.notes]

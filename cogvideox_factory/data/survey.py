@@ -42,7 +42,7 @@ def survey(
     the rest of `spec` holds for all. What `memo` remembers of an unchanged file is not looked at again. `on_clip` is
     called with each clip, in order, for progress.
     """
-    first_rows: dict[str, int] = {}
+    first_rows: dict[str, Clip] = {}
     surveyed = []
     look = partial(look_at, spec=spec, buckets=buckets, limits=limits)
     if memo:
@@ -51,9 +51,9 @@ def survey(
     both = partial(_with_condition, look=look, memo=memo)
     for clip in ordered_map(both, manifest.usable, num_workers=num_workers):
         if clip.usable:
-            first = first_rows.setdefault(clip.id, clip.row)
-            if first != clip.row:
-                clip = clip.rejected(ClipError("row.duplicate", f"the same bytes and caption as row {first}"))
+            first = first_rows.setdefault(clip.id, clip)
+            if first is not clip:
+                clip = clip.rejected(ClipError("row.duplicate", f"the same bytes and caption as {first.place}"))
         surveyed.append(clip)
         if on_clip:
             on_clip(clip)

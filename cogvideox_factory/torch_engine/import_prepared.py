@@ -106,6 +106,8 @@ def read_pt(data: bytes) -> np.ndarray:
 def _check_settings(config: Config) -> None:
     if not config.cache.dir:
         raise FactoryError("where to? give --cache.dir FOLDER")
+    if config.data.sets:
+        raise FactoryError("data.sets: one prepared folder is imported at a time; give --data.root FOLDER")
     if not config.data.root:
         raise FactoryError("which prepared folder? give --data.root FOLDER")
     if config.task == "i2v" and config.cache.image_noise_variants:

@@ -6,6 +6,7 @@ clips, each in its turn with only its own model loaded; what is in the cache alr
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from cogvideox_factory.config import Config
 from cogvideox_factory.data.cache import Cache, CacheIndex
 from cogvideox_factory.data.condition import read_condition
 from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings, hash_folder
-from cogvideox_factory.data.manifest import Clip, Manifest, Source, read_manifest
+from cogvideox_factory.data.manifest import Clip, Manifest
 from cogvideox_factory.data.memo import Memo
+from cogvideox_factory.data.mixture import Part, count_sets, read_parts
 from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.reasons import ClipError, printable
 from cogvideox_factory.data.rows import IMAGE_COLUMN
@@ -47,7 +49,7 @@ def run(config: Config) -> CacheIndex:
     """
     if not config.cache.dir:
         raise FactoryError("where to? give --cache.dir FOLDER")
-    if not config.data.root:
+    if not config.data_sets:
         raise FactoryError("which clips? give --data.root FOLDER")
     folder = weights.resolve_model(config.model.path, revision=config.model.revision)
     transformer = transformer_config(config, folder)
@@ -101,12 +103,25 @@ def transformer_config(config: Config, folder: Path) -> TransformerConfig:
     return TransformerConfig.from_folder(transformer_folder(config, folder))
 
 
-def source_of(config: Config) -> dict[str, str | None]:
+def source_of(config: Config) -> dict[str, Any]:
     """Return where the clips of these settings come from, as a cache records it."""
-    data = config.data
-    root = str(Path(data.root).resolve())
-    named = {"root": root, "table": data.table, "captions": data.captions, "videos": data.videos}
-    return named | ({"image_column": data.image_column} if data.image_column != IMAGE_COLUMN else {})
+    parts = []
+    for values in config.data_sets:
+        named = {name: values[name] for name in ("table", "captions", "videos")}
+        image = values["image_column"]
+        parts.append(
+            {"root": str(Path(values["root"]).resolve())} | named
+            | ({"image_column": image} if image not in (None, IMAGE_COLUMN) else {})
+        )  # fmt: skip
+    if not config.data.sets:
+        return parts[0]
+    names = {part["name"]: value for part, value in zip(config.data_sets, parts, strict=True)}
+    return {"sets": names, "weights": set_weights(config)}
+
+
+def set_weights(config: Config) -> dict[str, float]:
+    """Return the weight of each of several data sets; empty for one that is alone."""
+    return {part["name"]: part["weight"] for part in config.data_sets if part["name"]}
 
 
 def require_source(index: CacheIndex, config: Config) -> None:
@@ -119,7 +134,7 @@ def require_source(index: CacheIndex, config: Config) -> None:
     lines = [
         f"  data.{key}  cache: {recorded.get(key)}  this run: {value}"
         for key, value in {**dict.fromkeys(recorded), **wanted}.items()
-        if recorded.get(key) != value
+        if recorded.get(key) != value and key != "weights"  # nothing in a cache depends on those
     ]
     if lines:
         raise UnfitError(
@@ -171,12 +186,8 @@ def checked_manifest(
         DataError: the list is unreadable, or too many clips are lost.
     """
     data = config.data
-    source = Source.choose(
-        Path(data.root), table=data.table, captions=data.captions, videos=data.videos,
-        caption_column=data.caption_column, video_column=data.video_column,
-        image_column=data.image_column if config.task == "i2v" else None,
-    )  # fmt: skip
-    rows = read_manifest(source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
+    parts = [Part.choose(**values) for values in config.data_sets]
+    rows = read_parts(parts, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
     buckets = find_buckets(
         data.buckets, rows.usable, spec, max_buckets=data.max_buckets, seed=config.run.seed, memo=memo
     )
@@ -184,6 +195,13 @@ def checked_manifest(
         manifest = survey(rows, spec, buckets=buckets, memo=memo, on_clip=lambda clip: advance())
     for line in manifest.report():
         say(line)
+    for count in count_sets(manifest.clips, parts):
+        say(f"  {count.name}: {count.usable} of {count.total} clips, weight {count.weight:g}")
+        if not count.usable:
+            raise DataError(
+                f"data set {count.name} has no clip left to use, so its weight {count.weight:g} would mix in nothing. "
+                "See above what became of its rows; mend it, or leave it out of data.sets."
+            )
     if buckets and transformer:
         check_buckets(count_buckets(manifest.usable), transformer)
     manifest.require_good(strict=data.strict, max_bad=data.max_bad)
