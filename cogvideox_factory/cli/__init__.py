@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": "the whole factory on an embedded model: clips, preparation, training, video, one page",
     "doctor": "looks at every clip of a data set, or every entry of a cache: counts that add up, reasons",
     "prepare": "videos + captions -> cache of latents and text embeddings",
+    "import-prepared": "a folder the older trainers prepared -> the same cache",
     "train": "cache or raw clips -> run folder with a LoRA or a fine-tuned transformer",
     "generate": "prompts (and images) -> mp4",
     "evaluate": "metrics of a folder of videos; judges of what they show",
@@ -31,7 +32,7 @@ Exit codes: 0 done, 1 our bug, 2 usage or setting, 3 data rejected, 4 missing de
 def usage() -> str:
     """Return what `cogvideox --help` prints."""
     lines = ["usage: cogvideox COMMAND [RECIPE.yaml] [--section.setting VALUE ...]", "", "commands:"]
-    lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<15} {text}" for name, text in COMMANDS.items()]
     return "\n".join(lines) + "\n" + _EPILOG
 
 

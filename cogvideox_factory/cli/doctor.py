@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +15,8 @@ from cogvideox_factory.data.caption_tokens import token_counter
 from cogvideox_factory.data.census import Census, take_census, with_tokens
 from cogvideox_factory.data.clean_list import require_free, write_clean_list
 from cogvideox_factory.data.glimpse import Glimpse, contents, look_closer, thumbnails
-from cogvideox_factory.data.manifest import Manifest, Source, read_manifest
+from cogvideox_factory.data.manifest import Manifest
+from cogvideox_factory.data.mixture import Part, SetCount, count_sets, read_parts
 from cogvideox_factory.data.survey import count_buckets, find_buckets, survey
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.errors import DataError, FactoryError
@@ -33,7 +34,7 @@ repeated or too long. Sizes, frames and frame rate are those of the settings, or
 with a tokenizer also tells how many tokens are cut. Nothing is changed; no framework is loaded. With data.strict any
 loss, of a clip or the end of a caption, ends in exit code 3. `cogvideox doctor CACHE` looks at a cache instead."""
 
-SECTIONS = ("model", "data", "text")
+SECTIONS = ("task", "model", "data", "text")
 
 
 class Doctor(BaseModel):
@@ -61,6 +62,8 @@ class Examination:
     spec: ClipSpec
     skipped: tuple[str, ...]
     """What was not looked at, and why."""
+    parts: tuple[Part, ...] = ()
+    """The data sets."""
     has_buckets: bool = False
     """Whether clips have sizes and lengths of their own."""
 
@@ -71,9 +74,16 @@ class Examination:
             return {}
         return {bucket.key: count for bucket, count in count_buckets(self.manifest.usable).items()}
 
+    @property
+    def sets(self) -> list[SetCount]:
+        """What became of each data set, where several are mixed."""
+        return count_sets(self.manifest.clips, self.parts)
+
     def to_json(self) -> dict:
         """Return the whole report."""
-        more = {"skipped": list(self.skipped), "buckets": self.buckets}
+        more: dict = {"skipped": list(self.skipped), "buckets": self.buckets}
+        if self.sets:
+            more["sets"] = [asdict(count) | {"places": count.places} for count in self.sets]
         return self.manifest.to_json() | self.census.to_json() | more
 
 
@@ -85,6 +95,8 @@ def run(argv: list[str]) -> None:
         return doctor_cache.run(argv)
     config, ask = parse_with("doctor", argv, sections=SECTIONS, description=DESCRIPTION, own=Doctor)
     if ask.fix:
+        if config.data.sets:
+            raise FactoryError("--fix writes the list of one data set; examine each of data.sets with --data.root.")
         require_free(Path(ask.fix))  # said before the long look, not after
     found = examine(config, quick=ask.quick)
     print_tables(found)
@@ -112,10 +124,10 @@ def examine(config: Config, *, quick: bool = False) -> Examination:
         DataError: the list of clips itself cannot be read.
     """
     data = config.data
-    source = _source(config)
+    parts = _parts(config)
     spec = _clip_spec(config)
     skipped = []
-    manifest = read_manifest(source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
+    manifest = read_parts(parts, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
     buckets = find_buckets(data.buckets, manifest.usable, spec, max_buckets=data.max_buckets, seed=config.run.seed)
     with progress_bar("reading clips", len(manifest.usable)) as advance:
         manifest = survey(manifest, spec, buckets=buckets, on_clip=lambda clip: advance())
@@ -137,8 +149,9 @@ def examine(config: Config, *, quick: bool = False) -> Examination:
         skipped.append("how many tokens captions have: that takes a model folder with a tokenizer (--model.path)")
     census = take_census(manifest, glimpses, max_tokens=max_tokens)
     return Examination(
-        manifest=manifest, census=census, spec=spec, skipped=tuple(skipped), has_buckets=buckets is not None
-    )
+        manifest=manifest, census=census, spec=spec, skipped=tuple(skipped), has_buckets=buckets is not None,
+        parts=tuple(parts),
+    )  # fmt: skip
 
 
 def print_tables(found: Examination) -> None:
@@ -152,6 +165,11 @@ def print_tables(found: Examination) -> None:
     counts.add_section()
     counts.add_row("total", str(len(manifest.clips)))
     console.print(counts)
+    if found.sets:
+        sets = Table("data set", "rows", "can be used", "weight", "places an epoch")
+        for count in found.sets:
+            sets.add_row(count.name, *(f"{v:g}" for v in (count.total, count.usable, count.weight, count.places)))
+        console.print(sets)
     if census.measures:
         numbers = Table("", "clips", "least", "median", "most")
         for measure in census.measures.values():
@@ -199,10 +217,10 @@ def _write_clean(found: Examination, config: Config, file: Path) -> None:
     if not found.manifest.usable:
         say(f"clean list: not written, no clip is left for {file}")
         return
-    root = _source(config).root
+    root = _parts(config)[0].source.root
     count = write_clean_list(
         found.manifest, file, root=root, caption_column=data.caption_column, video_column=data.video_column,
-        trigger_word=data.trigger_word,
+        trigger_word=data.trigger_word, image_column=data.image_column,
     )  # fmt: skip
     inside = file.resolve().is_relative_to(root.resolve())
     table = file.resolve().relative_to(root.resolve()) if inside else file.resolve()
@@ -212,14 +230,10 @@ def _write_clean(found: Examination, config: Config, file: Path) -> None:
     )
 
 
-def _source(config: Config) -> Source:
-    data = config.data
-    if not data.root:
+def _parts(config: Config) -> list[Part]:
+    if not config.data_sets:
         raise FactoryError("which clips? give --data.root FOLDER")
-    return Source.choose(
-        Path(data.root), table=data.table, captions=data.captions, videos=data.videos,
-        caption_column=data.caption_column, video_column=data.video_column,
-    )  # fmt: skip
+    return [Part.choose(**values) for values in config.data_sets]
 
 
 def _clip_spec(config: Config) -> ClipSpec:

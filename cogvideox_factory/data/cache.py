@@ -5,6 +5,8 @@
     CACHE/clips/ab/abcdef….safetensors   moments of a clip, unscaled and unsampled: mean, logvar
                                          [F, C, h, w]; of its first frame, clean then noised:
                                          image_mean, image_logvar [K, C, h, w]; all bf16
+    CACHE/images/ab/abcdef….safetensors  image_mean, image_logvar of an image of the clip's own, in place of its first
+                                         frame's
     CACHE/text/ab/abcdef….safetensors    prompt_embeds [S, E] bf16 of a caption; the empty one is always there
 
 Entries are named by what went in (settings and content), written atomically and never changed, so runs can
@@ -34,6 +36,7 @@ from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.publish import publish_text
 
 EMPTY_CAPTION = ""
+_PARTS = ("clip", "text", "image")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -55,21 +58,37 @@ class Cache:
         assert clip.content is not None, f"{clip.name} has not been surveyed"
         return _entry_file("clips", entry_key(self._made_with(clip), clip.content))
 
+    def image_file(self, clip: Clip) -> str:
+        """Return the entry of a surveyed clip's own image; where crops are drawn, the clip decides the place."""
+        return _entry_file("images", entry_key(self._image_made_with(clip), _image_content(clip, self.settings)))
+
     def _made_with(self, clip: Clip) -> str:
-        return fingerprint(self.settings.video.of(clip.spec))
+        video = self.settings.video.of(clip.spec)
+        return fingerprint(video.without_images() if clip.image_content else video)
+
+    def _image_made_with(self, clip: Clip) -> str:
+        return fingerprint(self.settings.video.of_image(clip.spec))
 
     def caption_file(self, caption: str) -> str:
         """Return the entry of a caption, relative to the folder."""
         return _entry_file("text", entry_key(self._text, text_hash(caption)))
 
     def missing_clips(self, clips: Iterable[Clip]) -> list[Clip]:
-        """Return the usable clips without a complete entry, one a content."""
+        """Return the usable clips without a complete entry, one an entry."""
         wanted: dict[str, Clip] = {}
         for clip in clips:
             if clip.usable:
                 assert clip.content is not None, f"{clip.name} has not been surveyed"
-                wanted.setdefault(clip.content, clip)
-        return [clip for clip in wanted.values() if self._header(self.clip_file(clip)) is None]
+                wanted.setdefault(self.clip_file(clip), clip)
+        return [clip for file, clip in wanted.items() if self._header(file) is None]
+
+    def missing_images(self, clips: Iterable[Clip]) -> list[Clip]:
+        """Return the usable clips with an image of their own that has no complete entry, one an entry."""
+        wanted: dict[str, Clip] = {}
+        for clip in clips:
+            if clip.usable and clip.image_content:
+                wanted.setdefault(self.image_file(clip), clip)
+        return [clip for file, clip in wanted.items() if self._header(file) is None]
 
     def missing_captions(self, clips: Iterable[Clip]) -> list[str]:
         """Return the usable clips' distinct captions, and the empty one, that have no complete entry."""
@@ -111,7 +130,7 @@ class Cache:
         assert mean.ndim == 4, mean.shape
         assert mean.shape == logvar.shape, logvar.shape
         arrays = {"mean": mean, "logvar": logvar}
-        variants = self.settings.video.image_variants
+        variants = 0 if clip.image_content else self.settings.video.image_variants
         assert (image_mean is not None) == (variants > 0), "image moments go with image_variants"
         if image_mean is not None and image_logvar is not None:
             assert image_mean.shape == image_logvar.shape == (variants, *mean.shape[1:]), image_mean.shape
@@ -122,6 +141,21 @@ class Cache:
         if variants:
             metadata["image_sigmas"] = json.dumps([float(sigma) for sigma in image_sigmas])
         self._write(self.clip_file(clip), arrays, metadata | {"fingerprint": self._made_with(clip)}, clip.name)
+
+    def write_image(
+        self, clip: Clip, *, image_mean: np.ndarray, image_logvar: np.ndarray, image_sigmas: Sequence[float]
+    ) -> None:
+        """Write the moments [K, C, h, w] of a clip's own image, clean then noised; see `write_clip`."""
+        assert image_mean.shape == image_logvar.shape, image_logvar.shape
+        assert len(image_mean) == len(image_sigmas) == self.settings.video.image_variants, image_mean.shape
+        metadata = {
+            "content": _image_content(clip, self.settings),
+            "layout": "FCHW, unscaled moments",
+            "image_sigmas": json.dumps([float(sigma) for sigma in image_sigmas]),
+            "fingerprint": self._image_made_with(clip),
+        }
+        arrays = {"image_mean": image_mean, "image_logvar": image_logvar}
+        self._write(self.image_file(clip), arrays, metadata, f"{clip.name}: {clip.image_name}")
 
     def write_caption(self, caption: str, prompt_embeds: np.ndarray) -> None:
         """Write the embedding [S, E] of a caption.
@@ -145,10 +179,17 @@ class Cache:
         if self._header(file) is None:  # another process may have finished it: entries never change
             write_entry(self.folder / file, halves, metadata)
 
-    def publish(self, manifest: Manifest, source: Mapping[str, Any] | None = None) -> "CacheIndex":
+    def publish(
+        self,
+        manifest: Manifest,
+        source: Mapping[str, Any] | None = None,
+        *,
+        imported: Mapping[str, Any] | None = None,
+    ) -> "CacheIndex":
         """Write `clips.jsonl` and `cache.json` for `manifest` from the entries that are there, and read them back.
 
-        `source` says where the clips came from, so that a run can tell that it asks for others.
+        `source` says where the clips came from, so that a run can tell that it asks for others; `imported` what is
+        known of entries that were made elsewhere.
 
         Raises:
             UnfitError: a usable clip of the manifest has no entry.
@@ -165,6 +206,8 @@ class Cache:
                 "empty_caption": {"file": empty, "checksum": read_header(self.folder / empty).checksum},
                 "clips": {"file": "clips.jsonl", "sha256": text_hash(text)},
             }
+            if imported is not None:
+                described["imported"] = dict(imported)
             described["checksum"] = _seal(described)
             publish_text(self.folder / "clips.jsonl", text)
             publish_text(self.folder / "cache.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n")
@@ -181,6 +224,8 @@ class Cache:
         assert clip.state != PENDING, f"{clip.name} has not been surveyed"
         assert clip.content is not None, f"{clip.name} has not been read"
         files = {"clip": self.clip_file(clip), "text": self.caption_file(clip.caption)}
+        if clip.image_content:
+            files["image"] = self.image_file(clip)
         headers = {part: read_header(self.folder / file) for part, file in files.items()}
         video = self.settings.video.of(clip.spec)
         return row | {
@@ -203,6 +248,10 @@ class CachedClip:
     """Frames x height x width, of the clip as it was encoded."""
     clip_file: Path
     text_file: Path
+    image_file: Path | None
+    """Entry of an image of its own, where it has one."""
+    set: str
+    """Its data set, where several are mixed."""
     shapes: dict[str, tuple[int, ...]]
     """Of `mean` and, for image-to-video, `image_mean` (their log-variances alike) and `prompt_embeds`."""
 
@@ -260,6 +309,16 @@ def read_index(folder: Path, *, command: str = "cogvideox prepare") -> CacheInde
         return _read_index(folder, command)
 
 
+def is_imported(folder: Path) -> bool:
+    """Tell whether a finished cache was made elsewhere and imported.
+
+    Raises:
+        UnfitError: a damaged `cache.json`.
+    """
+    path = Path(folder) / "cache.json"
+    return path.is_file() and bool(_read_json(path, "cogvideox import-prepared").get("imported"))
+
+
 def recorded_dtype(folder: Path) -> str | None:
     """Return the arithmetic a cache's encoders ran in, or None where there is no finished cache.
 
@@ -283,7 +342,7 @@ def verify_cache(folder: Path, *, num_workers: int = 4) -> list[str]:
 
 def _problems(index: CacheIndex, *, full: bool, num_workers: int) -> list[str]:
     used = [row for row in index.rows if "clip" in row]
-    listed = {row[part]["file"]: row[part]["checksum"] for row in used for part in ("clip", "text")}
+    listed = {row[part]["file"]: row[part]["checksum"] for row in used for part in _PARTS if part in row}
     empty = index.recorded["empty_caption"]
     listed[empty["file"]] = empty["checksum"]
     check = _Check(index.folder, full=full)
@@ -351,12 +410,19 @@ def belongs(header: Header, file: str) -> bool:
 
 
 def _cached(folder: Path, row: dict[str, Any]) -> CachedClip:
-    shapes = {**row["clip"]["shapes"], **row["text"]["shapes"]}
+    shapes = {name: shape for part in _PARTS if part in row for name, shape in row[part]["shapes"].items()}
     return CachedClip(
         id=row["id"], name=row["name"], caption=row["caption"], bucket=row["bucket"],
         clip_file=folder / row["clip"]["file"], text_file=folder / row["text"]["file"],
+        image_file=folder / row["image"]["file"] if "image" in row else None,
+        set=row.get("set", ""),
         shapes={name: tuple(shape) for name, shape in shapes.items()},
     )  # fmt: skip
+
+
+def _image_content(clip: Clip, settings: CacheSettings) -> str:
+    assert clip.image_content is not None, f"{clip.name} has no image of its own"
+    return _text_hash(f"{clip.image_content} {clip.content if settings.video.crop == 'random' else ''}")
 
 
 def _entry_file(kind: str, key: str) -> str:

@@ -16,6 +16,7 @@ from cogvideox_factory.errors import UnfitError
 
 FORMAT = 1
 """Number of the cache's format; another one is not read."""
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +41,8 @@ class VideoSettings:
     """Of random crops and image noise; None where neither is used."""
     buckets: str | None = None
     """What gives each clip a size and length of its own (`Buckets.to_json`); those above are the model's then."""
+    imported: bool = False
+    """Made elsewhere: the VAE is the recipe's by assumption, and what is `UNKNOWN` nobody wrote down."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fps", float(self.fps))  # 8 and 8.0 are one setting and must hash alike
@@ -69,6 +72,14 @@ class VideoSettings:
             return self
         return replace(self, buckets=None, num_frames=spec.num_frames, height=spec.height, width=spec.width)
 
+    def without_images(self) -> Self:
+        """Return the settings of the video latents alone, for a clip whose image is kept in an entry of its own."""
+        return replace(self, image_variants=0, seed=self.seed if self.crop == "random" else None)
+
+    def of_image(self, spec: ClipSpec | None) -> Self:
+        """Return the settings of an image of a clip's own: frames and rate do not matter to it."""
+        return replace(self.of(spec), num_frames=1, fps=0.0, fps_policy="", short_policy="")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextSettings:
@@ -80,6 +91,8 @@ class TextSettings:
     """SHA-256 of the tokenizer's files."""
     dtype: str
     max_sequence_length: int
+    imported: bool = False
+    """Made elsewhere: encoder and tokenizer are the recipe's by assumption."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +105,14 @@ class CacheSettings:
     text: TextSettings
     trigger_word: str = ""
     """Put in front of every caption before it was encoded."""
+
+    def as_imported(self) -> Self:
+        """Return these settings for entries made elsewhere: what cannot be known of them is not claimed."""
+        video = replace(
+            self.video, imported=True, dtype=UNKNOWN, fps=0.0, fps_policy=UNKNOWN, short_policy=UNKNOWN, crop=UNKNOWN,
+            tiling=False, seed=None,
+        )  # fmt: skip
+        return replace(self, video=video, text=replace(self.text, imported=True, dtype=UNKNOWN))
 
     def to_json(self) -> dict[str, Any]:
         """Return what `cache.json` records."""
@@ -114,7 +135,10 @@ class Difference(NamedTuple):
 
 def fingerprint(part: VideoSettings | TextSettings) -> str:
     """Return the SHA-256 of a part's settings in canonical JSON."""
-    named = {"format": FORMAT, "part": type(part).__name__, **asdict(part)}
+    settings = asdict(part)
+    if not settings["imported"]:
+        del settings["imported"]  # so that entries made before there was such a thing keep their names
+    named = {"format": FORMAT, "part": type(part).__name__, **settings}
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
@@ -134,7 +158,7 @@ def compare(recorded: dict[str, Any], wanted: CacheSettings) -> list[Difference]
         values = recorded.get(part_name, {}).get("settings", {})
         names = dict.fromkeys([*(field.name for field in fields(part)), *values])
         for name in names:
-            old, new = values.get(name), getattr(part, name, None)
+            old, new = values.get(name, False if name == "imported" else None), getattr(part, name, None)
             if old != new:
                 found.append(Difference(f"{part_name}.{name}", old, new))
     return found

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cogvideox_factory.data.buckets import Bucket, Buckets, Source, auto_buckets, read_buckets
 from cogvideox_factory.data.container import DEFAULT_LIMITS, Limits, VideoInfo
+from cogvideox_factory.data.image import probe_picture
 from cogvideox_factory.data.manifest import Clip, Manifest
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.ordered import ordered_map
@@ -42,21 +43,45 @@ def survey(
     the rest of `spec` holds for all. What `memo` remembers of an unchanged file is not looked at again. `on_clip` is
     called with each clip, in order, for progress.
     """
-    first_rows: dict[str, int] = {}
+    first_rows: dict[str, Clip] = {}
     surveyed = []
     look = partial(look_at, spec=spec, buckets=buckets, limits=limits)
     if memo:
         shapes = [buckets.to_json(), buckets.all] if buckets else None
         look = partial(memo.ask, question=["survey", asdict(spec), shapes, asdict(limits)], look=look)
-    for clip in ordered_map(look, manifest.usable, num_workers=num_workers):
+    both = partial(_with_condition, look=look, memo=memo)
+    for clip in ordered_map(both, manifest.usable, num_workers=num_workers):
         if clip.usable:
-            first = first_rows.setdefault(clip.id, clip.row)
-            if first != clip.row:
-                clip = clip.rejected(ClipError("row.duplicate", f"the same bytes and caption as row {first}"))
+            first = first_rows.setdefault(clip.id, clip)
+            if first is not clip:
+                clip = clip.rejected(ClipError("row.duplicate", f"the same bytes and caption as {first.place}"))
         surveyed.append(clip)
         if on_clip:
             on_clip(clip)
     return manifest.with_clips(surveyed)
+
+
+def _with_condition(clip: Clip, *, look: Callable[[Clip], Clip], memo: Memo | None) -> Clip:
+    clip = look(clip)
+    if not clip.usable or clip.image_path is None:
+        return clip
+    picture = Clip(row=clip.row, name=clip.image_name, caption="", path=clip.image_path)
+    seen = memo.ask(picture, ["condition"], look_at_condition) if memo else look_at_condition(picture)
+    if not seen.usable:
+        return replace(clip, state=seen.state, reason=seen.reason, detail=seen.detail)
+    return replace(clip, image_content=seen.content, image_stamp=seen.stamp, facts={**clip.facts, **seen.facts})
+
+
+def look_at_condition(picture: Clip) -> Clip:
+    """Return the picture a clip starts from (as the only file of a `Clip`) with its hash, size and state."""
+    path = picture.path
+    assert path is not None
+    try:
+        picture = replace(picture, stamp=file_stamp(path), content=hash_file(path))
+        info = probe_picture(path)
+        return replace(picture, facts={"image_height": info.height, "image_width": info.width})
+    except ClipError as error:
+        return picture.rejected(ClipError("image.unreadable", f"its image {path.name}: {error.message}"))
 
 
 def find_buckets(

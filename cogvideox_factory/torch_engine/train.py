@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.buckets import Bucket
-from cogvideox_factory.data.cache import open_cache, recorded_dtype
+from cogvideox_factory.data.cache import is_imported, open_cache, recorded_dtype
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.loader import CacheSource, Draws, Loader, RawSource
 from cogvideox_factory.data.sampler import Sampler, hold_out
@@ -33,6 +33,7 @@ from cogvideox_factory.torch_engine.loop import Loop, Watch
 from cogvideox_factory.torch_engine.objective import Objective, Scales
 from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
+from cogvideox_factory.torch_engine.prepare import set_weights
 from cogvideox_factory.torch_engine.start import (
     Plan,
     batch_sizes,
@@ -56,15 +57,17 @@ def run(config: Config) -> Path:
         NonFiniteError: the loss or a gradient became NaN or Inf.
         StoppedError: stopped by a signal after a checkpoint was saved.
     """
-    if not config.cache.dir and not config.data.root:
+    if not config.cache.dir and not config.data_sets:
         raise FactoryError("train on what? give --cache.dir FOLDER (prepared) or --data.root FOLDER (raw clips)")
     plan = make_plan(config)
     _check_validation(plan)
     set_determinism(config.run.deterministic)
-    source, described = open_source(plan)
+    source, described, weights = open_source(plan)
     sizes = batch_sizes(plan, source.buckets.values())
     if config.data.buckets:  # which clips a step has depends on these too
         described = digest_of(sorted(source.buckets), described, sorted(source.buckets.items()), sorted(sizes.items()))
+    if weights:
+        described = digest_of(sorted(source.sets), described, sorted(source.sets.items()), sorted(weights.items()))
     with locked(plan.run_folder):
         start = find_start(plan)
         wanted = identity(plan, described)
@@ -76,12 +79,14 @@ def run(config: Config) -> Path:
                     f"train.steps={config.train.steps}, but {start} is at step {state['step']} already. "
                     "Ask for more steps, or start a new run in another --train.dir."
                 )
-        _train(plan, source, sizes, start=start, wanted=wanted)
+        _train(plan, source, sizes, weights, start=start, wanted=wanted)
     return plan.run_folder
 
 
-def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str]:
-    """Return where samples come from, and a digest of what is in it.
+def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str, dict[str, float]]:
+    """Return where samples come from, a digest of what is in it, and the weights of its data sets if it has several.
+
+    A run that names no clips takes the weights its cache was prepared with.
 
     Raises:
         UnfitError: a cache made with other settings or from other clips, or damaged.
@@ -93,9 +98,12 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str]:
         # What the encoders ran in is the cache's affair: float32 latents feed a bfloat16 run as well.
         dtype = recorded_dtype(Path(config.cache.dir)) or str(plan.dtype).removeprefix("torch.")
         settings = prepare.cache_settings(config, plan.folder, plan.model, spec, dtype)
-        command = f"cogvideox prepare (with this recipe) --cache.dir {config.cache.dir}"
+        verb = "prepare"
+        if is_imported(Path(config.cache.dir)):
+            settings, verb = settings.as_imported(), "import-prepared"
+        command = f"cogvideox {verb} (with this recipe) --cache.dir {config.cache.dir}"
         index = open_cache(Path(config.cache.dir), settings, command=command)
-        if config.data.root:
+        if config.data_sets:
             prepare.require_source(index, config)
         if config.task == "i2v" and config.train.image_noise and not config.cache.image_noise_variants:
             raise FactoryError(
@@ -103,16 +111,19 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str]:
                 "Prepare with some variants, or set --train.image-noise False."
             )
         clip_ids = sorted(clip.id for clip in index.clips)
-        return CacheSource(index), digest_of(clip_ids, settings.to_json())
+        weights = set_weights(config) if config.data_sets else index.recorded.get("source", {}).get("weights", {})
+        return CacheSource(index), digest_of(clip_ids, settings.to_json()), weights
     manifest = prepare.checked_manifest(config, spec, plan.model)
     clip_ids = sorted(clip.id for clip in manifest.usable)
-    return RawSource(manifest.usable, latent_channels=plan.model.out_channels), digest_of(clip_ids, spec)
+    source = RawSource(manifest.usable, latent_channels=plan.model.out_channels)
+    return source, digest_of(clip_ids, spec), set_weights(config)
 
 
 def _train(
     plan: Plan,
     source: CacheSource | RawSource,
     sizes: dict[str, int],
+    weights: dict[str, float],
     *,
     start: Path | None,
     wanted: dict[str, Any],
@@ -123,7 +134,7 @@ def _train(
         train_ids, held_ids = hold_out(train_ids, config.validation.num_clips)
     sampler = Sampler(
         train_ids, batch_size={key: size * config.train.gradient_accumulation for key, size in sizes.items()},
-        seed=config.run.seed, buckets=source.buckets,
+        seed=config.run.seed, buckets=source.buckets, sets=source.sets, weights=weights,
     )  # fmt: skip
     loader = Loader(
         source, sampler, make_draws(plan), num_micros=config.train.gradient_accumulation,
@@ -310,6 +321,9 @@ def _say_arithmetic(plan: Plan, sampler: Sampler, update: Update, start: Path | 
     train, shape = plan.config.train, plan.shape
     trained = sum(p.numel() for p in update.trained.values())
     say(f"{len(sampler)} clips at {shape.fps:g} fps, {sampler.epochs(train.steps):.1f} epochs in {train.steps} steps:")
+    if len(sampler.set_counts) > 1 or sampler.places != len(sampler):
+        for name, (count, weight) in sampler.set_counts.items():
+            say(f"  data set {name}: {count} clips x weight {weight:g} = {count * weight:g} places an epoch")
     for key, count in sampler.counts.items():
         size = sampler.batch_sizes[key]
         say(
