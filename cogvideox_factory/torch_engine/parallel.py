@@ -16,10 +16,11 @@ Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., FSDP (arXiv 2304.11277
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,11 +29,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.errors import FactoryError, PeerError
 from cogvideox_factory.torch_engine.sequence_parallel import SequenceGroup, ulysses_degree
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 
 ZERO_STAGES = (0, 1, 2, 3)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +89,8 @@ class Ranks:
     mesh: DeviceMesh | None = None
     """Of the weights, (replicas, shards)."""
     sequence: SequenceGroup | None = None
+    talk: dist.ProcessGroup | None = None
+    """For what is said on the host, beside the devices' traffic."""
 
     @property
     def leads(self) -> bool:
@@ -105,10 +110,35 @@ class Ranks:
         dist.all_reduce(x)
         return x / self.layout.size
 
-    def wait(self) -> None:
-        """Return once every process is here."""
-        if self.mesh is not None:
-            dist.barrier()
+    def agree(self, value: str | None) -> str | None:
+        """Return the value of the first process that has one; each calls this at the same point."""
+        if self.mesh is None:
+            return value
+        values: list[str | None] = [None] * self.layout.size
+        dist.all_gather_object(values, value, group=self.talk)
+        return next((v for v in values if v is not None), None)
+
+    def from_lead(self, function: Callable[[], T]) -> T:
+        """Return what `function()` returns in the leading process, in all.
+
+        Raises:
+            FactoryError: what it raises there; in the others `PeerError`.
+        """
+        if self.mesh is None:
+            return function()
+        box: list[Any] = [None, None]
+        error = None
+        if self.leads:
+            try:
+                box[0] = function()
+            except FactoryError as raised:
+                error, box[1] = raised, str(raised)
+        dist.broadcast_object_list(box, src=0, group=self.talk)
+        if error is not None:
+            raise error
+        if box[1] is not None:
+            raise PeerError(f"process 0 stopped: {box[1]}")
+        return box[0]
 
 
 def num_processes() -> int:
@@ -148,7 +178,7 @@ def make_ranks(layout: Layout, *, num_heads: int, device_type: str) -> Ranks:
     assert layout.size == dist.get_world_size(), layout
     mesh = init_device_mesh(device_type, layout.grid, mesh_dim_names=("replicas", "shards"))
     return Ranks(
-        layout=layout, rank=dist.get_rank(), mesh=mesh,
+        layout=layout, rank=dist.get_rank(), mesh=mesh, talk=dist.new_group(backend="gloo"),
         sequence=_sequence_group(layout, num_heads) if layout.sequence > 1 else None,
     )  # fmt: skip
 

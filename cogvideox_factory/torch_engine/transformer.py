@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cogvideox_factory import draws, weights
 from cogvideox_factory.diffusion.positions import sincos_table
@@ -249,10 +250,21 @@ class CogVideoXTransformer(nn.Module):
             )
 
     def iterate_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (diffusers name, array) of all weights; on a CPU they share the model's memory."""
+        """Yield (diffusers name, array) of all weights; on a CPU they share the model's memory.
+
+        Weights that processes divide are gathered one parameter at a time; all of them must come to the end.
+        """
         own = self.state_dict()
-        for name, slot in diffusers_names(self.config).items():
-            yield name, to_array(own[slot.name][slot.start : slot.stop]).reshape(slot.shape)
+        slots: dict[str, list[str]] = {}
+        names = diffusers_names(self.config)
+        for name, slot in names.items():
+            slots.setdefault(slot.name, []).append(name)
+        for parameter, parts in slots.items():
+            tensor = own[parameter]
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            for name in parts:
+                slot = names[name]
+                yield name, to_array(tensor[slot.start : slot.stop]).reshape(slot.shape)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return `iterate_arrays` as a dict."""
