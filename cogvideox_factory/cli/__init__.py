@@ -26,7 +26,8 @@ A recipe comes first, flags override single settings of it:
 `cogvideox COMMAND --help` lists every setting of a command with its default and unit.
 
 Exit codes: 0 done, 1 our bug, 2 usage or setting, 3 data rejected, 4 missing dependency, model or device,
-5 cache or checkpoint unfit, 6 storage, 7 non-finite numbers, 8 another process failed, 75 stopped on request (run again to go on), 130 Ctrl-C."""
+5 cache or checkpoint unfit, 6 storage, 7 non-finite numbers, 8 another process of the run failed,
+75 stopped on request (run again to go on), 130 Ctrl-C."""
 
 
 def usage() -> str:

@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def save_checkpoint(
     return target
 
 
-def _publish(target: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Iterator[Path]:
+def _publish(target: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Generator[Path]:
     """Yield the folder to write shards into, then complete it."""
     require_room(target.parent, sum(t.numel() * t.element_size() for t in tensors.values()), what=f"checkpoint {step}")
     with publish_folder(target) as folder:

@@ -7,7 +7,7 @@ them, on a grid (replicas, shards): every replica is a whole model, divided amon
 | `zero` | weights | gradients | optimizer | communication of a step with n forward passes |
 |---|---|---|---|---|
 | 0 | whole | whole | whole | gradients averaged once |
-| 1 | gathered before each forward pass, kept to its backward | whole until the step | divided | n gathers, 1 reduction |
+| 1 | gathered for each forward pass and its backward | whole until the step | divided | n gathers, 1 reduction |
 | 2 | as 1 | divided after each backward pass | divided | n gathers, n reductions |
 | 3 | gathered block by block, forward and backward | divided | divided | 2n gathers, n reductions |
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -178,7 +178,7 @@ def make_ranks(layout: Layout, *, num_heads: int, device_type: str) -> Ranks:
     assert layout.size == dist.get_world_size(), layout
     mesh = init_device_mesh(device_type, layout.grid, mesh_dim_names=("replicas", "shards"))
     return Ranks(
-        layout=layout, rank=dist.get_rank(), mesh=mesh, talk=dist.new_group(backend="gloo"),
+        layout=layout, rank=dist.get_rank(), mesh=mesh, talk=_new_group(range(layout.size), backend="gloo"),
         sequence=_sequence_group(layout, num_heads) if layout.sequence > 1 else None,
     )  # fmt: skip
 
@@ -195,10 +195,15 @@ def _sequence_group(layout: Layout, num_heads: int) -> SequenceGroup:
         parts["ring"] = [members[i::ulysses] for i in range(ulysses)]
         for kind, groups in parts.items():
             for ranks in groups:
-                group = dist.new_group(ranks)
+                group = _new_group(ranks)
                 if own in ranks:
-                    found[kind] = group  # pyright: ignore[reportArgumentType]
+                    found[kind] = group
     return SequenceGroup(rank=own % size, **found)
+
+
+def _new_group(ranks: Iterable[int], backend: str | None = None) -> dist.ProcessGroup:
+    """Make a group of processes; those outside get a placeholder."""
+    return cast(dist.ProcessGroup, dist.new_group(list(ranks), backend=backend))
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from tests.torch_engine.processes import run_in
-from tests.torch_engine.test_transformer import config_of, positions_for
 
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.torch_engine import lora
@@ -20,6 +18,8 @@ from cogvideox_factory.torch_engine.parallel import (
     whole,
 )
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
+from tests.torch_engine.processes import run_in
+from tests.torch_engine.test_transformer import config_of, positions_for
 
 NUM_CLIPS = 4
 

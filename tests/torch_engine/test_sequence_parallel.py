@@ -3,8 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from tests.torch_engine.processes import run_in
-from tests.torch_engine.test_transformer import config_of, example, positions_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvideox_factory.errors import FactoryError
@@ -12,6 +10,8 @@ from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.parallel import Layout, make_ranks
 from cogvideox_factory.torch_engine.sequence_parallel import ulysses_degree
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
+from tests.torch_engine.processes import run_in
+from tests.torch_engine.test_transformer import config_of, example, positions_for
 
 
 class Counted(TorchDispatchMode):
