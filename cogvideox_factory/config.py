@@ -204,7 +204,7 @@ class Train(_Section):
     steps: Positive = 1000
     """Optimizer steps in total."""
     batch_size: Positive = 1
-    """Clips in one forward pass."""
+    """Clips in one forward pass, over all processes together; each takes an equal share."""
     gradient_accumulation: Positive = 1
     """Forward passes a step; the global batch is batch_size x this."""
     learning_rate: Annotated[float, Field(ge=0)] = 1e-4
@@ -254,6 +254,21 @@ class Train(_Section):
     Or the path of a checkpoint."""
     num_workers: NotNegative = 2
     """Threads that read ahead."""
+
+
+class Parallel(_Section):
+    """How the processes that torchrun starts divide a training run; one process needs none of it."""
+
+    sequence: Positive = 1
+    """Processes that divide each video's tokens among them (sequence parallelism); the others take other clips."""
+    ring: Positive | None = None
+    """Of those, the processes along which keys and values travel. Default: as few as the model's heads allow."""
+    zero: Annotated[int, Field(ge=0, le=3)] = 0
+    """What is divided among the processes. 0: nothing. 1: the optimizer. 2: gradients too. 3: weights too."""
+    replicas: Positive = 1
+    """Whole copies of the model among which zero 1-3 does not divide: one a node, say (hybrid sharding)."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 1800
+    """How long a process waits for the others before it gives up."""
 
 
 class Sampling(_Section):
@@ -338,6 +353,7 @@ class Config(_Section):
     text: Text = Text()
     lora: Lora = Lora()
     train: Train = Train()
+    parallel: Parallel = Parallel()
     sampling: Sampling = Sampling()
     validation: Validation = Validation()
     generate: Generate = Generate()

@@ -422,7 +422,7 @@ def _cached(folder: Path, row: dict[str, Any]) -> CachedClip:
 
 def _image_content(clip: Clip, settings: CacheSettings) -> str:
     assert clip.image_content is not None, f"{clip.name} has no image of its own"
-    return _text_hash(f"{clip.image_content} {clip.content if settings.video.crop == 'random' else ''}")
+    return text_hash(f"{clip.image_content} {clip.content if settings.video.crop == 'random' else ''}")
 
 
 def _entry_file(kind: str, key: str) -> str:
