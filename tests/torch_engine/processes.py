@@ -30,11 +30,13 @@ def run_in(num_processes: int, function: Callable[..., Any], *args: Any, folder:
     for process in processes:
         process.join(LIMIT_SECONDS)
     hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for process in processes:
-        process.kill()
+    for rank in hung:
+        processes[rank].kill()
     problems = [path.read_text() for path in sorted(folder.glob("error-*"))]
     assert not problems, "\n".join(problems)
     assert not hung, f"ranks {hung} did not come to an end"
+    codes = [process.exitcode for process in processes]
+    assert not any(codes), f"processes ended with {codes}"
     written = [(folder / f"result-{rank}").read_bytes() for rank in range(num_processes)]
     return [pickle.loads(result) for result in written]  # noqa: S301 - our own children wrote them
 
