@@ -26,7 +26,7 @@ COLOURS = {
 }  # fmt: skip
 BACKGROUNDS = {"black": (20, 22, 28), "white": (240, 240, 236), "grey": (124, 127, 133), "brown": (94, 66, 48)}
 SHAPES = ("circle", "square", "triangle", "ring")
-SIZES = {"small": 0.13, "large": 0.21}
+SIZES = {"small": 0.18, "large": 0.27}
 """Radius in shorter sides; of what grows or shrinks, the radius in mid-clip."""
 MOTIONS = ("left", "right", "up", "down", "grow", "shrink")
 DIRECTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "up": (-1.0, 0.0), "down": (1.0, 0.0)}
@@ -123,7 +123,8 @@ def _draw_thing(draw: np.random.Generator, motions: tuple[str, ...], changes: di
         "size": _choose(draw, SIZES),
         "motion": _choose(draw, motions),
     }
-    return Thing(**values | (changes or {}), offset=float(draw.uniform(-0.18, 0.18)))
+    room = 0.08 if values["motion"] in MOTIONS[4:] else 0.18  # what grows must not leave the picture
+    return Thing(**values | (changes or {}), offset=float(draw.uniform(-room, room)))
 
 
 def _draw_one(draw: np.random.Generator) -> Scene:
@@ -138,7 +139,7 @@ def _draw_pair(draw: np.random.Generator) -> Scene:
     colours = draw.choice(list(COLOURS), 2, replace=False)
     first, second = (
         Thing(
-            shape=_choose(draw, SHAPES), colour=str(colour), size=_choose(draw, SIZES), motion=_choose(draw, motions),
+            shape=_choose(draw, SHAPES), colour=str(colour), size="small", motion=_choose(draw, motions),
             offset=float(lane + draw.uniform(-0.015, 0.015)),
         )
         for colour, lane in zip(colours, (-LANE, LANE))
