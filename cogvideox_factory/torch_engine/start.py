@@ -10,7 +10,8 @@ import torch
 
 from cogvideox_factory import weights
 from cogvideox_factory.config import Config
-from cogvideox_factory.data.buckets import Bucket, balanced_batches, read_buckets, step_cost
+from cogvideox_factory.data.auto_buckets import balanced_batches, step_cost
+from cogvideox_factory.data.buckets import Bucket, read_buckets
 from cogvideox_factory.data.loader import NUM_TRAIN_TIMESTEPS
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import say

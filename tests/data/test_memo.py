@@ -7,7 +7,8 @@ import pytest
 
 from cogvideox_factory.data import memo as memo_module
 from cogvideox_factory.data import survey as survey_module
-from cogvideox_factory.data.buckets import Bucket, auto_buckets
+from cogvideox_factory.data.auto_buckets import auto_buckets
+from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.manifest import read_manifest
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.survey import measure, survey
