@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cogvideox_factory import intake
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.cache import open_cache, recorded_dtype
@@ -88,15 +89,15 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str]:
         DataError: raw clips that cannot be used.
     """
     config = plan.config
-    spec = prepare.clip_spec(config, plan.shape)
+    spec = intake.clip_spec(config, plan.shape)
     if config.cache.dir:
         # What the encoders ran in is the cache's affair: float32 latents feed a bfloat16 run as well.
         dtype = recorded_dtype(Path(config.cache.dir)) or str(plan.dtype).removeprefix("torch.")
-        settings = prepare.cache_settings(config, plan.folder, plan.model, spec, dtype)
+        settings = intake.cache_settings(config, plan.folder, plan.model, spec, dtype)
         command = f"cogvideox prepare (with this recipe) --cache.dir {config.cache.dir}"
         index = open_cache(Path(config.cache.dir), settings, command=command)
         if config.data.root:
-            prepare.require_source(index, config)
+            intake.require_source(index, config)
         if config.task == "i2v" and config.train.image_noise and not config.cache.image_noise_variants:
             raise FactoryError(
                 "cache.image_noise_variants=0 keeps only clean first frames, but train.image_noise is on. "
@@ -104,7 +105,7 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str]:
             )
         clip_ids = sorted(clip.id for clip in index.clips)
         return CacheSource(index), digest_of(clip_ids, settings.to_json())
-    manifest = prepare.checked_manifest(config, spec, plan.model)
+    manifest = intake.checked_manifest(config, spec, plan.model)
     clip_ids = sorted(clip.id for clip in manifest.usable)
     return RawSource(manifest.usable, latent_channels=plan.model.out_channels), digest_of(clip_ids, spec)
 

@@ -1,0 +1,149 @@
+"""Clips, model and cache as the settings of a run name them: what `prepare` and `train` both start from.
+
+No framework is needed here, so whether there is anything to encode is known before one is loaded.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from cogvideox_factory.config import Config
+from cogvideox_factory.data.cache import CacheIndex
+from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings, hash_folder, sha256_file
+from cogvideox_factory.data.manifest import Manifest, Source, read_manifest
+from cogvideox_factory.data.memo import Memo
+from cogvideox_factory.data.survey import count_buckets, find_buckets, survey
+from cogvideox_factory.data.timing import ClipSpec
+from cogvideox_factory.errors import FactoryError, UnfitError
+from cogvideox_factory.metrics import progress_bar, say
+from cogvideox_factory.models import TransformerConfig
+from cogvideox_factory.shapes import ClipShape, check_buckets, clip_shape
+from cogvideox_factory.weights import resolve_transformer
+
+
+def transformer_folder(config: Config, folder: Path) -> Path:
+    """Return the transformer of the model folder, or the one that replaces it."""
+    return resolve_transformer(config.model.transformer) if config.model.transformer else folder / "transformer"
+
+
+def transformer_config(config: Config, folder: Path) -> TransformerConfig:
+    """Return the config of the transformer these settings name: a file's, or that of `transformer_folder`."""
+    if config.model.transformer_config:
+        file = Path(config.model.transformer_config)
+        return TransformerConfig.from_folder(file.parent, filename=file.name)
+    return TransformerConfig.from_folder(transformer_folder(config, folder))
+
+
+def source_of(config: Config) -> dict[str, str | None]:
+    """Return where the clips of these settings come from, as a cache records it."""
+    data = config.data
+    root = str(Path(data.root).resolve())
+    return {"root": root, "table": data.table, "captions": data.captions, "videos": data.videos}
+
+
+def require_source(index: CacheIndex, config: Config) -> None:
+    """Refuse a cache that was last prepared from other clips than the settings name.
+
+    Raises:
+        UnfitError: one line a difference.
+    """
+    recorded, wanted = index.recorded.get("source", {}), source_of(config)
+    lines = [
+        f"  data.{key}  cache: {recorded.get(key)}  this run: {value}"
+        for key, value in wanted.items()
+        if recorded.get(key) != value
+    ]
+    if lines:
+        raise UnfitError(
+            "\n".join([
+                f"the cache {index.folder} was last prepared from other clips:", *lines,
+                "Run `cogvideox prepare` with this data, or leave out --data.root to train on what the cache holds.",
+            ])
+        )  # fmt: skip
+
+
+def training_shape(config: Config, transformer: TransformerConfig) -> ClipShape:
+    """Return the shape clips are brought to."""
+    data = config.data
+    return clip_shape(transformer, num_frames=data.num_frames, height=data.height, width=data.width, fps=data.fps)
+
+
+def clip_spec(config: Config, shape: ClipShape) -> ClipSpec:
+    """Return what the data ground needs to know of the shape and the policies."""
+    return ClipSpec(
+        num_frames=shape.num_frames, height=shape.height, width=shape.width, fps=shape.fps,
+        fps_policy=config.data.fps_policy, short_policy=config.data.short_clips, crop=config.data.crop,
+    )  # fmt: skip
+
+
+def checked_manifest(
+    config: Config, spec: ClipSpec, transformer: TransformerConfig | None = None, *, memo: Memo | None = None
+) -> Manifest:
+    """Read the rows, look at every clip that `memo` does not know, and print what becomes of them.
+
+    Raises:
+        FactoryError: a bucket file that cannot be read, or a bucket `transformer` cannot take.
+        DataError: the list is unreadable, or too many clips are lost.
+    """
+    data = config.data
+    source = Source.choose(
+        Path(data.root), table=data.table, captions=data.captions, videos=data.videos,
+        caption_column=data.caption_column, video_column=data.video_column,
+    )  # fmt: skip
+    rows = read_manifest(source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
+    buckets = find_buckets(
+        data.buckets, rows.usable, spec, max_buckets=data.max_buckets, seed=config.run.seed, memo=memo
+    )
+    with progress_bar("reading clips", len(rows.usable)) as advance:
+        manifest = survey(rows, spec, buckets=buckets, memo=memo, on_clip=lambda clip: advance())
+    for line in manifest.report():
+        say(line)
+    if buckets and transformer:
+        check_buckets(count_buckets(manifest.usable), transformer)
+    manifest.require_good(strict=data.strict, max_bad=data.max_bad)
+    return manifest
+
+
+def cache_settings(
+    config: Config,
+    folder: Path,
+    transformer: TransformerConfig,
+    spec: ClipSpec,
+    dtype: str,
+    *,
+    memo: Memo | None = None,
+) -> CacheSettings:
+    """Return what the cache of these settings is made with, weights hashed (but for files `memo` knows as they are)."""
+    hash_model = partial(hash_folder, hash_file=memo.sha256 if memo else sha256_file)
+    variants = 1 + config.cache.image_noise_variants if config.task == "i2v" else 0
+    return CacheSettings(
+        model=config.model.path,
+        video=VideoSettings.from_spec(
+            spec, vae=hash_model(folder / "vae"), dtype=dtype, tiling=config.data.vae_tiling,
+            image_variants=variants, seed=config.run.seed, buckets=bucket_rule(config, spec),
+        ),
+        text=TextSettings(
+            text_encoder=hash_model(folder / "text_encoder"), tokenizer=hash_model(folder / "tokenizer"),
+            dtype=dtype, max_sequence_length=text_length(config, transformer),
+        ),
+        trigger_word=(config.data.trigger_word or "").strip(),
+    )  # fmt: skip
+
+
+def bucket_rule(config: Config, spec: ClipSpec) -> str | None:
+    """Return what decides which bucket a clip goes to, as a cache records it."""
+    buckets = find_buckets(config.data.buckets, [], spec, max_buckets=config.data.max_buckets, seed=config.run.seed)
+    return buckets.to_json() if buckets else None
+
+
+def text_length(config: Config, transformer: TransformerConfig) -> int:
+    """Return the number of text tokens, the model's unless set.
+
+    Raises:
+        FactoryError: another length for a model whose positions are added to the text too.
+    """
+    length = config.text.max_sequence_length or transformer.max_text_seq_length
+    if not transformer.use_rotary_positional_embeddings and length != transformer.max_text_seq_length:
+        raise FactoryError(
+            f"text.max_sequence_length={length}: this model takes exactly {transformer.max_text_seq_length} tokens"
+        )
+    return length
