@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -126,7 +127,7 @@ def _parse(path: Path, header: bytes, size: int) -> Header:
         for spec in sorted(specs.values(), key=lambda spec: spec["data_offsets"]):
             if not all(isinstance(number, int) and number >= 0 for number in spec["shape"]):
                 raise ValueError("a shape is no list of sizes")
-            count = int(np.prod(spec["shape"], dtype=np.int64)) * _DTYPES[spec["dtype"]].itemsize
+            count = prod(spec["shape"]) * _DTYPES[spec["dtype"]].itemsize
             if spec["data_offsets"] != [end, end + count]:
                 raise ValueError("arrays overlap or leave gaps")
             end += count

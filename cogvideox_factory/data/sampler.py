@@ -3,8 +3,11 @@
 Every epoch is a fresh shuffle of all clips; epochs follow one another in one endless stream. Walk along it and put
 each clip into the line of its shape: whenever a line is as long as a batch of that shape, it leaves as the next step.
 So all clips of a step have one shape, every clip is seen once an epoch, nothing is ever dropped (what is left in a line
-at the end of an epoch waits for clips of the next), the order does not depend on the number of ranks or workers, and
-resuming means "start at step N". With one shape this is simply the stream cut into pieces.
+at the end of an epoch waits for clips of the next: `waiting` counts it), the order does not depend on the number of
+ranks or workers, and resuming means "start at step N". With one shape this is simply the stream cut into pieces.
+
+Rank r of n takes the r-th n-th of every global batch, so all ranks have one shape and equally many clips in every
+step; a global batch that n cannot share equally is refused.
 
 The walk is never made: the k-th batch of a shape is clips k n to (k + 1) n of that shape's own stream, and it leaves
 when its last clip comes by.
@@ -181,6 +184,10 @@ class Sampler:
         """Return how many steps have left when `epoch` begins."""
         before = self._places_before(epoch)
         return sum(before[key] // size for key, size in self.batch_sizes.items())
+
+    def waiting(self, epoch: int) -> dict[str, int]:
+        """Return how many clips of each shape wait in its line when `epoch` begins; none of them is lost."""
+        return {key: epoch * self.counts[key] % size for key, size in self.batch_sizes.items()}
 
     def bucket(self, step: int) -> str:
         """Return the shape of `step`."""

@@ -12,7 +12,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from cogvideox_factory.data.buckets import Bucket, Buckets, Source, auto_buckets, read_buckets
+from cogvideox_factory.data.auto_buckets import auto_buckets
+from cogvideox_factory.data.buckets import Bucket, Buckets, Source, read_buckets
 from cogvideox_factory.data.container import DEFAULT_LIMITS, Limits, VideoInfo
 from cogvideox_factory.data.image import probe_picture
 from cogvideox_factory.data.manifest import Clip, Manifest
