@@ -18,6 +18,7 @@ from cogvideox_factory.data.glimpse import Glimpse, contents, look_closer, thumb
 from cogvideox_factory.data.manifest import Manifest, Source, read_manifest
 from cogvideox_factory.data.survey import count_buckets, find_buckets, survey
 from cogvideox_factory.data.timing import ClipSpec
+from cogvideox_factory.data.windows import Windows
 from cogvideox_factory.errors import DataError, FactoryError
 from cogvideox_factory.metrics import console, progress_bar, say
 from cogvideox_factory.models import PUBLISHED, TransformerConfig
@@ -112,9 +113,12 @@ def examine(config: Config, *, quick: bool = False) -> Examination:
     spec = _clip_spec(config)
     skipped = []
     manifest = read_manifest(source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
-    buckets = find_buckets(data.buckets, manifest.usable, spec, max_buckets=data.max_buckets, seed=config.run.seed)
+    windows = Windows(policy=data.windows, most=data.max_windows, stride=data.window_stride)
+    buckets = find_buckets(
+        data.buckets, manifest.usable, spec, windows=windows, max_buckets=data.max_buckets, seed=config.run.seed
+    )
     with progress_bar("reading clips", len(manifest.usable)) as advance:
-        manifest = survey(manifest, spec, buckets=buckets, on_clip=lambda clip: advance())
+        manifest = survey(manifest, spec, windows=windows, buckets=buckets, on_clip=lambda clip: advance())
     if buckets and (config.model.path or config.model.transformer_config):
         check_buckets(count_buckets(manifest.usable), _transformer_config(config))
     glimpses: Mapping[str, Glimpse] | None = None
@@ -148,6 +152,8 @@ def print_tables(found: Examination) -> None:
     counts.add_section()
     counts.add_row("total", str(len(manifest.clips)))
     console.print(counts)
+    for line in manifest.about_windows():
+        say(f"  {line}")
     if census.measures:
         numbers = Table("", "clips", "least", "median", "most")
         for measure in census.measures.values():
@@ -166,7 +172,7 @@ def print_tables(found: Examination) -> None:
         say(f"  sizes: {', '.join(sizes)}{more}")
     for title, text in remarks(manifest, census):
         say(f"  {title}: {text}")
-    for line in manifest.report()[1:]:
+    for line in manifest.about_losses():
         say(line)
     for reason in found.skipped:
         say(f"  not looked at: {reason}")
@@ -174,8 +180,8 @@ def print_tables(found: Examination) -> None:
 
 def _page(found: Examination) -> str:
     manifest = found.manifest
-    rows = set(doctor_page.rows_to_show(manifest, found.census))
-    shown = [clip for clip in manifest.usable if clip.row in rows]
+    places = set(doctor_page.places_to_show(manifest, found.census))
+    shown = [clip for clip in manifest.usable if clip.place in places]
     with progress_bar("drawing the page", len(shown)) as advance:
         pictures = thumbnails(shown, on_clip=advance)
     return doctor_page.render(
@@ -203,7 +209,7 @@ def _write_clean(found: Examination, config: Config, file: Path) -> None:
     inside = file.resolve().is_relative_to(root.resolve())
     table = file.resolve().relative_to(root.resolve()) if inside else file.resolve()
     say(
-        f"clean list: {file}, {count} of {len(found.manifest.clips)} rows. To use it: --data.root {root} "
+        f"clean list: {file}, {count} of {len(found.manifest.rows)} rows. To use it: --data.root {root} "
         f"--data.table {table}"
     )
 
@@ -234,7 +240,7 @@ def _clip_spec(config: Config) -> ClipSpec:
         )
     return ClipSpec(
         num_frames=num_frames, height=height, width=width, fps=fps, fps_policy=data.fps_policy,
-        short_policy=data.short_clips, crop=data.crop,
+        short_policy=data.short_clips, max_slowdown=data.max_slowdown, crop=data.crop,
     )  # fmt: skip
 
 

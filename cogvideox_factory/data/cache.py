@@ -1,7 +1,7 @@
 """The cache that `prepare` writes and `train` reads.
 
     CACHE/cache.json                     what made it, and the checksum of the list
-    CACHE/clips.jsonl                    one row a clip of the input, lost ones included
+    CACHE/clips.jsonl                    one row a clip (a row of the input, or each of its windows), lost ones included
     CACHE/clips/ab/abcdef….safetensors   moments of a clip, unscaled and unsampled: mean, logvar
                                          [F, C, h, w]; of its first frame, clean then noised:
                                          image_mean, image_logvar [K, C, h, w]; all bf16
@@ -53,7 +53,7 @@ class Cache:
     def clip_file(self, clip: Clip) -> str:
         """Return the entry of a surveyed clip, relative to the folder; its caption does not matter."""
         assert clip.content is not None, f"{clip.name} has not been surveyed"
-        return _entry_file("clips", entry_key(self._made_with(clip), clip.content))
+        return _entry_file("clips", entry_key(self._made_with(clip), clip.footage))
 
     def _made_with(self, clip: Clip) -> str:
         return fingerprint(self.settings.video.of(clip.spec))
@@ -63,12 +63,12 @@ class Cache:
         return _entry_file("text", entry_key(self._text, _text_hash(caption)))
 
     def missing_clips(self, clips: Iterable[Clip]) -> list[Clip]:
-        """Return the usable clips without a complete entry, one a content."""
+        """Return the usable clips without a complete entry, one a footage."""
         wanted: dict[str, Clip] = {}
         for clip in clips:
             if clip.usable:
                 assert clip.content is not None, f"{clip.name} has not been surveyed"
-                wanted.setdefault(clip.content, clip)
+                wanted.setdefault(clip.footage, clip)
         return [clip for clip in wanted.values() if self._header(self.clip_file(clip)) is None]
 
     def missing_captions(self, clips: Iterable[Clip]) -> list[str]:
@@ -92,6 +92,7 @@ class Cache:
         image_mean: np.ndarray | None = None,
         image_logvar: np.ndarray | None = None,
         image_sigmas: Sequence[float] = (),
+        crop: Mapping[str, int] | None = None,
     ) -> None:
         """Write the moments of a clip.
 
@@ -102,6 +103,7 @@ class Cache:
             image_mean: [K, C, h, w] of the first frame for image-to-video: index 0 clean, the others noised.
             image_logvar: like `image_mean`.
             image_sigmas: noise of each of the K, 0 first.
+            crop: where the pixels were cut from (`Fit.to_json`), for the record.
 
         Raises:
             UnfitError: NaN or infinity in them.
@@ -118,9 +120,11 @@ class Cache:
             assert len(image_sigmas) == variants, image_sigmas
             assert image_sigmas[0] == 0, image_sigmas
             arrays |= {"image_mean": image_mean, "image_logvar": image_logvar}
-        metadata = {"content": clip.content, "layout": "FCHW, unscaled moments"}
+        metadata = {"content": clip.footage, "layout": "FCHW, unscaled moments"}
         if variants:
             metadata["image_sigmas"] = json.dumps([float(sigma) for sigma in image_sigmas])
+        if crop:
+            metadata["crop"] = json.dumps(dict(crop))
         self._write(self.clip_file(clip), arrays, metadata | {"fingerprint": self._made_with(clip)}, clip.name)
 
     def write_caption(self, caption: str, prompt_embeds: np.ndarray) -> None:
@@ -161,6 +165,7 @@ class Cache:
             described = self.settings.to_json() | {
                 "total": len(rows),
                 "counts": manifest.counts(),
+                "rows": {"total": len(manifest.rows), "counts": manifest.row_counts()},
                 "source": dict(source or {}),
                 "empty_caption": {"file": empty, "checksum": read_header(self.folder / empty).checksum},
                 "clips": {"file": "clips.jsonl", "sha256": _text_hash(text)},
@@ -182,6 +187,8 @@ class Cache:
         files = {"clip": self.clip_file(clip), "text": self.caption_file(clip.caption)}
         headers = {part: read_header(self.folder / file) for part, file in files.items()}
         video = self.settings.video.of(clip.spec)
+        if crop := headers["clip"].metadata.get("crop"):
+            row["crop"] = json.loads(crop)
         return row | {
             "bucket": Bucket(video.num_frames, video.height, video.width).key,
             **{

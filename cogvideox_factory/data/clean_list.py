@@ -27,7 +27,7 @@ def require_free(path: Path) -> None:
 def write_clean_list(
     manifest: Manifest, path: Path, *, root: Path, caption_column: str, video_column: str, trigger_word: str | None
 ) -> int:
-    """Write caption and path of every usable clip, in the order of the input, and return how many.
+    """Write caption and path of every row that gives a usable clip, in the order of the input, and return how many.
 
     Read with the same root, columns and trigger word, the list gives the same clips with the same captions, all
     usable. What was no row of its own (a duplicate) or cannot be used is not in it; no other file is touched.
@@ -49,7 +49,8 @@ def write_clean_list(
         json.dumps(
             {video_column: _entry(clip, root), caption_column: _bare(clip.caption, trigger_word)}, ensure_ascii=False
         )
-        for clip in manifest.usable
+        for clip in manifest.rows
+        if clip.usable
     ]
     with publish_file(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -16,6 +16,8 @@ from cogvideox_factory.errors import UnfitError
 
 FORMAT = 1
 """Number of the cache's format; another one is not read."""
+_LATER: dict[str, Any] = {"windows": "first", "max_slowdown": None}
+"""Settings that the first caches did not record, and what they were then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +42,10 @@ class VideoSettings:
     """Of random crops and image noise; None where neither is used."""
     buckets: str | None = None
     """What gives each clip a size and length of its own (`Buckets.to_json`); those above are the model's then."""
+    windows: str = "first"
+    """What sources are cut into (`Windows`); a window's place is part of what it is made of, not of what with."""
+    max_slowdown: float | None = None
+    """Bound of a short policy that slows clips."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fps", float(self.fps))  # 8 and 8.0 are one setting and must hash alike
@@ -55,19 +61,23 @@ class VideoSettings:
         image_variants: int = 0,
         seed: int = 0,
         buckets: str | None = None,
+        windows: str = "first",
     ) -> Self:
-        """Build from what clips are brought to; a seed that decides nothing is left out."""
+        """Build from what clips are brought to; what decides nothing is left out."""
         random = spec.crop == "random" or image_variants > 1
         return cls(
             vae=vae, dtype=dtype, tiling=tiling, image_variants=image_variants, seed=seed if random else None,
-            buckets=buckets, **asdict(spec),
+            buckets=buckets, windows=windows, max_slowdown=spec.max_slowdown if spec.short_policy == "slow" else None,
+            num_frames=spec.num_frames, height=spec.height, width=spec.width, fps=spec.fps,
+            fps_policy=spec.fps_policy, short_policy=spec.short_policy, crop=spec.crop,
         )  # fmt: skip
 
     def of(self, spec: ClipSpec | None) -> Self:
-        """Return the settings of one clip: how it came to its size does not matter to its latents."""
+        """Return the settings of one clip: how it came to its size and place does not matter to its latents."""
+        alone = replace(self, buckets=None, windows="first", max_slowdown=None)
         if self.buckets is None or spec is None:
-            return self
-        return replace(self, buckets=None, num_frames=spec.num_frames, height=spec.height, width=spec.width)
+            return alone
+        return replace(alone, num_frames=spec.num_frames, height=spec.height, width=spec.width)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,8 +109,8 @@ class CacheSettings:
             "format": FORMAT,
             "model": self.model,
             "trigger_word": self.trigger_word,
-            "video": {"fingerprint": fingerprint(self.video), "settings": asdict(self.video)},
-            "text": {"fingerprint": fingerprint(self.text), "settings": asdict(self.text)},
+            "video": {"fingerprint": fingerprint(self.video), "settings": _named(self.video)},
+            "text": {"fingerprint": fingerprint(self.text), "settings": _named(self.text)},
         }
 
 
@@ -114,8 +124,13 @@ class Difference(NamedTuple):
 
 def fingerprint(part: VideoSettings | TextSettings) -> str:
     """Return the SHA-256 of a part's settings in canonical JSON."""
-    named = {"format": FORMAT, "part": type(part).__name__, **asdict(part)}
+    named = {"format": FORMAT, "part": type(part).__name__, **_named(part)}
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
+def _named(part: VideoSettings | TextSettings) -> dict[str, Any]:
+    """Return the settings by name; those that came later only where they are not as before, so older caches fit."""
+    return {name: value for name, value in asdict(part).items() if name not in _LATER or _LATER[name] != value}
 
 
 def entry_key(part_fingerprint: str, content: str) -> str:
@@ -134,7 +149,7 @@ def compare(recorded: dict[str, Any], wanted: CacheSettings) -> list[Difference]
         values = recorded.get(part_name, {}).get("settings", {})
         names = dict.fromkeys([*(field.name for field in fields(part)), *values])
         for name in names:
-            old, new = values.get(name), getattr(part, name, None)
+            old, new = values.get(name, _LATER.get(name)), getattr(part, name, None)
             if old != new:
                 found.append(Difference(f"{part_name}.{name}", old, new))
     return found

@@ -19,7 +19,7 @@ from cogvideox_factory.data.manifest import Clip
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.publish import publish_text
 
-FORMAT = 1
+FORMAT = 2
 _FRESH_NS = 2_000_000_000
 _KEPT = ("content", "state", "reason", "detail")
 
@@ -36,13 +36,13 @@ class Memo:
         self._known: dict[str, dict[str, Any]] = _read(file)
         self._fresh: dict[str, dict[str, Any]] = {}
 
-    def ask(self, clip: Clip, question: Any, look: Callable[[Clip], Clip]) -> Clip:
-        """Return what `look` says of `clip`, from memory if its file is as it was.
+    def ask(self, clip: Clip, question: Any, look: Callable[[Clip], list[Clip]]) -> list[Clip]:
+        """Return the clips that `look` makes of `clip`, from memory if its file is as it was.
 
         Args:
             clip: with a path.
             question: all that the answer depends on besides the file; anything JSON can hold.
-            look: adds state, content and facts to a clip.
+            look: adds state, content and facts to a clip, or to each of its windows.
         """
         assert clip.path is not None
         key = hashlib.sha256(json.dumps([FORMAT, str(clip.path), question], sort_keys=True).encode()).hexdigest()
@@ -50,10 +50,10 @@ class Memo:
         row = self._known.get(key)
         if row and before is not None and row["stamp"] == before:
             self._fresh[key] = row
-            return _recalled(clip, row)
+            return [_recalled(clip, row["stamp"], answer) for answer in row["clips"]]
         looked = look(clip)
         if before is not None and before == _stamp(clip.path) and time.time_ns() - max(before[2:]) > _FRESH_NS:
-            self._fresh[key] = {"stamp": before, **_row(clip, looked)}
+            self._fresh[key] = {"stamp": before, "clips": [_answer(clip, one) for one in looked]}
         return looked
 
     def save(self) -> None:
@@ -79,14 +79,14 @@ def _stamp(path: Path) -> list[int] | None:
     return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _row(clip: Clip, looked: Clip) -> dict[str, Any]:
+def _answer(clip: Clip, looked: Clip) -> dict[str, Any]:
     facts = {name: value for name, value in looked.facts.items() if name not in clip.facts}
     spec = asdict(looked.spec) if looked.spec else None
     return {name: getattr(looked, name) for name in _KEPT} | {"facts": facts, "spec": spec}
 
 
-def _recalled(clip: Clip, row: dict[str, Any]) -> Clip:
+def _recalled(clip: Clip, stamp: list[int], answer: dict[str, Any]) -> Clip:
     return replace(
-        clip, **{name: row[name] for name in _KEPT}, stamp=(row["stamp"][1], row["stamp"][2]),
-        facts={**clip.facts, **row["facts"]}, spec=ClipSpec(**row["spec"]) if row["spec"] else None,
+        clip, **{name: answer[name] for name in _KEPT}, stamp=(stamp[1], stamp[2]),
+        facts={**clip.facts, **answer["facts"]}, spec=ClipSpec(**answer["spec"]) if answer["spec"] else None,
     )  # fmt: skip

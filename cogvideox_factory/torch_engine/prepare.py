@@ -21,6 +21,7 @@ from cogvideox_factory.data.reasons import ClipError, printable
 from cogvideox_factory.data.survey import count_buckets, find_buckets, survey
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import DecodedClip, read_clip
+from cogvideox_factory.data.windows import Windows
 from cogvideox_factory.diffusion.frames import SPATIAL_COMPRESSION, num_latent_frames
 from cogvideox_factory.errors import DataError, FactoryError, UnfitError
 from cogvideox_factory.metrics import progress_bar, say
@@ -147,8 +148,14 @@ def clip_spec(config: Config, shape: ClipShape) -> ClipSpec:
     """Return what the data ground needs to know of the shape and the policies."""
     return ClipSpec(
         num_frames=shape.num_frames, height=shape.height, width=shape.width, fps=shape.fps,
-        fps_policy=config.data.fps_policy, short_policy=config.data.short_clips, crop=config.data.crop,
+        fps_policy=config.data.fps_policy, short_policy=config.data.short_clips,
+        max_slowdown=config.data.max_slowdown, crop=config.data.crop,
     )  # fmt: skip
+
+
+def windows_of(config: Config) -> Windows:
+    """Return what sources are cut into."""
+    return Windows(policy=config.data.windows, most=config.data.max_windows, stride=config.data.window_stride)
 
 
 def checked_manifest(
@@ -166,11 +173,12 @@ def checked_manifest(
         caption_column=data.caption_column, video_column=data.video_column,
     )  # fmt: skip
     rows = read_manifest(source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
+    windows = windows_of(config)
     buckets = find_buckets(
-        data.buckets, rows.usable, spec, max_buckets=data.max_buckets, seed=config.run.seed, memo=memo
+        data.buckets, rows.usable, spec, windows=windows, max_buckets=data.max_buckets, seed=config.run.seed, memo=memo
     )
     with progress_bar("reading clips", len(rows.usable)) as advance:
-        manifest = survey(rows, spec, buckets=buckets, memo=memo, on_clip=lambda clip: advance())
+        manifest = survey(rows, spec, windows=windows, buckets=buckets, memo=memo, on_clip=lambda clip: advance())
     for line in manifest.report():
         say(line)
     if buckets and transformer:
@@ -189,6 +197,7 @@ def cache_settings(
         video=VideoSettings.from_spec(
             spec, vae=hash_folder(folder / "vae"), dtype=dtype, tiling=config.data.vae_tiling,
             image_variants=variants, seed=config.run.seed, buckets=bucket_rule(config, spec),
+            windows=str(windows_of(config)),
         ),
         text=TextSettings(
             text_encoder=hash_folder(folder / "text_encoder"), tokenizer=hash_folder(folder / "tokenizer"),
@@ -223,7 +232,7 @@ def image_variants(clip: Clip, count: int, shape: tuple[int, ...], *, seed: int)
 
     sigma = exp(N(-3, 0.5)), the augmentation the image-to-video models were trained with.
     """
-    draw = draws.generator(seed, "image noise", clip.content or "")
+    draw = draws.generator(seed, "image noise", clip.footage)
     sigma = np.exp(draw.normal(-3.0, 0.5, size=count)).astype(np.float32)
     sigma[0] = 0.0
     return sigma, draw.standard_normal((count, *shape), dtype=np.float32)
@@ -233,6 +242,8 @@ def say_counts(manifest: Manifest) -> None:
     """Print how many clips ended in which state."""
     counts = ", ".join(f"{count} {state}" for state, count in manifest.counts().items())
     say(f"{len(manifest.clips)} clips: {counts}")
+    for line in manifest.about_windows():
+        say(f"  {line}")
 
 
 def _encode_captions(
@@ -257,7 +268,7 @@ def _encode_clips(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, ClipError]:
-    """Encode and write; return the error of each clip (by content) that could not be decoded or encoded."""
+    """Encode and write; return the error of each clip (by footage) that could not be decoded or encoded."""
     vae = CogVideoXVAE.from_folder(folder / "vae", dtype=dtype, device=device)
     if config.data.vae_tiling:
         vae.enable_tiling()
@@ -267,33 +278,32 @@ def _encode_clips(
 
     def decode(clip: Clip) -> DecodedClip | ClipError:
         assert clip.path is not None
-        assert clip.content is not None
         assert clip.spec is not None
         try:
-            return read_clip(clip.path, clip.spec, rng=draws.generator(seed, "crop", clip.content), stamp=clip.stamp)
+            return read_clip(clip.path, clip.spec, rng=draws.generator(seed, "crop", clip.footage), stamp=clip.stamp)
         except ClipError as error:
             return error
 
     with progress_bar("clips", len(clips)) as advance:
         for clip, decoded in zip(clips, ordered_map(decode, clips, num_workers=2), strict=True):
-            assert clip.content is not None
             if isinstance(decoded, ClipError):
-                failed[clip.content] = decoded
+                failed[clip.footage] = decoded
             else:
                 try:
-                    _encode_clip(cache, clip, decoded.pixels, encoder, device, seed)
+                    _encode_clip(cache, clip, decoded, encoder, device, seed)
                 except UnfitError as error:
-                    failed[clip.content] = ClipError("latent.nonfinite", str(error))
+                    failed[clip.footage] = ClipError("latent.nonfinite", str(error))
             advance()
     for clip in clips:
-        if error := failed.get(clip.content or ""):
-            say(f"row {clip.row} {clip.name}: {error}")
+        if error := failed.get(clip.footage):
+            say(f"row {clip.place} {clip.name}: {error}")
     return failed
 
 
 def _encode_clip(
-    cache: Cache, clip: Clip, pixels: np.ndarray, encoder: Encoder, device: torch.device, seed: int
+    cache: Cache, clip: Clip, decoded: DecodedClip, encoder: Encoder, device: torch.device, seed: int
 ) -> None:
+    pixels = decoded.pixels
     mean, logvar = encoder.video(to_tensor(pixels, device=device)[None])
     image: dict = {}
     if count := cache.settings.video.image_variants:
@@ -308,11 +318,12 @@ def _encode_clip(
             "image_logvar": to_array(torch.cat([v[0, :1] for _, v in moments])),
             "image_sigmas": sigma.tolist(),
         }
-    cache.write_clip(clip, mean=to_array(mean[0]), logvar=to_array(logvar[0]), **image)
+    crop = decoded.fit.to_json()
+    cache.write_clip(clip, mean=to_array(mean[0]), logvar=to_array(logvar[0]), crop=crop, **image)
 
 
 def _with_failure(clip: Clip, failed: dict[str, ClipError]) -> Clip:
-    error = failed.get(clip.content or "")
+    error = failed.get(clip.footage)
     return replace(clip).rejected(error) if error else clip
 
 
