@@ -4,12 +4,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-lessons check format bench clean
+.PHONY: help install demo test test-lessons faults check format bench clean
 
 help:
 	@echo "make demo     install, then run the whole factory on embedded data"
 	@echo "make test     install, then run the tests (CPU, no network)"
 	@echo "make test-lessons  teach the embedded models in all four ways and hold them to their scores (10 minutes)"
+	@echo "make faults   the full tier of faults made on purpose, and docs/faults.md (a quarter of an hour)"
 	@echo "make check    format, lint and type checks"
 	@echo "make format   rewrite files in the house format"
 	@echo "make bench    ratios against diffusers, interleaved in one process"
@@ -30,6 +31,9 @@ test: install
 
 test-lessons: install
 	$(BIN)/pytest -n 2 -m slow tests/tiny/test_lessons.py
+
+faults: install
+	$(BIN)/python -m tests.faults --tier full --json docs/faults.json --markdown docs/faults.md
 
 check: install
 	$(BIN)/ruff format --check .

@@ -5,7 +5,8 @@ for" and is filled in before a run starts, so the `config.yaml` in a run folder 
 """
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,17 +36,59 @@ class Model(_Section):
     """config.json of a transformer of any size, to train from random weights (train.method full)."""
 
 
+class DataSet(_Section):
+    """One of several data sets that are mixed; what is None is as `data` has it."""
+
+    root: str
+    """Folder that holds the clips; see `data.root`."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """How often an epoch sees each clip of the set: 2 is twice, 0.25 a quarter of the clips, another one each epoch."""
+    name: str | None = None
+    """What reports call it. Default: the last part of `root`."""
+    table: str | None = None
+    """See `data.table`."""
+    captions: str | None = None
+    """See `data.captions`."""
+    videos: str | None = None
+    """See `data.videos`."""
+    caption_column: str | None = None
+    """See `data.caption_column`."""
+    video_column: str | None = None
+    """See `data.video_column`."""
+    image_column: str | None = None
+    """See `data.image_column`."""
+
+    @property
+    def called(self) -> str:
+        """The name, given or not."""
+        return self.name or Path(self.root).name or self.root
+
+    def problems(self) -> list[str]:
+        """Return what contradicts itself."""
+        found = []
+        if (self.captions is None) != (self.videos is None):
+            found.append(f"data.sets {self.called!r}: captions and videos belong together; give both or neither")
+        if self.table and self.captions:
+            found.append(f"data.sets {self.called!r}: table and captions both name the captions; give one of them")
+        return found
+
+
 class Data(_Section):
     """Clips and captions, and how frames are taken from them."""
 
     root: str = ""
     """Folder that holds the clips; every path in a list is relative to it and must stay inside."""
+    sets: list[DataSet] = []
+    """Several data sets in place of `root`, mixed by weights, each with `root`, `weight` and lists of its own."""
     table: str | None = None
     """CSV, TSV, JSONL or Parquet file (relative to root) with one row a clip."""
     caption_column: str = "caption"
     """Column of the table that holds the caption."""
     video_column: str = "video"
     """Column of the table that holds the clip's path; where there is none, `file_name` (Hugging Face) is taken."""
+    image_column: str = "image"
+    """Image-to-video: column of the table that names the picture a clip starts from, in place of the clip's own first
+    frame. A table without the column, or a row without a name in it, starts from the first frame."""
     captions: str | None = None
     """Text file with one caption a line; needs `videos`."""
     videos: str | None = None
@@ -173,7 +216,7 @@ class Train(_Section):
     steps: Positive = 1000
     """Optimizer steps in total."""
     batch_size: Positive = 1
-    """Clips in one forward pass."""
+    """Clips in one forward pass, over all processes together; each takes an equal share."""
     gradient_accumulation: Positive = 1
     """Forward passes a step; the global batch is batch_size x this."""
     learning_rate: Annotated[float, Field(ge=0)] = 1e-4
@@ -223,6 +266,21 @@ class Train(_Section):
     Or the path of a checkpoint."""
     num_workers: NotNegative = 2
     """Threads that read ahead."""
+
+
+class Parallel(_Section):
+    """How the processes that torchrun starts divide a training run; one process needs none of it."""
+
+    sequence: Positive = 1
+    """Processes that divide each video's tokens among them (sequence parallelism); the others take other clips."""
+    ring: Positive | None = None
+    """Of those, the processes along which keys and values travel. Default: as few as the model's heads allow."""
+    zero: Annotated[int, Field(ge=0, le=3)] = 0
+    """What is divided among the processes. 0: nothing. 1: the optimizer. 2: gradients too. 3: weights too."""
+    replicas: Positive = 1
+    """Whole copies of the model among which zero 1-3 does not divide: one a node, say (hybrid sharding)."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 1800
+    """How long a process waits for the others before it gives up."""
 
 
 class Sampling(_Section):
@@ -307,6 +365,7 @@ class Config(_Section):
     text: Text = Text()
     lora: Lora = Lora()
     train: Train = Train()
+    parallel: Parallel = Parallel()
     sampling: Sampling = Sampling()
     validation: Validation = Validation()
     generate: Generate = Generate()
@@ -314,7 +373,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _laws_across_fields(self) -> "Config":
-        problems = []
+        problems = _problems_of_sets(self.data, self.task)
         if (self.data.captions is None) != (self.data.videos is None):
             problems.append("data.captions and data.videos belong together; give both or neither")
         if self.data.table and self.data.captions:
@@ -368,10 +427,42 @@ class Config(_Section):
             raise ValueError("; ".join(problems))
         return self
 
+    @property
+    def data_sets(self) -> list[dict[str, Any]]:
+        """Every data set as plain values: one without a name for `data.root`, or all of `data.sets`, complete."""
+        data, is_i2v = self.data, self.task == "i2v"
+        columns = {"caption_column": data.caption_column, "video_column": data.video_column}
+        columns["image_column"] = data.image_column
+        named: list[dict[str, Any]] = [
+            {name: value for name, value in part.model_dump().items() if value is not None} | {"name": part.called}
+            for part in data.sets
+        ]
+        lists = {"table": data.table, "captions": data.captions, "videos": data.videos}
+        alone = [{"name": "", "weight": 1.0, "root": data.root, **lists}] if data.root else []
+        sets = [dict.fromkeys(lists) | columns | part for part in named or alone]
+        return [part if is_i2v else part | {"image_column": None} for part in sets]
+
     def _is_set(self, name: str) -> bool:
         section, field = name.split(".")
         values = getattr(self, section)
         return getattr(values, field) != type(values).model_fields[field].default
+
+
+def _problems_of_sets(data: Data, task: str) -> list[str]:
+    if not data.sets:
+        return []
+    problems = [problem for part in data.sets for problem in part.problems()]
+    for name in ("root", "table", "captions", "videos"):
+        if getattr(data, name):
+            problems.append(
+                f"data.{name} and data.sets both name the clips; each set has its own, so remove data.{name}"
+            )
+    names = [part.called for part in data.sets]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"data.sets: {', '.join(map(repr, twice))} is there twice; give each set a name of its own")
+    if task == "t2v" and any(part.image_column for part in data.sets):
+        problems.append("image_column of data.sets has no effect with task=t2v; remove it")
+    return problems
 
 
 # Settings that would be read by nobody, and when: setting one away from its default is a mistake worth a line.
@@ -380,8 +471,8 @@ _WITHOUT_EFFECT: tuple[tuple[Callable[[Config], bool], str, tuple[str, ...]], ..
         lambda config: config.task == "t2v",
         "task=t2v",
         (
-            "generate.image", "validation.images", "cache.image_noise_variants", "train.image_dropout",
-            "train.image_noise", "train.image_scale",
+            "data.image_column", "generate.image", "validation.images", "cache.image_noise_variants",
+            "train.image_dropout", "train.image_noise", "train.image_scale",
         ),
     ),
     (

@@ -41,6 +41,12 @@ class NonFiniteError(FactoryError):
     exit_code = 7
 
 
+class PeerError(FactoryError):
+    """Another process of the same run failed (exit code 8); that one says why."""
+
+    exit_code = 8
+
+
 def nearest(name: str, choices: list[str]) -> str:
     """Return a ` (did you mean 'x'?)` hint for a mistyped `name`, or an empty string."""
     from difflib import get_close_matches

@@ -20,10 +20,13 @@ class MetricsLog:
     """Append-only `metrics.jsonl` and tensorboard events of one run folder.
 
     After a resume from step N the rows beyond N, written by the run that died, are removed first, so every step
-    stands in the file once.
+    stands in the file once. Of several processes one `writes`.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
+    def __init__(self, folder: Path, *, resume_step: int | None = None, writes: bool = True) -> None:
+        self._writes = writes
+        if not writes:
+            return
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self.path = Path(folder) / "metrics.jsonl"
@@ -34,6 +37,8 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Record `values` (numbers, or lists and strings that only the JSONL row keeps) for `step`."""
+        if not self._writes:
+            return
         from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -53,6 +58,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close both files."""
+        if not self._writes:
+            return
         self._file.close()
         self._events.close()
 
@@ -80,6 +87,16 @@ def _finite(value: Any) -> Any:
 def say(text: str) -> None:
     """Print one line for the user."""
     console.print(text, markup=False)
+
+
+@contextmanager
+def speaking(aloud: bool) -> Iterator[None]:
+    """Say nothing for the duration unless `aloud`: of several processes one speaks."""
+    before, console.quiet = console.quiet, console.quiet or not aloud
+    try:
+        yield
+    finally:
+        console.quiet = before
 
 
 def duration(seconds: float) -> str:

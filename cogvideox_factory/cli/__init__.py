@@ -4,13 +4,15 @@ A command file parses its flags, calls one engine function and prints. It is imp
 `cogvideox --help` needs neither pydantic nor a framework.
 """
 
+import os
 import sys
 from importlib import import_module
 
 COMMANDS = {
     "demo": "the whole factory on an embedded model: clips, preparation, training, video, one page",
-    "doctor": "looks at every clip of a data set: counts that add up, reasons for what is lost",
+    "doctor": "looks at every clip of a data set, or every entry of a cache: counts that add up, reasons",
     "prepare": "videos + captions -> cache of latents and text embeddings",
+    "import-prepared": "a folder the older trainers prepared -> the same cache",
     "train": "cache or raw clips -> run folder with a LoRA or a fine-tuned transformer",
     "generate": "prompts (and images) -> mp4",
     "evaluate": "metrics of a folder of videos; judges of what they show",
@@ -25,13 +27,14 @@ A recipe comes first, flags override single settings of it:
 `cogvideox COMMAND --help` lists every setting of a command with its default and unit.
 
 Exit codes: 0 done, 1 our bug, 2 usage or setting, 3 data rejected, 4 missing dependency, model or device,
-5 cache or checkpoint unfit, 6 storage, 7 non-finite numbers, 75 stopped on request (run again to go on), 130 Ctrl-C."""
+5 cache or checkpoint unfit, 6 storage, 7 non-finite numbers, 8 another process of the run failed,
+75 stopped on request (run again to go on), 130 Ctrl-C."""
 
 
 def usage() -> str:
     """Return what `cogvideox --help` prints."""
     lines = ["usage: cogvideox COMMAND [RECIPE.yaml] [--section.setting VALUE ...]", "", "commands:"]
-    lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<15} {text}" for name, text in COMMANDS.items()]
     return "\n".join(lines) + "\n" + _EPILOG
 
 
@@ -54,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             raise FactoryError(f"no command {name!r}{nearest(name, list(COMMANDS))}; there are: {', '.join(COMMANDS)}")
         return import_module(f"cogvideox_factory.cli.{name.replace('-', '_')}").run(argv[1:]) or 0
     except FactoryError as error:
-        print("\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        who = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+        print("\n  ".join([f"{who}error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

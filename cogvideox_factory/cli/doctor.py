@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +15,8 @@ from cogvideox_factory.data.caption_tokens import token_counter
 from cogvideox_factory.data.census import Census, take_census, with_tokens
 from cogvideox_factory.data.clean_list import require_free, write_clean_list
 from cogvideox_factory.data.glimpse import Glimpse, contents, look_closer, thumbnails
-from cogvideox_factory.data.manifest import Manifest, Source, read_manifest
+from cogvideox_factory.data.manifest import Manifest
+from cogvideox_factory.data.mixture import Part, SetCount, count_sets, read_parts
 from cogvideox_factory.data.survey import count_buckets, find_buckets, survey
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.windows import Windows
@@ -32,9 +33,9 @@ DESCRIPTION = """Look at every clip of a data set: counts that add up, one named
 cannot be used; durations, sizes, motion, black frames, scene cuts, clips that look alike; captions that are empty,
 repeated or too long. Sizes, frames and frame rate are those of the settings, or of the model they name; a model folder
 with a tokenizer also tells how many tokens are cut. Nothing is changed; no framework is loaded. With data.strict any
-loss, of a clip or the end of a caption, ends in exit code 3."""
+loss, of a clip or the end of a caption, ends in exit code 3. `cogvideox doctor CACHE` looks at a cache instead."""
 
-SECTIONS = ("model", "data", "text")
+SECTIONS = ("task", "model", "data", "text")
 
 
 class Doctor(BaseModel):
@@ -62,6 +63,8 @@ class Examination:
     spec: ClipSpec
     skipped: tuple[str, ...]
     """What was not looked at, and why."""
+    parts: tuple[Part, ...] = ()
+    """The data sets."""
     has_buckets: bool = False
     """Whether clips have sizes and lengths of their own."""
 
@@ -72,16 +75,29 @@ class Examination:
             return {}
         return {bucket.key: count for bucket, count in count_buckets(self.manifest.usable).items()}
 
+    @property
+    def sets(self) -> list[SetCount]:
+        """What became of each data set, where several are mixed."""
+        return count_sets(self.manifest.clips, self.parts)
+
     def to_json(self) -> dict:
         """Return the whole report."""
-        more = {"skipped": list(self.skipped), "buckets": self.buckets}
+        more: dict = {"skipped": list(self.skipped), "buckets": self.buckets}
+        if self.sets:
+            more["sets"] = [asdict(count) | {"places": count.places} for count in self.sets]
         return self.manifest.to_json() | self.census.to_json() | more
 
 
 def run(argv: list[str]) -> None:
-    """Examine, print the tables, write what was asked for."""
+    """Examine, print the tables, write what was asked for; a folder first is a cache to look at."""
+    if argv and Path(argv[0]).is_dir():
+        from cogvideox_factory.cli import doctor_cache
+
+        return doctor_cache.run(argv)
     config, ask = parse_with("doctor", argv, sections=SECTIONS, description=DESCRIPTION, own=Doctor)
     if ask.fix:
+        if config.data.sets:
+            raise FactoryError("--fix writes the list of one data set; examine each of data.sets with --data.root.")
         require_free(Path(ask.fix))  # said before the long look, not after
     found = examine(config, quick=ask.quick)
     print_tables(found)
@@ -109,10 +125,10 @@ def examine(config: Config, *, quick: bool = False) -> Examination:
         DataError: the list of clips itself cannot be read.
     """
     data = config.data
-    source = _source(config)
+    parts = _parts(config)
     spec = _clip_spec(config)
     skipped = []
-    manifest = read_manifest(source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
+    manifest = read_parts(parts, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
     windows = Windows(policy=data.windows, most=data.max_windows, stride=data.window_stride)
     buckets = find_buckets(
         data.buckets, manifest.usable, spec, windows=windows, max_buckets=data.max_buckets, seed=config.run.seed
@@ -137,8 +153,9 @@ def examine(config: Config, *, quick: bool = False) -> Examination:
         skipped.append("how many tokens captions have: that takes a model folder with a tokenizer (--model.path)")
     census = take_census(manifest, glimpses, max_tokens=max_tokens)
     return Examination(
-        manifest=manifest, census=census, spec=spec, skipped=tuple(skipped), has_buckets=buckets is not None
-    )
+        manifest=manifest, census=census, spec=spec, skipped=tuple(skipped), has_buckets=buckets is not None,
+        parts=tuple(parts),
+    )  # fmt: skip
 
 
 def print_tables(found: Examination) -> None:
@@ -154,6 +171,11 @@ def print_tables(found: Examination) -> None:
     console.print(counts)
     for line in manifest.about_windows():
         say(f"  {line}")
+    if found.sets:
+        sets = Table("data set", "clips", "can be used", "weight", "places an epoch")
+        for count in found.sets:
+            sets.add_row(count.name, *(f"{v:g}" for v in (count.total, count.usable, count.weight, count.places)))
+        console.print(sets)
     if census.measures:
         numbers = Table("", "clips", "least", "median", "most")
         for measure in census.measures.values():
@@ -180,8 +202,8 @@ def print_tables(found: Examination) -> None:
 
 def _page(found: Examination) -> str:
     manifest = found.manifest
-    places = set(doctor_page.places_to_show(manifest, found.census))
-    shown = [clip for clip in manifest.usable if clip.place in places]
+    numbers = set(doctor_page.numbers_to_show(manifest, found.census))
+    shown = [clip for clip in manifest.usable if clip.number in numbers]
     with progress_bar("drawing the page", len(shown)) as advance:
         pictures = thumbnails(shown, on_clip=advance)
     return doctor_page.render(
@@ -201,10 +223,10 @@ def _write_clean(found: Examination, config: Config, file: Path) -> None:
     if not found.manifest.usable:
         say(f"clean list: not written, no clip is left for {file}")
         return
-    root = _source(config).root
+    root = _parts(config)[0].source.root
     count = write_clean_list(
         found.manifest, file, root=root, caption_column=data.caption_column, video_column=data.video_column,
-        trigger_word=data.trigger_word,
+        trigger_word=data.trigger_word, image_column=data.image_column,
     )  # fmt: skip
     inside = file.resolve().is_relative_to(root.resolve())
     table = file.resolve().relative_to(root.resolve()) if inside else file.resolve()
@@ -214,14 +236,10 @@ def _write_clean(found: Examination, config: Config, file: Path) -> None:
     )
 
 
-def _source(config: Config) -> Source:
-    data = config.data
-    if not data.root:
+def _parts(config: Config) -> list[Part]:
+    if not config.data_sets:
         raise FactoryError("which clips? give --data.root FOLDER")
-    return Source.choose(
-        Path(data.root), table=data.table, captions=data.captions, videos=data.videos,
-        caption_column=data.caption_column, video_column=data.video_column,
-    )  # fmt: skip
+    return [Part.choose(**values) for values in config.data_sets]
 
 
 def _clip_spec(config: Config) -> ClipSpec:

@@ -6,7 +6,7 @@ DESCRIPTION = """Fine-tune a CogVideoX model: train.method lora or full, task t2
 The run folder holds config.yaml, metrics.jsonl, tensorboard, checkpoint-N/, samples/ and final/. The same command
 again goes on from the newest checkpoint, bit for bit."""
 
-SECTIONS = ("task", "model", "data", "cache", "text", "lora", "train", "sampling", "validation", "run")
+SECTIONS = ("task", "model", "data", "cache", "text", "lora", "train", "parallel", "sampling", "validation", "run")
 
 
 def run(argv: list[str]) -> None:

@@ -370,5 +370,8 @@ def step_cost(num_tokens: int, *, width: int) -> float:
 
 
 def balanced_batches(costs: Mapping[Bucket, float], *, batch_size: int, native_cost: float) -> dict[Bucket, int]:
-    """Return the clips a step of each bucket such that no step costs more than `batch_size` native clips do."""
-    return {bucket: max(1, int(batch_size * native_cost / cost)) for bucket, cost in costs.items()}
+    """Return the clips a step of each bucket such that no step costs more than `batch_size` native clips do.
+
+    They are multiples of `batch_size`, so any number of processes that can share the one can share the others.
+    """
+    return {bucket: max(1, int(native_cost / cost)) * batch_size for bucket, cost in costs.items()}

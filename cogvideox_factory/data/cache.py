@@ -1,10 +1,12 @@
 """The cache that `prepare` writes and `train` reads.
 
-    CACHE/cache.json                     what made it, and the checksum of the list
+    CACHE/cache.json                     what made it, the checksum of the list, and its own
     CACHE/clips.jsonl                    one row a clip (a row of the input, or each of its windows), lost ones included
     CACHE/clips/ab/abcdef….safetensors   moments of a clip, unscaled and unsampled: mean, logvar
                                          [F, C, h, w]; of its first frame, clean then noised:
                                          image_mean, image_logvar [K, C, h, w]; all bf16
+    CACHE/images/ab/abcdef….safetensors  image_mean, image_logvar of an image of the clip's own, in place of its first
+                                         frame's
     CACHE/text/ab/abcdef….safetensors    prompt_embeds [S, E] bf16 of a caption; the empty one is always there
 
 Entries are named by what went in (settings and content), written atomically and never changed, so runs can
@@ -34,6 +36,7 @@ from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.publish import publish_text
 
 EMPTY_CAPTION = ""
+_PARTS = ("clip", "text", "image")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -55,21 +58,37 @@ class Cache:
         assert clip.content is not None, f"{clip.name} has not been surveyed"
         return _entry_file("clips", entry_key(self._made_with(clip), clip.footage))
 
+    def image_file(self, clip: Clip) -> str:
+        """Return the entry of a surveyed clip's own image; where crops are drawn, the clip decides the place."""
+        return _entry_file("images", entry_key(self._image_made_with(clip), _image_content(clip, self.settings)))
+
     def _made_with(self, clip: Clip) -> str:
-        return fingerprint(self.settings.video.of(clip.spec))
+        video = self.settings.video.of(clip.spec)
+        return fingerprint(video.without_images() if clip.image_content else video)
+
+    def _image_made_with(self, clip: Clip) -> str:
+        return fingerprint(self.settings.video.of_image(clip.spec))
 
     def caption_file(self, caption: str) -> str:
         """Return the entry of a caption, relative to the folder."""
-        return _entry_file("text", entry_key(self._text, _text_hash(caption)))
+        return _entry_file("text", entry_key(self._text, text_hash(caption)))
 
     def missing_clips(self, clips: Iterable[Clip]) -> list[Clip]:
-        """Return the usable clips without a complete entry, one a footage."""
+        """Return the usable clips without a complete entry, one an entry."""
         wanted: dict[str, Clip] = {}
         for clip in clips:
             if clip.usable:
                 assert clip.content is not None, f"{clip.name} has not been surveyed"
-                wanted.setdefault(clip.footage, clip)
-        return [clip for clip in wanted.values() if self._header(self.clip_file(clip)) is None]
+                wanted.setdefault(self.clip_file(clip), clip)
+        return [clip for file, clip in wanted.items() if self._header(file) is None]
+
+    def missing_images(self, clips: Iterable[Clip]) -> list[Clip]:
+        """Return the usable clips with an image of their own that has no complete entry, one an entry."""
+        wanted: dict[str, Clip] = {}
+        for clip in clips:
+            if clip.usable and clip.image_content:
+                wanted.setdefault(self.image_file(clip), clip)
+        return [clip for file, clip in wanted.items() if self._header(file) is None]
 
     def missing_captions(self, clips: Iterable[Clip]) -> list[str]:
         """Return the usable clips' distinct captions, and the empty one, that have no complete entry."""
@@ -81,7 +100,7 @@ class Cache:
             header = read_header(self.folder / file)
         except UnfitError:  # absent or cut: both mean it is to be made
             return None
-        return header if _belongs(header, file) else None
+        return header if belongs(header, file) else None
 
     def write_clip(
         self,
@@ -113,7 +132,7 @@ class Cache:
         assert mean.ndim == 4, mean.shape
         assert mean.shape == logvar.shape, logvar.shape
         arrays = {"mean": mean, "logvar": logvar}
-        variants = self.settings.video.image_variants
+        variants = 0 if clip.image_content else self.settings.video.image_variants
         assert (image_mean is not None) == (variants > 0), "image moments go with image_variants"
         if image_mean is not None and image_logvar is not None:
             assert image_mean.shape == image_logvar.shape == (variants, *mean.shape[1:]), image_mean.shape
@@ -127,6 +146,21 @@ class Cache:
             metadata["crop"] = json.dumps(dict(crop))
         self._write(self.clip_file(clip), arrays, metadata | {"fingerprint": self._made_with(clip)}, clip.name)
 
+    def write_image(
+        self, clip: Clip, *, image_mean: np.ndarray, image_logvar: np.ndarray, image_sigmas: Sequence[float]
+    ) -> None:
+        """Write the moments [K, C, h, w] of a clip's own image, clean then noised; see `write_clip`."""
+        assert image_mean.shape == image_logvar.shape, image_logvar.shape
+        assert len(image_mean) == len(image_sigmas) == self.settings.video.image_variants, image_mean.shape
+        metadata = {
+            "content": _image_content(clip, self.settings),
+            "layout": "FCHW, unscaled moments",
+            "image_sigmas": json.dumps([float(sigma) for sigma in image_sigmas]),
+            "fingerprint": self._image_made_with(clip),
+        }
+        arrays = {"image_mean": image_mean, "image_logvar": image_logvar}
+        self._write(self.image_file(clip), arrays, metadata, f"{clip.name}: {clip.image_name}")
+
     def write_caption(self, caption: str, prompt_embeds: np.ndarray) -> None:
         """Write the embedding [S, E] of a caption.
 
@@ -135,7 +169,7 @@ class Cache:
             StorageError: the disk is full or cannot be written.
         """
         assert prompt_embeds.shape[:-1] == (self.settings.text.max_sequence_length,), prompt_embeds.shape
-        metadata = {"content": _text_hash(caption), "layout": "SE", "fingerprint": self._text}
+        metadata = {"content": text_hash(caption), "layout": "SE", "fingerprint": self._text}
         self._write(self.caption_file(caption), {"prompt_embeds": prompt_embeds}, metadata, f"caption {caption!r}")
 
     def _write(self, file: str, arrays: dict[str, np.ndarray], metadata: dict[str, str], name: str) -> None:
@@ -149,10 +183,17 @@ class Cache:
         if self._header(file) is None:  # another process may have finished it: entries never change
             write_entry(self.folder / file, halves, metadata)
 
-    def publish(self, manifest: Manifest, source: Mapping[str, Any] | None = None) -> "CacheIndex":
+    def publish(
+        self,
+        manifest: Manifest,
+        source: Mapping[str, Any] | None = None,
+        *,
+        imported: Mapping[str, Any] | None = None,
+    ) -> "CacheIndex":
         """Write `clips.jsonl` and `cache.json` for `manifest` from the entries that are there, and read them back.
 
-        `source` says where the clips came from, so that a run can tell that it asks for others.
+        `source` says where the clips came from, so that a run can tell that it asks for others; `imported` what is
+        known of entries that were made elsewhere.
 
         Raises:
             UnfitError: a usable clip of the manifest has no entry.
@@ -168,8 +209,11 @@ class Cache:
                 "rows": {"total": len(manifest.rows), "counts": manifest.row_counts()},
                 "source": dict(source or {}),
                 "empty_caption": {"file": empty, "checksum": read_header(self.folder / empty).checksum},
-                "clips": {"file": "clips.jsonl", "sha256": _text_hash(text)},
+                "clips": {"file": "clips.jsonl", "sha256": text_hash(text)},
             }
+            if imported is not None:
+                described["imported"] = dict(imported)
+            described["checksum"] = _seal(described)
             publish_text(self.folder / "clips.jsonl", text)
             publish_text(self.folder / "cache.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n")
             return _read_index(self.folder, "cogvideox prepare")
@@ -185,6 +229,8 @@ class Cache:
         assert clip.state != PENDING, f"{clip.name} has not been surveyed"
         assert clip.content is not None, f"{clip.name} has not been read"
         files = {"clip": self.clip_file(clip), "text": self.caption_file(clip.caption)}
+        if clip.image_content:
+            files["image"] = self.image_file(clip)
         headers = {part: read_header(self.folder / file) for part, file in files.items()}
         video = self.settings.video.of(clip.spec)
         if crop := headers["clip"].metadata.get("crop"):
@@ -209,6 +255,10 @@ class CachedClip:
     """Frames x height x width, of the clip as it was encoded."""
     clip_file: Path
     text_file: Path
+    image_file: Path | None
+    """Entry of an image of its own, where it has one."""
+    set: str
+    """Its data set, where several are mixed."""
     shapes: dict[str, tuple[int, ...]]
     """Of `mean` and, for image-to-video, `image_mean` (their log-variances alike) and `prompt_embeds`."""
 
@@ -246,8 +296,7 @@ def open_cache(
         UnfitError: no cache, one that was not finished, another's, or a damaged one.
     """
     folder = Path(folder)
-    with _lock(folder, exclusive=False):
-        index = _read_index(folder, command)
+    index = read_index(folder, command=command)
     if wanted is not None:
         require_match(folder, index.recorded, wanted, command=command)
     problems = _problems(index, full=False, num_workers=num_workers)
@@ -255,6 +304,26 @@ def open_cache(
         shown = "\n  ".join(problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else []))
         raise UnfitError(f"the cache {folder} has {len(problems)} bad entries; run `{command}` again:\n  {shown}")
     return index
+
+
+def read_index(folder: Path, *, command: str = "cogvideox prepare") -> CacheIndex:
+    """Read what a finished cache lists, without a look at its entries.
+
+    Raises:
+        UnfitError: no cache, one that was not finished, or a damaged list.
+    """
+    with _lock(folder, exclusive=False):
+        return _read_index(folder, command)
+
+
+def is_imported(folder: Path) -> bool:
+    """Tell whether a finished cache was made elsewhere and imported.
+
+    Raises:
+        UnfitError: a damaged `cache.json`.
+    """
+    path = Path(folder) / "cache.json"
+    return path.is_file() and bool(_read_json(path, "cogvideox import-prepared").get("imported"))
 
 
 def recorded_dtype(folder: Path) -> str | None:
@@ -275,15 +344,12 @@ def verify_cache(folder: Path, *, num_workers: int = 4) -> list[str]:
     Raises:
         UnfitError: there is no finished cache.
     """
-    folder = Path(folder)
-    with _lock(folder, exclusive=False):
-        index = _read_index(folder, "cogvideox prepare")
-    return _problems(index, full=True, num_workers=num_workers)
+    return _problems(read_index(Path(folder)), full=True, num_workers=num_workers)
 
 
 def _problems(index: CacheIndex, *, full: bool, num_workers: int) -> list[str]:
     used = [row for row in index.rows if "clip" in row]
-    listed = {row[part]["file"]: row[part]["checksum"] for row in used for part in ("clip", "text")}
+    listed = {row[part]["file"]: row[part]["checksum"] for row in used for part in _PARTS if part in row}
     empty = index.recorded["empty_caption"]
     listed[empty["file"]] = empty["checksum"]
     check = _Check(index.folder, full=full)
@@ -301,7 +367,7 @@ class _Check:
             header = read_entry(path, verify=True)[1] if self.full else read_header(path)
         except UnfitError as error:
             return str(error)
-        if header.checksum != checksum or not _belongs(header, file):
+        if header.checksum != checksum or not belongs(header, file):
             return f"{path} is not the entry that was listed: its checksum differs. Remove it and prepare again."
         return None
 
@@ -314,13 +380,20 @@ def _read_json(path: Path, command: str) -> dict[str, Any]:
         assert isinstance(described, dict)
     except (ValueError, AssertionError) as error:
         raise UnfitError(f"{path} is damaged ({error}). Run `{command}` again.") from error
+    if described.get("checksum") != _seal(described):
+        raise UnfitError(f"{path} is damaged: its checksum differs. Run `{command}` again.")
     return described
+
+
+def _seal(described: Mapping[str, Any]) -> str:
+    """Return the checksum of all that `cache.json` says besides it; how it is laid out does not matter."""
+    return text_hash(json.dumps({k: v for k, v in described.items() if k != "checksum"}, sort_keys=True))
 
 
 def _read_rows(folder: Path, described: dict[str, Any], command: str) -> list[dict[str, Any]]:
     path = folder / "clips.jsonl"
     text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
-    if _text_hash(text) != described.get("clips", {}).get("sha256"):
+    if text_hash(text) != described.get("clips", {}).get("sha256"):
         raise UnfitError(f"{path} does not belong to cache.json: prepare was interrupted. Run `{command}` again.")
     return [json.loads(line) for line in text.split("\n") if line]
 
@@ -337,26 +410,34 @@ def _read_index(folder: Path, command: str) -> CacheIndex:
     )
 
 
-def _belongs(header: Header, file: str) -> bool:
+def belongs(header: Header, file: str) -> bool:
     """Tell whether an entry's own words lead to the name it has."""
     content, made_with = (header.metadata.get(key, "") for key in ("content", "fingerprint"))
     return entry_key(made_with, content) == Path(file).stem
 
 
 def _cached(folder: Path, row: dict[str, Any]) -> CachedClip:
-    shapes = {**row["clip"]["shapes"], **row["text"]["shapes"]}
+    shapes = {name: shape for part in _PARTS if part in row for name, shape in row[part]["shapes"].items()}
     return CachedClip(
         id=row["id"], name=row["name"], caption=row["caption"], bucket=row["bucket"],
         clip_file=folder / row["clip"]["file"], text_file=folder / row["text"]["file"],
+        image_file=folder / row["image"]["file"] if "image" in row else None,
+        set=row.get("set", ""),
         shapes={name: tuple(shape) for name, shape in shapes.items()},
     )  # fmt: skip
+
+
+def _image_content(clip: Clip, settings: CacheSettings) -> str:
+    assert clip.image_content is not None, f"{clip.name} has no image of its own"
+    return text_hash(f"{clip.image_content} {clip.footage if settings.video.crop == 'random' else ''}")
 
 
 def _entry_file(kind: str, key: str) -> str:
     return f"{kind}/{key[:2]}/{key}.safetensors"
 
 
-def _text_hash(text: str) -> str:
+def text_hash(text: str) -> str:
+    """Return the SHA-256 that names a caption."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -101,9 +101,9 @@ class Census:
     near_duplicates: list[list[int]] | None
     """Rows of usable clips that look alike, first row leading (see `likeness`); None where no frame was decoded."""
     black: list[int | str]
-    """Places (`Clip.place`) of usable clips with black frames."""
+    """Numbers (`Clip.number`) of usable clips with black frames."""
     cut: list[int | str]
-    """Places of usable clips with a scene cut in what is trained on."""
+    """Numbers of usable clips with a scene cut in what is trained on."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what a report keeps."""
@@ -150,8 +150,8 @@ def take_census(
         captions=_captions(manifest, max_tokens),
         same_bytes=_repeats([(clip.content, clip.row) for clip in usable]),
         near_duplicates=None if glimpses is None else _near(usable, glimpses),
-        black=[clip.place for clip in manifest.usable if clip.facts.get("black_frames")],
-        cut=[clip.place for clip in manifest.usable if clip.facts.get("scene_cuts")],
+        black=[clip.number for clip in manifest.usable if clip.facts.get("black_frames")],
+        cut=[clip.number for clip in manifest.usable if clip.facts.get("scene_cuts")],
     )
 
 

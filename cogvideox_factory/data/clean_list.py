@@ -4,7 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from cogvideox_factory.data.manifest import Clip, Manifest
+from cogvideox_factory.data.manifest import Manifest
+from cogvideox_factory.data.rows import IMAGE_COLUMN
 from cogvideox_factory.errors import FactoryError, StorageError
 from cogvideox_factory.publish import publish_file
 
@@ -25,8 +26,9 @@ def require_free(path: Path) -> None:
 
 
 def write_clean_list(
-    manifest: Manifest, path: Path, *, root: Path, caption_column: str, video_column: str, trigger_word: str | None
-) -> int:
+    manifest: Manifest, path: Path, *, root: Path, caption_column: str, video_column: str, trigger_word: str | None,
+    image_column: str = IMAGE_COLUMN,
+) -> int:  # fmt: skip
     """Write caption and path of every row that gives a usable clip, in the order of the input, and return how many.
 
     Read with the same root, columns and trigger word, the list gives the same clips with the same captions, all
@@ -39,6 +41,7 @@ def write_clean_list(
         caption_column: name of the caption in a row.
         video_column: name of the path in a row.
         trigger_word: what stands in front of every caption of `manifest` and would be put there again.
+        image_column: name of the image in a row; only rows that have one get it.
 
     Raises:
         FactoryError: another ending.
@@ -47,7 +50,9 @@ def write_clean_list(
     require_free(path)
     lines = [
         json.dumps(
-            {video_column: _entry(clip, root), caption_column: _bare(clip.caption, trigger_word)}, ensure_ascii=False
+            {video_column: _entry(clip.name, clip.path, root), caption_column: _bare(clip.caption, trigger_word)}
+            | ({image_column: _entry(clip.image_name, clip.image_path, root)} if clip.image_path else {}),
+            ensure_ascii=False,
         )
         for clip in manifest.rows
         if clip.usable
@@ -58,12 +63,11 @@ def write_clean_list(
     return len(lines)
 
 
-def _entry(clip: Clip, root: Path) -> str:
+def _entry(name: str, path: Path | None, root: Path) -> str:
     """Return the path as the list gave it, or relative to the root where that was absolute."""
-    assert clip.path is not None, f"{clip.name} names no file"
-    name = clip.name
+    assert path is not None, f"{name} names no file"
     if os.path.isabs(name):
-        name = os.path.relpath(clip.path, os.path.realpath(root))
+        name = os.path.relpath(path, os.path.realpath(root))
     return name if name == name.strip() else f"./{name}"  # readers strip blanks around a path
 
 

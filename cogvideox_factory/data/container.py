@@ -207,6 +207,12 @@ def _describe(
     pts: tuple[int, ...] | None,
 ) -> VideoInfo:
     refuse_hdr(frame, path.name)
+    if stream.metadata.get("alpha_mode") == "1" and not has_alpha(frame):  # in WebM, beside the colours
+        raise ClipError(
+            "video.codec",
+            f"{path.name} has transparency that its decoder drops, which would show what lies under it; lay it on a "
+            "colour, or convert it to ProRes 4444",
+        )
     rotation, mirrored = orientation(frame, path.name)
     aspect = float(stream.sample_aspect_ratio or 1)
     size = (round(frame.width * aspect), frame.height)

@@ -16,8 +16,9 @@ from cogvideox_factory.errors import UnfitError
 
 FORMAT = 1
 """Number of the cache's format; another one is not read."""
-_LATER: dict[str, Any] = {"windows": "first", "max_slowdown": None}
+_LATER: dict[str, Any] = {"windows": "first", "max_slowdown": None, "imported": False}
 """Settings that the first caches did not record, and what they were then."""
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,8 @@ class VideoSettings:
     """What sources are cut into (`Windows`); a window's place is part of what it is made of, not of what with."""
     max_slowdown: float | None = None
     """Bound of a short policy that slows clips."""
+    imported: bool = False
+    """Made elsewhere: the VAE is the recipe's by assumption, and what is `UNKNOWN` nobody wrote down."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fps", float(self.fps))  # 8 and 8.0 are one setting and must hash alike
@@ -79,6 +82,14 @@ class VideoSettings:
             return alone
         return replace(alone, num_frames=spec.num_frames, height=spec.height, width=spec.width)
 
+    def without_images(self) -> Self:
+        """Return the settings of the video latents alone, for a clip whose image is kept in an entry of its own."""
+        return replace(self, image_variants=0, seed=self.seed if self.crop == "random" else None)
+
+    def of_image(self, spec: ClipSpec | None) -> Self:
+        """Return the settings of an image of a clip's own: frames and rate do not matter to it."""
+        return replace(self.of(spec), num_frames=1, fps=0.0, fps_policy="", short_policy="")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextSettings:
@@ -90,6 +101,8 @@ class TextSettings:
     """SHA-256 of the tokenizer's files."""
     dtype: str
     max_sequence_length: int
+    imported: bool = False
+    """Made elsewhere: encoder and tokenizer are the recipe's by assumption."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +115,14 @@ class CacheSettings:
     text: TextSettings
     trigger_word: str = ""
     """Put in front of every caption before it was encoded."""
+
+    def as_imported(self) -> Self:
+        """Return these settings for entries made elsewhere: what cannot be known of them is not claimed."""
+        video = replace(
+            self.video, imported=True, dtype=UNKNOWN, fps=0.0, fps_policy=UNKNOWN, short_policy=UNKNOWN, crop=UNKNOWN,
+            tiling=False, seed=None,
+        )  # fmt: skip
+        return replace(self, video=video, text=replace(self.text, imported=True, dtype=UNKNOWN))
 
     def to_json(self) -> dict[str, Any]:
         """Return what `cache.json` records."""

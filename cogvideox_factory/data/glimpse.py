@@ -183,7 +183,7 @@ def contents(manifest: Manifest) -> dict[str, Clip]:
 def thumbnails(
     clips: Iterable[Clip], *, longest: int = 144, num_workers: int = 2, on_clip: Callable[[], None] | None = None
 ) -> dict[int | str, bytes]:
-    """Return place -> JPEG of the first frame of each surveyed clip, the longer side `longest` pixels.
+    """Return number (`Clip.number`) -> JPEG of the first frame of each surveyed clip, the longer side `longest` pixels.
 
     A clip that cannot be decoded has none. Choose few clips: all pictures are held in memory, 2 to 8 KB each.
     """
@@ -193,7 +193,7 @@ def thumbnails(
         chosen, ordered_map(lambda clip: _thumbnail(clip, longest), chosen, num_workers=num_workers)
     ):
         if picture is not None:
-            pictures[clip.place] = picture
+            pictures[clip.number] = picture
         if on_clip:
             on_clip()
     return pictures

@@ -13,6 +13,7 @@ frames, height and width in pixels; S text tokens, E text width.
 | prompt_embeds | [B, S, E] bf16 | cache; the empty caption's where `caption_keep` is False |
 | image_mean, image_logvar | [B, 1, C, h, w] bf16 | cache, i2v: one noised first frame drawn from those kept |
 | pixels | [B, N, H, W, 3] uint8 | raw clips, already flipped where `flipped` |
+| image_pixels | [B, H, W, 3] uint8 | raw clips, i2v, where some have images of their own: those, or first frames |
 | captions | list of B | raw clips; empty where `caption_keep` is False |
 | flipped | [B] bool | raw clips |
 | image_noise_sigma, image_pixel_noise | [B], [B, H, W, 3] f32 | raw clips, i2v |
@@ -33,6 +34,7 @@ import numpy as np
 
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.cache import CachedClip, CacheIndex
+from cogvideox_factory.data.condition import read_condition
 from cogvideox_factory.data.entry import read_entry
 from cogvideox_factory.data.manifest import Clip
 from cogvideox_factory.data.ordered import ordered_map
@@ -116,6 +118,11 @@ class CacheSource:
         """Shape key of each clip, for `Sampler`."""
         return {clip.id: clip.bucket for clip in self._clips.values()}
 
+    @property
+    def sets(self) -> dict[str, str]:
+        """Data set of each clip, for `Sampler`."""
+        return {clip.id: clip.set for clip in self._clips.values()}
+
     def name(self, clip_id: str) -> str:
         """Return the clip's path in the list it came from."""
         return self._clips[clip_id].name
@@ -129,6 +136,8 @@ class CacheSource:
         keep = drawn["caption_keep"]
         sample["prompt_embeds"] = self._read(clip.text_file)["prompt_embeds"] if keep else self._empty
         if draws.image_to_video:
+            if clip.image_file:
+                moments = self._read(clip.image_file)
             variant = self._variant(len(moments["image_mean"]), pick, draws)
             for key in ("image_mean", "image_logvar"):
                 sample[key] = moments[key][variant : variant + 1]
@@ -157,12 +166,18 @@ class RawSource:
     def __init__(self, clips: list[Clip], *, latent_channels: int) -> None:
         self._clips = {clip.id: clip for clip in clips}
         self._latent_channels = latent_channels
+        self._has_images = any(clip.image_path for clip in clips)
 
     @property
     def buckets(self) -> dict[str, str]:
         """Shape key of each clip, for `Sampler`."""
         specs = {clip_id: _spec(clip) for clip_id, clip in self._clips.items()}
         return {clip_id: Bucket(s.num_frames, s.height, s.width).key for clip_id, s in specs.items()}
+
+    @property
+    def sets(self) -> dict[str, str]:
+        """Data set of each clip, for `Sampler`."""
+        return {clip_id: clip.set for clip_id, clip in self._clips.items()}
 
     def name(self, clip_id: str) -> str:
         """Return the clip's path in the list it came from."""
@@ -189,6 +204,9 @@ class RawSource:
             rng = draws.generator("image noise", pick)
             sample["image_noise_sigma"] = np.float32(image_sigma(rng) if draws.image_noise else 0)
             sample["image_pixel_noise"] = rng.standard_normal(pixels.shape[1:], dtype=np.float32)
+            if self._has_images:
+                image = read_condition(clip, draws.generator("crop", pick)) if clip.image_path else pixels[0]
+                sample["image_pixels"] = image[:, ::-1] if flipped else image
         return sample
 
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 from cogvideox_factory.data.parquet import read_parquet
 from cogvideox_factory.data.paths import PathResolver
 from cogvideox_factory.data.reasons import PENDING, STATES, USABLE, ClipError, printable
-from cogvideox_factory.data.rows import Row, Rows, read_csv, read_folder, read_jsonl, read_two_lists
+from cogvideox_factory.data.rows import IMAGE_COLUMN, Row, Rows, read_csv, read_folder, read_jsonl, read_two_lists
 from cogvideox_factory.data.rows import read_lines as read_lines
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.errors import DataError
@@ -38,6 +38,10 @@ class Clip:
     """1-based line in the list the row came from."""
     name: str
     """The path as the list gives it."""
+    set: str = ""
+    """Name of its data set, where several are mixed."""
+    set_row: int | None = None
+    """The line in that set's own list; `row` then counts through all sets."""
     caption: str
     """The text that is encoded: cleaned, trigger word in front."""
     path: Path | None = None
@@ -49,6 +53,12 @@ class Clip:
     """SHA-256 of the file's bytes, once it has been read."""
     stamp: tuple[int, int] | None = None
     """(size, mtime in ns) of the file when it was hashed."""
+    image_name: str = ""
+    """The picture that image-to-video starts from as the list gives it; empty for the clip's own first frame."""
+    image_path: Path | None = None
+    image_content: str | None = None
+    """SHA-256 of the picture, once it has been read."""
+    image_stamp: tuple[int, int] | None = None
     spec: ClipSpec | None = field(default=None, compare=False)
     """What the clip is brought to, once it has been surveyed: with buckets, its own size and length."""
     facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
@@ -61,9 +71,11 @@ class Clip:
 
     @property
     def id(self) -> str:
-        """Name of this clip in caches, batches and draws: its bytes, its caption and its window, nothing else."""
+        """Name of this clip in caches, batches and draws: its bytes, its caption, its own image if it has one, and its
+        window."""
         assert self.content is not None, f"{self.name} has not been read yet"
-        return clip_id(self.content, self.caption) + self.window
+        name = clip_id(self.content, self.caption)
+        return (f"{name}-{self.image_content[:8]}" if self.image_content else name) + self.window
 
     @property
     def footage(self) -> str:
@@ -77,14 +89,22 @@ class Clip:
         return self.spec.window if self.spec else ""
 
     @property
-    def place(self) -> int | str:
-        """What to call the clip in reports: its row, and where in the source it begins if that is not the start."""
+    def number(self) -> int | str:
+        """What tells the clip from others in reports: its row, and its window unless that is the one at the start."""
         return f"{self.row}{self.window}" if self.window else self.row
+
+    @property
+    def place(self) -> str:
+        """Where its row is, and its window in that, for people."""
+        row = f"{self.set_row} of {self.set}" if self.set else f"{self.row}"
+        return f"row {row}{f' {self.window}' if self.window else ''}"
 
     def to_json(self) -> dict[str, Any]:
         """Return what a report says of the clip."""
         named = ("row", "name", "caption", "state", "reason", "detail")
-        return {name: getattr(self, name) for name in named} | dict(self.facts)
+        more = {"image_name": self.image_name} if self.image_name else {}
+        more |= {"set": self.set, "set_row": self.set_row} if self.set else {}
+        return {name: getattr(self, name) for name in named} | more | dict(self.facts)
 
     def rejected(self, error: ClipError) -> Self:
         """Return this clip in the state that `error` sends it to."""
@@ -99,6 +119,11 @@ def clip_id(content: str, caption: str) -> str:
 def without_window(clip_id: str) -> str:
     """Return the id that all windows of a clip share: that of the one at the start."""
     return clip_id.partition("@")[0]
+
+
+def window_of(clip_id: str) -> str:
+    """Return the window (`ClipSpec.window`) of the clip with this id."""
+    return clip_id.removeprefix(without_window(clip_id))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +183,7 @@ class Manifest:
 
     def about_losses(self, *, limit: int = _MAX_PRINTED) -> list[str]:
         """Return a line for each of the first `limit` lost clips and for each note."""
-        lines = [f"  row {c.place} {printable(c.name)}: {printable(c.detail)} [{c.reason}]" for c in self.lost[:limit]]
+        lines = [f"  {c.place} {printable(c.name)}: {printable(c.detail)} [{c.reason}]" for c in self.lost[:limit]]
         if len(self.lost) > limit:
             lines.append(f"  … and {len(self.lost) - limit} more")
         return lines + [f"  note: {note}" for note in self.notes]
@@ -243,6 +268,8 @@ class Source:
     """Text file with one path a line, relative to the root."""
     caption_column: str = "caption"
     video_column: str = "video"
+    image_column: str | None = None
+    """Column of the pictures that image-to-video starts from; None reads none."""
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -280,15 +307,16 @@ class Source:
     @classmethod
     def choose(
         cls, root: Path, *, table: str | None, captions: str | None, videos: str | None, caption_column: str,
-        video_column: str,
+        video_column: str, image_column: str | None = None,
     ) -> Self:  # fmt: skip
         """Return the lists that are named, or, where none is, what `detect` finds."""
         if table or captions:
             return cls(
                 root=root, table=table, captions=captions, videos=videos, caption_column=caption_column,
-                video_column=video_column,
+                video_column=video_column, image_column=image_column,
             )  # fmt: skip
-        return cls.detect(root, caption_column=caption_column, video_column=video_column)
+        found = cls.detect(root, caption_column=caption_column, video_column=video_column)
+        return replace(found, image_column=image_column)
 
     @property
     def description(self) -> str:
@@ -326,9 +354,9 @@ def read_manifest(
         source = Source.detect(Path(source))
     if not source.root.is_dir():
         raise DataError(f"the data root {source.root} is no folder. Give the folder of the clips.")
-    read = _read_rows(source)
+    read = read_rows(source)
     resolver = PathResolver(source.root, allow_outside=allow_outside_root)
-    seen: dict[tuple[Path | None, str], int] = {}
+    seen: dict[tuple[Path | None, str, Path | None], int] = {}
     clips = [_clip(row, resolver, seen, (trigger_word or "").strip(), allow_empty_captions) for row in read.rows]
     manifest = Manifest(source=source.description, clips=tuple(clips), notes=source.notes + read.notes)
     for note in manifest.notes:
@@ -336,13 +364,26 @@ def read_manifest(
     return manifest
 
 
-def _read_rows(source: Source) -> Rows:
+def read_rows(source: Source) -> Rows:
+    """Return the rows of a source as they were written.
+
+    Raises:
+        DataError: the list cannot be read.
+    """
     if source.table:
         path = source.root / source.table
         reader = _READERS.get(path.suffix.lower())
         if reader is None:
             raise DataError(f"{path} is no table that can be read. Use one of {', '.join(TABLE_SUFFIXES)}.")
-        return reader(path, caption_column=source.caption_column, video_column=source.video_column)
+        return reader(
+            path, caption_column=source.caption_column, video_column=source.video_column,
+            image_column=source.image_column,
+        )  # fmt: skip
+    if source.image_column not in (None, IMAGE_COLUMN):
+        raise DataError(
+            f"image_column={source.image_column!r} names a column, and {source.description} is no table. Put the clips "
+            "into a .csv or .jsonl table, or leave it out."
+        )
     if source.captions and source.videos:
         return read_two_lists(source.root / source.captions, source.root / source.videos)
     if source.captions or source.videos:
@@ -353,11 +394,11 @@ def _read_rows(source: Source) -> Rows:
 def _clip(
     row: Row,
     resolver: PathResolver,
-    seen: dict[tuple[Path | None, str], int],
+    seen: dict[tuple[Path | None, str, Path | None], int],
     trigger: str,
     allow_empty: bool,
 ) -> Clip:
-    clip = Clip(row=row.line, name=row.video, caption=row.caption)
+    clip = Clip(row=row.line, name=row.video, caption=row.caption, image_name=row.image)
     try:
         if row.code:
             raise ClipError(row.code, row.detail)
@@ -365,12 +406,22 @@ def _clip(
         replaced = sum(_is_control(c) for c in row.caption.strip())
         clip = replace(clip, caption=f"{trigger} {caption}".strip(), facts={"replaced": replaced} if replaced else {})
         clip = replace(clip, path=resolver.resolve(row.video))
-        first = seen.setdefault((clip.path, clip.caption), row.line)
+        if row.image:
+            clip = replace(clip, image_path=_image_path(row.image, resolver))
+        first = seen.setdefault((clip.path, clip.caption, clip.image_path), row.line)
         if first != row.line:
             raise ClipError("row.duplicate", f"the same clip and caption as row {first}")
     except ClipError as error:
         return clip.rejected(error)
     return clip
+
+
+def _image_path(entry: str, resolver: PathResolver) -> Path:
+    try:
+        return resolver.resolve(entry)
+    except ClipError as error:
+        code = "image.outside" if error.code == "path.outside" else "image.missing"
+        raise ClipError(code, f"its image: {error.message}") from error
 
 
 def clean_caption(text: str, *, allow_empty: bool = False) -> str:

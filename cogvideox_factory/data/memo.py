@@ -21,6 +21,8 @@ from cogvideox_factory.publish import publish_text
 
 FORMAT = 2
 _FRESH_NS = 2_000_000_000
+_SEAL = 16
+"""Hexadecimal digits in front of a line."""
 _KEPT = ("content", "state", "reason", "detail")
 
 
@@ -60,15 +62,22 @@ class Memo:
         """Write every answer that was given or found; those about other clips and questions stay."""
         rows = self._known | self._fresh
         if rows != self._known or not self._file.exists():
-            publish_text(self._file, "".join(json.dumps([key, row]) + "\n" for key, row in rows.items()))
+            publish_text(self._file, "".join(_sealed(json.dumps([key, row])) + "\n" for key, row in rows.items()))
             self._known = rows
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:
+    """Return what every undamaged line says."""
     try:
-        return dict(json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError, TypeError):
+        lines = file.read_bytes().decode("ascii", "replace").split("\n")
+    except OSError:
         return {}
+    return dict(json.loads(line[_SEAL:]) for line in lines if line and line == _sealed(line[_SEAL:]))
+
+
+def _sealed(text: str) -> str:
+    """Return `text` behind its checksum: a flipped bit of an answer could give a clip other frames or another state."""
+    return hashlib.sha256(text.encode()).hexdigest()[:_SEAL] + text
 
 
 def _stamp(path: Path) -> list[int] | None:

@@ -9,8 +9,8 @@ from cogvideox_factory.errors import DataError, MissingError
 _BATCH = 8192
 
 
-def read_parquet(path: Path, *, caption_column: str, video_column: str) -> Rows:
-    """Read the two columns of a Parquet table, a batch of rows at a time; other columns are not touched.
+def read_parquet(path: Path, *, caption_column: str, video_column: str, image_column: str | None = None) -> Rows:
+    """Read the named columns of a Parquet table, a batch of rows at a time; other columns are not touched.
 
     Raises:
         MissingError: pyarrow is not installed.
@@ -26,19 +26,24 @@ def read_parquet(path: Path, *, caption_column: str, video_column: str) -> Rows:
     rows: list[Row] = []
     try:
         with parquet.ParquetFile(path) as file:
-            video_column, notes = choose_columns(path, file.schema_arrow.names, caption_column, video_column)
-            _require_text(path, file.schema_arrow, (caption_column, video_column))
-            for batch in file.iter_batches(batch_size=_BATCH, columns=[caption_column, video_column]):
+            video_column, image_column, notes = choose_columns(
+                path, file.schema_arrow.names, caption_column, video_column, image_column
+            )
+            columns = [caption_column, video_column, *([image_column] if image_column else [])]
+            _require_text(path, file.schema_arrow, columns)
+            for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
                 for values in batch.to_pylist():
-                    rows.append(
-                        table_row(len(rows) + 1, values, caption_column=caption_column, video_column=video_column)
-                    )
+                    row = table_row(
+                        len(rows) + 1, values, caption_column=caption_column, video_column=video_column,
+                        image_column=image_column,
+                    )  # fmt: skip
+                    rows.append(row)
     except (OSError, ArrowException) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}. Check the name, or write it again.") from error
     return Rows(rows=rows, notes=notes)
 
 
-def _require_text(path: Path, schema: Any, names: tuple[str, ...]) -> None:
+def _require_text(path: Path, schema: Any, names: list[str]) -> None:
     """Refuse columns that hold clips instead of naming them, before gigabytes of them are read."""
     from pyarrow import types  # pyright: ignore[reportMissingImports]
 

@@ -96,5 +96,15 @@ class PathResolver:
         return self._listings[folder]
 
 
+def require_in_place(path: Path) -> None:
+    """Refuse a resolved path that leads elsewhere by now: a link was put in its place, or in that of a folder above.
+
+    Raises:
+        ClipError: `video.changed`.
+    """
+    if os.path.realpath(path) != os.fspath(path):
+        raise ClipError("video.changed", f"{path.name} became a link since the list was read; leave the clips alone")
+
+
 def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()

@@ -7,9 +7,10 @@ are stable: tests, reports and users match them.
 from cogvideox_factory.errors import DataError
 
 PENDING = "pending"
-USABLE = ("used", "trimmed", "retimed", "padded")
+IMPORTED = "imported"
+USABLE = ("used", "trimmed", "retimed", "padded", IMPORTED)
 """used: every frame as it is; trimmed: the start of a longer clip; retimed: frames picked for another rate;
-padded: the last frame repeated, because the user asked for it."""
+padded: the last frame repeated, because the user asked for it; imported: its latents were made elsewhere."""
 
 # Reason code -> state. A code names what was found, a state what becomes of the clip.
 REASONS: dict[str, str] = {
@@ -39,8 +40,18 @@ REASONS: dict[str, str] = {
     "video.too_short": "too_short",
     "bucket.none": "no_bucket",
     "image.still": "too_short",
+    "image.missing": "missing",
+    "image.outside": "outside",
+    "image.unreadable": "corrupt",
+    "image.changed": "corrupt",
     "latent.nonfinite": "failed",
     "encode.failed": "failed",
+    "import.missing": "missing",
+    "import.ambiguous": "malformed",
+    "import.caption": "malformed",
+    "import.unreadable": "corrupt",
+    "import.dtype": "unsupported",
+    "import.shape": "unsupported",
 }
 STATES = (PENDING, *USABLE, *dict.fromkeys(REASONS.values()))
 

@@ -21,6 +21,8 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 HUB_COLUMN = "file_name"
 """What the metadata tables of Hugging Face data sets call the column that names the file."""
+IMAGE_COLUMN = "image"
+"""The column that is looked for where none is named; a table need not have it."""
 _CSV_FIELD_LIMIT = 1_000_000
 
 
@@ -33,6 +35,8 @@ class Row:
     row)."""
     video: str = ""
     caption: str = ""
+    image: str = ""
+    """File of the picture that image-to-video starts from; empty for the clip's own first frame."""
     code: str | None = None
     detail: str = ""
 
@@ -121,7 +125,7 @@ def _suspect(captions_name: str, captions: list[str], videos_name: str, videos: 
     return f"Find the row without a partner in {longer}; a caption with a line break makes two lines."
 
 
-def read_csv(path: Path, *, caption_column: str, video_column: str) -> Rows:
+def read_csv(path: Path, *, caption_column: str, video_column: str, image_column: str | None = None) -> Rows:
     """Read a comma- (or, named .tsv, tab-) separated table with a header row; every value is text.
 
     Raises:
@@ -141,13 +145,18 @@ def read_csv(path: Path, *, caption_column: str, video_column: str) -> Rows:
                 continue
             if header is None:
                 header = [name.strip() for name in fields]
-                video_column, notes = choose_columns(path, header, caption_column, video_column)
+                video_column, image_column, notes = choose_columns(
+                    path, header, caption_column, video_column, image_column
+                )
             elif len(fields) != len(header):
                 detail = f"{len(fields)} values for {len(header)} columns ({', '.join(header)})"
                 rows.append(Row(line=line, code="row.malformed", detail=detail))
             else:
                 values = dict(zip(header, fields))
-                rows.append(Row(line=line, video=values[video_column].strip(), caption=values[caption_column]))
+                image = values[image_column].strip() if image_column else ""
+                rows.append(
+                    Row(line=line, video=values[video_column].strip(), caption=values[caption_column], image=image)
+                )
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}. Quote values that hold quotes or commas.") from error
     if header is None:
@@ -156,11 +165,12 @@ def read_csv(path: Path, *, caption_column: str, video_column: str) -> Rows:
 
 
 def choose_columns(
-    path: Path, columns: Sequence[str], caption_column: str, video_column: str
-) -> tuple[str, tuple[str, ...]]:
-    """Check that a table has its two columns; return (the video column, notes).
+    path: Path, columns: Sequence[str], caption_column: str, video_column: str, image_column: str | None = None
+) -> tuple[str, str | None, tuple[str, ...]]:
+    """Check that a table has its columns; return (the video column, the image column, notes).
 
-    `file_name`, as in the metadata of a Hugging Face data set, stands in for a video column that is not there.
+    `file_name`, as in the metadata of a Hugging Face data set, stands in for a video column that is not there. An image
+    column of the default name may be missing; None reads none.
 
     Raises:
         DataError: a column is missing or there twice.
@@ -169,8 +179,13 @@ def choose_columns(
     if video_column not in columns and HUB_COLUMN in columns:
         notes = (f"no column {printable(video_column)!r}: clips are taken from {HUB_COLUMN!r}",)
         video_column = HUB_COLUMN
-    _check_columns(path, columns, (caption_column, video_column))
-    return video_column, notes
+    if image_column == IMAGE_COLUMN and image_column not in columns:
+        image_column = None
+    _check_columns(path, columns, (caption_column, video_column, *([image_column] if image_column else [])))
+    if image_column:
+        notes += (f"column {printable(image_column)!r} names the images to start from; where it is empty, the clip's "
+                  "first frame is taken",)  # fmt: skip
+    return video_column, image_column, notes
 
 
 def _check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
@@ -181,11 +196,11 @@ def _check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) ->
         if name not in columns:
             raise DataError(
                 f"{path} has no column {printable(name)!r}{nearest(name, list(columns))}; it has: "
-                f"{printable(', '.join(columns)) or 'none'}. Name the columns of the caption and the video."
+                f"{printable(', '.join(columns)) or 'none'}. Name the columns."
             )
 
 
-def read_jsonl(path: Path, *, caption_column: str, video_column: str) -> Rows:
+def read_jsonl(path: Path, *, caption_column: str, video_column: str, image_column: str | None = None) -> Rows:
     """Read one JSON object a line; blank lines are no rows.
 
     Raises:
@@ -200,11 +215,15 @@ def read_jsonl(path: Path, *, caption_column: str, video_column: str) -> Rows:
             columns.update(dict.fromkeys(values) if isinstance(values, dict) else {})
     notes: tuple[str, ...] = ()
     if columns:
-        video_column, notes = choose_columns(path, list(columns), caption_column, video_column)
+        video_column, image_column, notes = choose_columns(
+            path, list(columns), caption_column, video_column, image_column
+        )
     rows = [
         Row(line=line, code="row.malformed", detail=values)
         if isinstance(values, str)
-        else table_row(line, values, caption_column=caption_column, video_column=video_column)
+        else table_row(
+            line, values, caption_column=caption_column, video_column=video_column, image_column=image_column
+        )
         for line, values in parsed
     ]
     return Rows(rows=rows, notes=notes)
@@ -219,16 +238,22 @@ def _json_object(text: str) -> dict[str, Any] | str:
     return values if isinstance(values, dict) else f"a JSON {type(values).__name__}, not an object"
 
 
-def table_row(line: int, values: Mapping[str, Any], *, caption_column: str, video_column: str) -> Row:
-    """Return the row of a table whose values have types: text or nothing is good, all else malformed."""
-    for name in (caption_column, video_column):
+def table_row(
+    line: int, values: Mapping[str, Any], *, caption_column: str, video_column: str, image_column: str | None = None
+) -> Row:
+    """Return the row of a table whose values have types: text or nothing is good, all else malformed.
+
+    A row without the image column has no image of its own.
+    """
+    for name in (caption_column, video_column, *([image_column] if image_column and image_column in values else [])):
         if name not in values:
             detail = f"no {name!r} in it (it has: {', '.join(values) or 'nothing'})"
             return Row(line=line, code="row.malformed", detail=detail)
         if values[name] is not None and not isinstance(values[name], str):
             detail = f"{name!r} is a {type(values[name]).__name__}, not text"
             return Row(line=line, code="row.malformed", detail=detail)
-    return Row(line=line, video=(values[video_column] or "").strip(), caption=values[caption_column] or "")
+    image = (values.get(image_column) or "").strip() if image_column else ""
+    return Row(line=line, video=(values[video_column] or "").strip(), caption=values[caption_column] or "", image=image)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,17 +5,39 @@ each as a share of its total over the picture, motion counting twice. The crop i
 for the whole clip, so nothing jumps. Plain arithmetic on the frames themselves: no model, no random number.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
 
-from cogvideox_factory.data.resize import Fit
+from cogvideox_factory.data.resize import Fit, Resizer
 
 _CELLS = 32
 """Cells along the shorter side of the crop: places are found to within one of them."""
 _MOTION, _DETAIL = 2.0, 1.0
 _LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
+
+
+def smart_fit(
+    fit: Fit, height: int, width: int, frames: Callable[[Resizer], Iterable[np.ndarray]], *, rotation: int,
+    mirrored: bool,
+) -> Fit:  # fmt: skip
+    """Return `fit` with its crop of `height` x `width` on what is salient, or as it is where nothing is cropped off.
+
+    Args:
+        fit: of the whole picture.
+        height: pixels.
+        width: pixels.
+        frames: gives the frames of the clip, each brought to a small size by what it is handed.
+        rotation: see `Resizer`.
+        mirrored: see `Resizer`.
+    """
+    if (fit.scaled_height, fit.scaled_width) == (height, width):
+        return fit
+    coarse = coarse_fit(fit, height, width)
+    small = (coarse.scaled_height, coarse.scaled_width)
+    see = Resizer(coarse, *small, rotation=rotation, mirrored=mirrored)
+    return placed(fit, height, width, saliency(frames(see)))
 
 
 def coarse_fit(fit: Fit, height: int, width: int) -> Fit:

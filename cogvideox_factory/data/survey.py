@@ -15,9 +15,11 @@ from typing import Any
 
 from cogvideox_factory.data.buckets import Bucket, Buckets, Source, auto_buckets, read_buckets
 from cogvideox_factory.data.container import DEFAULT_LIMITS, Limits, VideoInfo
-from cogvideox_factory.data.manifest import Clip, Manifest, clip_id
+from cogvideox_factory.data.image import probe_picture
+from cogvideox_factory.data.manifest import Clip, Manifest
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.ordered import ordered_map
+from cogvideox_factory.data.paths import require_in_place
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.timing import ClipSpec, num_available, plan_frames
 from cogvideox_factory.data.video import file_stamp, probe_clip, require_moving, source_facts
@@ -48,24 +50,57 @@ def survey(
         MissingError: what `windows` needs is not installed.
     """
     windows.require()
-    first_rows: dict[str, int] = {}
+    firsts: dict[str, Clip] = {}
     surveyed = []
     look = partial(look_at, spec=spec, windows=windows, buckets=buckets, limits=limits)
     if memo:
         shapes = [buckets.to_json(), buckets.all] if buckets else None
         look = partial(memo.ask, question=["survey", asdict(spec), str(windows), shapes, asdict(limits)], look=look)
-    for clips in ordered_map(look, manifest.usable, num_workers=num_workers):
-        clip = clips[0]
-        if clip.usable:
-            first = first_rows.setdefault(clip_id(clip.content or "", clip.caption), clip.row)
-            if first != clip.row:
-                clips = [clip.rejected(ClipError("row.duplicate", f"the same bytes and caption as row {first}"))]
-        if len(clips) > 1:
-            clips = [replace(c, facts={**c.facts, "window": f"{n} of {len(clips)}"}) for n, c in enumerate(clips, 1)]
+    both = partial(_with_condition, look=look, memo=memo)
+    for clips in ordered_map(both, manifest.usable, num_workers=num_workers):
+        clips = _without_copies(clips, firsts)
         surveyed += clips
         if on_clip:
             on_clip(clips[0])
     return manifest.with_clips(surveyed)
+
+
+def _without_copies(clips: list[Clip], firsts: dict[str, Clip]) -> list[Clip]:
+    """Return the windows of a row, those that an earlier row has as duplicates; one clip if all of them are."""
+    found = []
+    for clip in clips:
+        if clip.usable and (first := firsts.setdefault(clip.id, clip)) is not clip:
+            clip = clip.rejected(ClipError("row.duplicate", f"the same bytes and caption as {first.place}"))
+        found.append(clip)
+    if all(clip.reason == "row.duplicate" for clip in found) or len(found) == 1:
+        return found[:1]
+    return [replace(clip, facts={**clip.facts, "window": f"{n} of {len(found)}"}) for n, clip in enumerate(found, 1)]
+
+
+def _with_condition(clip: Clip, *, look: Callable[[Clip], list[Clip]], memo: Memo | None) -> list[Clip]:
+    """Look at a row's clip and at the picture it starts from; later windows start from their own first frames."""
+    first, *later = look(clip)
+    if not first.usable or first.image_path is None:
+        return [first, *later]
+    later = [replace(window, image_name="", image_path=None) for window in later]
+    picture = Clip(row=clip.row, name=clip.image_name, caption="", path=clip.image_path)
+    (seen,) = memo.ask(picture, ["condition"], look_at_condition) if memo else look_at_condition(picture)
+    if not seen.usable:
+        return [replace(first, state=seen.state, reason=seen.reason, detail=seen.detail), *later]
+    facts = {**first.facts, **seen.facts}
+    return [replace(first, image_content=seen.content, image_stamp=seen.stamp, facts=facts), *later]
+
+
+def look_at_condition(picture: Clip) -> list[Clip]:
+    """Return the picture a clip starts from (as the only file of one `Clip`) with its hash, size and state."""
+    path = picture.path
+    assert path is not None
+    try:
+        picture = replace(picture, stamp=file_stamp(path), content=hash_file(path))
+        info = probe_picture(path)
+        return [replace(picture, facts={"image_height": info.height, "image_width": info.width})]
+    except ClipError as error:
+        return [picture.rejected(ClipError("image.unreadable", f"its image {path.name}: {error.message}"))]
 
 
 def find_buckets(
@@ -151,6 +186,7 @@ def look_at(
     path = clip.path
     assert path is not None, f"{clip.name} names no file"
     try:
+        require_in_place(path)
         stamp = file_stamp(path)
         clip = replace(clip, content=hash_file(path), stamp=stamp)
         info = probe_clip(path, limits=limits)

@@ -26,9 +26,10 @@ from cogvideox_factory.data.container import (
 )
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.image import is_picture, load_picture, probe_picture
+from cogvideox_factory.data.paths import require_in_place
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.resize import Fit, Resizer
-from cogvideox_factory.data.saliency import coarse_fit, placed, saliency
+from cogvideox_factory.data.saliency import smart_fit
 from cogvideox_factory.data.timing import ClipSpec, FramePlan, plan_frames
 
 __all__ = ["ClipSpec", "DecodedClip", "VideoInfo", "export_to_video", "probe", "read_clip"]
@@ -126,33 +127,31 @@ def read_clip(
     """
     path = Path(path)
     before = stamp or file_stamp(path)
+    if stamp:
+        require_in_place(path)
+        _require_unchanged(path, stamp)  # before it is opened: it may be another file by now
     info = info or probe_clip(path, limits=limits)
     require_moving(info, spec)
     plan = plan_frames(info, spec)
     fit = Fit.of(info.height, info.width, spec.height, spec.width, crop=spec.crop, rng=rng)
-    if spec.crop == "smart" and (fit.scaled_height, fit.scaled_width) != (spec.height, spec.width):
-        fit = _on_what_moves(info, plan, fit, spec)
+    if spec.crop == "smart":  # decoded twice, so that a wide source takes no more memory than the result
+
+        def frames(see: Resizer) -> Iterator[np.ndarray]:
+            return (see(frame) for _, frame in decode_frames(info, plan.indices))
+
+        fit = smart_fit(fit, spec.height, spec.width, frames, rotation=info.rotation, mirrored=info.mirrored)
     resize = Resizer(fit, spec.height, spec.width, rotation=info.rotation, mirrored=info.mirrored)
     pixels = np.empty((spec.num_frames, spec.height, spec.width, 3), np.uint8)
     for index, frame in decode_frames(info, plan.indices):
         first, last = np.searchsorted(plan.indices, (index, index + 1))
         pixels[first:last] = resize(frame)
-    if file_stamp(path) != before:
-        raise ClipError("video.changed", f"{path.name} changed while it was read; leave the clips alone and run again")
+    _require_unchanged(path, before)
     return DecodedClip(pixels=pixels, info=info, plan=plan, fit=fit)
 
 
-def _on_what_moves(info: VideoInfo, plan: FramePlan, fit: Fit, spec: ClipSpec) -> Fit:
-    """Look at the chosen frames, small, and return `fit` with the crop on what is salient in them.
-
-    They are decoded twice, so that a wide source takes no more memory than the result.
-    """
-    coarse = coarse_fit(fit, spec.height, spec.width)
-    resize = Resizer(
-        coarse, coarse.scaled_height, coarse.scaled_width, rotation=info.rotation, mirrored=info.mirrored
-    )  # fmt: skip
-    weights = saliency(resize(frame) for _, frame in decode_frames(info, plan.indices))
-    return placed(fit, spec.height, spec.width, weights)
+def _require_unchanged(path: Path, stamp: tuple[int, int]) -> None:
+    if file_stamp(path) != stamp:
+        raise ClipError("video.changed", f"{path.name} changed while it was read; leave the clips alone and run again")
 
 
 def file_stamp(path: Path) -> tuple[int, int]:

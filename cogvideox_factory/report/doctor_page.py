@@ -32,18 +32,18 @@ class Findings:
     spec: ClipSpec
     """What clips were looked at for."""
     pictures: Mapping[int | str, bytes]
-    """Place -> JPEG of the clip's first frame, for those of `places_to_show` that could be decoded."""
+    """`Clip.number` -> JPEG of the clip's first frame, for those of `numbers_to_show` that could be decoded."""
     skipped: tuple[str, ...] = ()
     """What was not looked at, and why."""
     buckets: Mapping[str, int] = field(default_factory=dict)
     """Clips of each bucket, where a run has several."""
 
 
-def places_to_show(manifest: Manifest, census: Census, *, limit: int = MAX_PICTURES) -> list[int | str]:
-    """Return the places of usable clips to show: what was remarked on first, then others spread over the whole set."""
-    alike = [clip.place for group in _groups(manifest, census) for clip in group]
+def numbers_to_show(manifest: Manifest, census: Census, *, limit: int = MAX_PICTURES) -> list[int | str]:
+    """Return the numbers of usable clips to show: what was remarked on first, then others spread over the whole set."""
+    alike = [clip.number for group in _groups(manifest, census) for clip in group]
     chosen = dict.fromkeys(list(dict.fromkeys([*alike, *census.cut, *census.black]))[:limit])
-    others = [clip.place for clip in manifest.usable if clip.place not in chosen]
+    others = [clip.number for clip in manifest.usable if clip.number not in chosen]
     room = min(limit - len(chosen), len(others))
     spread = [others[place * len(others) // room] for place in range(room)]
     return [*chosen, *spread]
@@ -100,7 +100,9 @@ def _states(manifest: Manifest) -> str:
     tally = Counter((clip.state, clip.reason or "") for clip in manifest.clips)
     examples: dict[tuple[str, str], str] = {}
     for clip in manifest.clips:
-        examples.setdefault((clip.state, clip.reason or ""), f"row {clip.place}: {printable(clip.detail or clip.name)}")
+        examples.setdefault(
+            (clip.state, clip.reason or ""), f"row {clip.number}: {printable(clip.detail or clip.name)}"
+        )
     order = list(manifest.counts())
     rows = [
         (state, reason, count, examples[state, reason])
@@ -154,16 +156,16 @@ def _alike(findings: Findings) -> list[str]:
 
 
 def _clips(findings: Findings) -> list[str]:
-    alike = {clip.place for group in _groups(findings.manifest, findings.census) for clip in group}
-    shown = set(places_to_show(findings.manifest, findings.census)) - alike
-    figures = [_thumb(findings, clip) for clip in findings.manifest.usable if clip.place in shown]
+    alike = {clip.number for group in _groups(findings.manifest, findings.census) for clip in group}
+    shown = set(numbers_to_show(findings.manifest, findings.census)) - alike
+    figures = [_thumb(findings, clip) for clip in findings.manifest.usable if clip.number in shown]
     left = len(findings.manifest.usable) - len(figures) - len(alike)
     return [html.row(figures), *_rest(left, "more that can be used")]
 
 
 def _thumb(findings: Findings, clip: Clip) -> str:
     notes = [
-        "" if clip.place in findings.pictures else "no picture",
+        "" if clip.number in findings.pictures else "no picture",
         f"window {clip.facts['window']}, from {clip.facts.get('start_seconds', 0):g} s"
         if "window" in clip.facts
         else "",
@@ -171,15 +173,15 @@ def _thumb(findings: Findings, clip: Clip) -> str:
         f"{clip.facts['black_frames']} black" if clip.facts.get("black_frames") else "",
         f"{clip.facts['tokens_cut']} tokens cut" if "tokens_cut" in clip.facts else "",
     ]
-    caption = f"{clip.place}. {printable(clip.name)} ({clip.state}): {short(clip.caption)}"
-    return html.thumb(findings.pictures.get(clip.place), caption, note=", ".join(filter(None, notes)))
+    caption = f"{clip.number}. {printable(clip.name)} ({clip.state}): {short(clip.caption)}"
+    return html.thumb(findings.pictures.get(clip.number), caption, note=", ".join(filter(None, notes)))
 
 
 def _lost(manifest: Manifest) -> list[str]:
     if not manifest.lost:
         return []
     rows = [
-        (c.place, printable(c.name), c.state, c.reason or "", printable(c.detail)) for c in manifest.lost[:_MAX_LOST]
+        (c.number, printable(c.name), c.state, c.reason or "", printable(c.detail)) for c in manifest.lost[:_MAX_LOST]
     ]
     return [
         html.heading("Clips that cannot be used"),

@@ -14,7 +14,8 @@ from cogvideox_factory.torch_engine import checkpointing
 from cogvideox_factory.torch_engine.feed_forward import FeedForward
 from cogvideox_factory.torch_engine.fused import gated_linear, modulated_norm
 from cogvideox_factory.torch_engine.linear import Linear
-from cogvideox_factory.torch_engine.rotary import norm_rotate_attention
+from cogvideox_factory.torch_engine.rotary import norm_rotate, norm_rotate_attention
+from cogvideox_factory.torch_engine.sequence_parallel import Share, sequence_attention
 
 QK_NORM_EPS = 1e-6
 """Of the LayerNorms of q and k in every checkpoint; no config says it."""
@@ -70,10 +71,13 @@ class Attention(nn.Module):
         self.norm_k = nn.LayerNorm(head_dim, eps=QK_NORM_EPS)
         self.out = Linear(width, width)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Return what every token attends to, heads joined: [B, S, D] from `x` [B, S, D]."""
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, share: Share | None = None) -> Tensor:
+        """Return what every token attends to, heads joined: [B, S, D] from `x` [B, S, D] (rows of a `share`)."""
         weights = (self.norm_q.weight, self.norm_q.bias, self.norm_k.weight, self.norm_k.bias)
-        return norm_rotate_attention(self.qkv(x), weights, rotary, num_heads=self.num_heads, eps=QK_NORM_EPS)
+        if share is None:
+            return norm_rotate_attention(self.qkv(x), weights, rotary, num_heads=self.num_heads, eps=QK_NORM_EPS)
+        q, k, v = norm_rotate(self.qkv(x), weights, rotary, num_heads=self.num_heads, eps=QK_NORM_EPS)
+        return sequence_attention(q, k, v, share)
 
 
 class Block(nn.Module):
@@ -96,24 +100,35 @@ class Block(nn.Module):
         self.ff.checkpointed = mode != "none"
 
     def forward(
-        self, x: Tensor, vectors: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None, text_length: int
+        self,
+        x: Tensor,
+        vectors: tuple[Tensor, ...],
+        rotary: tuple[Tensor, Tensor] | None,
+        text_length: int,
+        share: Share | None = None,
     ) -> Tensor:
         """Return the stream after this block.
 
         Args:
             x: [B, S, D], its first `text_length` rows text.
-            vectors: this block's share of `Modulation`'s.
+            vectors: this block's part of `Modulation`'s.
             rotary: (cos, sin), each float32 [S, 1, head_dim / 2], or None.
             text_length: number of text rows.
+            share: which rows of the stream `x`, `rotary` and `text_length` are of, where ranks divide it.
         """
         # Checkpointing is inside the module, so that hooks on it (sharding, compilation) see one call, not two.
-        return checkpointing.run(self.checkpointing, self._forward, x, vectors, rotary, text_length)
+        return checkpointing.run(self.checkpointing, self._forward, x, vectors, rotary, text_length, share)
 
     def _forward(
-        self, x: Tensor, vectors: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None, text_length: int
+        self,
+        x: Tensor,
+        vectors: tuple[Tensor, ...],
+        rotary: tuple[Tensor, Tensor] | None,
+        text_length: int,
+        share: Share | None,
     ) -> Tensor:
         scale, shift, gate, text_scale, text_shift, text_gate, *of_feed_forward = vectors
         normed = modulated_norm(x, scale, shift, text_scale, text_shift, text_length=text_length, eps=self.eps)
-        attended = self.attn(normed, rotary)
+        attended = self.attn(normed, rotary, share)
         x = gated_linear(x, attended, self.attn.out, gate, text_gate, text_length=text_length)
         return self.ff(x, tuple(of_feed_forward), text_length)

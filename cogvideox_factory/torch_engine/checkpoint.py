@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from cogvideox_factory.errors import StorageError, UnfitError
 from cogvideox_factory.publish import publish_folder, require_room
+from cogvideox_factory.torch_engine.parallel import Layout, Ranks
 
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d{6,})")
@@ -35,48 +37,68 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return Path(run) / f"checkpoint-{step:06}"
 
 
-def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int) -> Path:
+_ALONE = Ranks(layout=Layout())
+
+
+def save_checkpoint(
+    run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int, ranks: Ranks = _ALONE
+) -> Path:
     """Write the state after update number `step`, then drop all but the newest `keep` complete checkpoints.
+
+    Every process writes what it holds of `tensors`; the leading one makes the folder, the manifest and the rename.
 
     Raises:
         StorageError: no room or no permission; older checkpoints stay as they are.
     """
     target = checkpoint_folder(run, step)
-    require_room(run, sum(t.numel() * t.element_size() for t in tensors.values()), what=f"checkpoint {step}")
+    steps = _publish(target, step, tensors, state)
+    folder = ranks.from_lead(lambda: next(steps))
+    problem = None
+    try:
+        _write_shards(folder, tensors, alone=ranks.mesh is None)
+    except StorageError as error:  # the same in every process
+        problem = error
+    ranks.from_lead(lambda: steps.throw(problem) if problem else next(steps, None))
+    if ranks.leads:
+        others = [number for number in list_checkpoints(run) if number != step]
+        for old in others[: max(0, len(others) - (keep - 1))]:
+            shutil.rmtree(checkpoint_folder(run, old))
+    return target
+
+
+def _publish(target: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Generator[Path]:
+    """Yield the folder to write shards into, then complete it."""
+    require_room(target.parent, sum(t.numel() * t.element_size() for t in tensors.values()), what=f"checkpoint {step}")
     with publish_folder(target) as folder:
-        _write_shards(folder, tensors)
+        yield folder
         text = json.dumps({"format": FORMAT, "step": step, "tensors": sorted(tensors), **state}, indent=1)
         (folder / "state.json").write_text(text, encoding="utf-8")
         manifest = {path.name: _digest(path) for path in sorted(folder.iterdir())}
         (folder / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    others = [number for number in list_checkpoints(run) if number != step]
-    for old in others[: max(0, len(others) - (keep - 1))]:
-        shutil.rmtree(checkpoint_folder(run, old))
-    return target
 
 
-def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+def _write_shards(folder: Path, tensors: dict[str, Tensor], *, alone: bool) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DCP warns that it runs in a single process, which is meant
             dcp.save(
                 {name: _at_least_1d(tensor) for name, tensor in tensors.items()},
                 storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
-                no_dist=True,
+                no_dist=alone,
             )
     except CheckpointException as error:  # no Exception: it would pass every handler above
         raise StorageError(f"could not write {folder}: {error}. Make room, or choose another --train.dir.") from error
 
 
-def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Verify `folder`, fill `tensors` in place and return its state.
+def load_checkpoint(folder: Path, tensors: dict[str, Tensor], *, ranks: Ranks = _ALONE) -> dict[str, Any]:
+    """Verify `folder`, fill `tensors` in place and return its state; it may come from any other layout of processes.
 
     Raises:
         UnfitError: missing, damaged, or made by a run with other weights; names what differs.
     """
     folder = Path(folder)
     state = read_state(folder)
-    verify_checkpoint(folder)
+    ranks.from_lead(lambda: verify_checkpoint(folder))
     if state["tensors"] != sorted(tensors):
         extra = sorted(set(state["tensors"]) ^ set(tensors))
         raise UnfitError(
@@ -93,7 +115,7 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     views = {name: _at_least_1d(tensor.detach()) for name, tensor in tensors.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(views, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        dcp.load(views, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=ranks.mesh is None)
     return state
 
 

@@ -45,6 +45,18 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(kind, int(index)) if index else here
 
 
+def take_card() -> None:
+    """Of several processes on a machine (torchrun numbers them), make each use a card of its own."""
+    if torch.accelerator.is_available() and "LOCAL_RANK" in os.environ:
+        index, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+        if index >= count:
+            raise MissingError(
+                f"process {index} of this machine finds {count} cards; start as many processes as there are cards "
+                f"(torchrun --nproc-per-node {count})."
+            )
+        torch.accelerator.set_device_index(index)
+
+
 def _first_accelerator() -> torch.device | None:
     """Return the current card, or None where there is none."""
     if not torch.accelerator.is_available():

@@ -15,6 +15,7 @@ from cogvideox_factory.torch_engine.vae import CogVideoXVAE, pixels_from_uint8
 
 _MEMO_BYTES = 2 * 2**30
 _CAPTIONS_AT_ONCE = 8
+_RAW = ("pixels", "captions", "image_pixels", "image_pixel_noise", "image_noise_sigma")
 
 
 class Encoder:
@@ -68,14 +69,14 @@ class Encoder:
 
     def batch(self, raw: dict) -> dict:
         """Return a batch of raw clips with moments and embeddings in place of pixels and captions."""
-        done = {
-            k: v for k, v in raw.items() if k not in ("pixels", "captions", "image_pixel_noise", "image_noise_sigma")
-        }
+        done = {key: value for key, value in raw.items() if key not in _RAW}
         done["mean"], done["logvar"] = self.video(raw["pixels"])
         done["prompt_embeds"] = self.captions(raw["captions"])
         if "image_pixel_noise" in raw:
             done["image_mean"], done["image_logvar"] = self.image(
-                raw["pixels"][:, 0], raw["image_noise_sigma"], raw["image_pixel_noise"]
+                raw["image_pixels"] if "image_pixels" in raw else raw["pixels"][:, 0],
+                raw["image_noise_sigma"],
+                raw["image_pixel_noise"],
             )
         return done
 

@@ -24,6 +24,7 @@ from cogvideox_factory.torch_engine.device import peak_memory
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.optim import Ema, Update
+from cogvideox_factory.torch_engine.parallel import Ranks, local, reduce_gradients
 from cogvideox_factory.torch_engine.watch import SampleVideos, held_out_loss, to_device
 
 
@@ -63,6 +64,7 @@ class Loop:
     tokens: Mapping[str, int]
     """Tokens of a sample of each shape."""
     watch: Watch
+    ranks: Ranks
     _pending: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     _clock: float = 0.0
     _clock_step: int = 0
@@ -70,7 +72,7 @@ class Loop:
     def run(self, start: Path | None) -> None:
         """Train until `num_steps`, from checkpoint `start` or from scratch."""
         first = self._restore(start) if start else 0
-        log = MetricsLog(self.run_folder, resume_step=first if start else None)
+        log = MetricsLog(self.run_folder, resume_step=first if start else None, writes=self.ranks.leads)
         batches = self.loader.batches(first, self.num_steps)
         self._clock, self._clock_step = time.monotonic(), first
         try:
@@ -80,6 +82,7 @@ class Loop:
                 for step in range(first + 1, self.num_steps + 1):
                     self._step(step, batches)
                     last = step == self.num_steps
+                    stop.name = self.ranks.agree(stop.name)
                     saves = step % self.save_every == 0 or last or stop.name is not None
                     if step % self.log_every == 0 or saves or step == 1:
                         self._log(step, log)
@@ -98,14 +101,15 @@ class Loop:
 
     def _step(self, step: int, batches: Iterator[dict[str, Any]]) -> None:
         losses = []
-        for _ in range(self.num_micros):
+        for micro in range(self.num_micros):
+            reduce_gradients(self.objective.transformer, self.ranks.layout, last=micro == self.num_micros - 1)
             batch = to_device(next(batches), self.device)
             loss = self.objective(self.encoder.batch(batch) if self.encoder else batch).mean()
             (loss * (self.update.loss_scale.scale / self.num_micros)).backward()
             losses.append(loss.detach())
         norm = self.update.step(learning_rate(step, **self.rate))
         if self.ema:
-            self.ema.update(self.update.masters, step=step)
+            self.ema.update(step=step)
         self._pending.append((step, torch.stack(losses).mean(), norm))
 
     def _log(self, step: int, log: MetricsLog) -> None:
@@ -115,7 +119,8 @@ class Loop:
             NonFiniteError: a loss or norm is NaN or Inf (fp16 overflows, which the loss scale handles, aside).
         """
         steps = [number for number, _, _ in self._pending]
-        table = torch.stack([torch.stack([loss, norm]) for _, loss, norm in self._pending]).cpu()  # [steps, 2]
+        table = torch.stack([torch.stack([loss, norm]) for _, loss, norm in self._pending])  # [steps, 2]
+        table = self.ranks.mean(table).cpu()
         self._pending.clear()
         self._check_finite(steps, table, step)
         now = time.monotonic()
@@ -173,7 +178,7 @@ class Loop:
             log.write(step, values)
             say(f"step {step}: validation loss {values['validation_loss']:.4f}")
         if self.watch.samples:
-            for path in self.watch.samples.make(self.run_folder / "samples", step):
+            for path in self.watch.samples.make(self.run_folder / "samples", step, writes=self.ranks.leads):
                 say(f"step {step}: {path}")
 
     def _save(self, step: int, *, must: bool) -> None:
@@ -186,7 +191,9 @@ class Loop:
             "versions": checkpoint.versions(),
         }
         try:
-            checkpoint.save_checkpoint(self.run_folder, step, self._tensors(), state, keep=self.keep_checkpoints)
+            checkpoint.save_checkpoint(
+                self.run_folder, step, self._tensors(), state, keep=self.keep_checkpoints, ranks=self.ranks
+            )
         except StorageError as error:
             if must:
                 raise
@@ -194,7 +201,7 @@ class Loop:
         self._clock, self._clock_step = time.monotonic(), step
 
     def _restore(self, folder: Path) -> int:
-        state = checkpoint.load_checkpoint(folder, self._tensors())
+        state = checkpoint.load_checkpoint(folder, self._tensors(), ranks=self.ranks)
         self.update.restore(state["scalars"])
         return state["step"]
 
@@ -211,7 +218,7 @@ class Loop:
         if self.ema is None:
             yield
             return
-        kept = {name: p.detach().clone() for name, p in self.update.trained.items()}
+        kept = {name: local(p).detach().clone() for name, p in self.update.trained.items()}
         try:
             self._put(self.ema.averages)
             yield
@@ -221,7 +228,7 @@ class Loop:
     @torch.no_grad()
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.update.trained.items():
-            parameter.copy_(values[name])
+            local(parameter).copy_(values[name])
 
 
 def _finite_mean(column: Tensor) -> float:

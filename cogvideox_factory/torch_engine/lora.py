@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cogvideox_factory import draws
 from cogvideox_factory.errors import FactoryError, nearest
@@ -181,7 +182,11 @@ def lora_arrays(transformer: CogVideoXTransformer, adapter_name: str = "default"
         tensors[f"{name}.lora_B.weight"] = part.lora_B
         if part.magnitude is not None:
             tensors[f"{name}.lora_magnitude_vector"] = part.magnitude
-    return {name: to_array(tensor.detach().float().clone()) for name, tensor in tensors.items()}
+    return {name: to_array(_whole(tensor.detach()).float().clone()) for name, tensor in tensors.items()}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def lora_settings(transformer: CogVideoXTransformer, adapter_name: str = "default") -> dict[str, Any]:

@@ -9,8 +9,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cogvideox_factory.draws import generator
+from cogvideox_factory.torch_engine.parallel import Layout, Ranks, like, local, total_norm
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -107,7 +109,9 @@ class Update:
         max_grad_norm: float,
         stochastic_bf16: bool,
         seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks(layout=Layout())
         self.trained = {name: p for name, p in named_parameters if p.requires_grad}
         assert self.trained, "nothing to train"
         self.max_grad_norm = max_grad_norm
@@ -117,18 +121,24 @@ class Update:
         hyper = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         if stochastic_bf16:
             for p in self.trained.values():
-                p.data = p.data.to(torch.bfloat16)
-            self.masters = dict(self.trained)
+                if p.dtype != torch.bfloat16:
+                    p.data = p.data.to(torch.bfloat16)
+            self.masters = {name: self._part(p) for name, p in self.trained.items()}
             self.optimizer: torch.optim.Optimizer = StochasticAdamW(self.masters.values(), seed=seed, **hyper)
         else:
             self.masters = {name: self._master(p) for name, p in self.trained.items()}
             self.optimizer = torch.optim.AdamW(list(self.masters.values()), fused=True, **hyper)
 
+    @staticmethod
+    def _part(parameter: Tensor) -> Tensor:
+        """Return what this process holds of `parameter`, as a weight of its own in the same memory."""
+        return parameter if not isinstance(parameter, DTensor) else local(parameter).detach().requires_grad_()
+
     def _master(self, parameter: nn.Parameter) -> Tensor:
         """Return the float32 weights to optimise; gradients of a half-precision parameter are moved there at once,
         so accumulation is exact and each half gradient lives only until it is added."""
         if parameter.dtype == torch.float32:
-            return parameter
+            return self._part(parameter)
         master = parameter.detach().float().requires_grad_()
         master.grad = torch.zeros_like(master)
 
@@ -147,8 +157,10 @@ class Update:
 
         A step whose norm is not finite leaves weights and moments as they are and is counted in `num_skipped`.
         """
+        for name, p in self._divided():
+            self.masters[name].grad = None if p.grad is None else local(p.grad)
         grads = [p.grad for p in self.masters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads) / self.loss_scale.scale
+        norm = total_norm(grads, self.ranks) / self.loss_scale.scale
         finite = norm.isfinite()
         factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale.scale
         torch._foreach_mul_(grads, torch.where(finite, factor, 0.0))
@@ -162,20 +174,29 @@ class Update:
         for p in self.masters.values():
             if p.grad is not None:
                 p.grad.zero_()
+        for name, p in self._divided():
+            p.grad = self.masters[name].grad = None
         return norm
+
+    def _divided(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the weights of which this process holds a part, which is its master."""
+        return [(name, p) for name, p in self.trained.items() if isinstance(p, DTensor)]
 
     @torch.no_grad()
     def _write_back(self) -> None:
-        pairs = [(p, self.masters[name]) for name, p in self.trained.items() if p is not self.masters[name]]
+        pairs = [
+            (p, self.masters[name]) for name, p in self.trained.items()
+            if p is not self.masters[name] and not isinstance(p, DTensor)
+        ]  # fmt: skip
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all state by name: weights, moments, counters (every value a tensor of one element or more)."""
-        state: dict[str, Tensor] = {f"model.{name}": master for name, master in self.masters.items()}
+        state = {f"model.{name}": like(master, self.trained[name]) for name, master in self.masters.items()}
         for name, master in self.masters.items():
             for key, value in self._moments(master).items():
-                state[f"optimizer.{key}.{name}"] = value
+                state[f"optimizer.{key}.{name}"] = like(value, self.trained[name])
         return state
 
     def _moments(self, master: Tensor) -> dict[str, Tensor]:
@@ -213,16 +234,18 @@ class Ema:
     The decay warms up as (1 + n) / (10 + n), so early averages are not dominated by the starting point.
     """
 
-    def __init__(self, masters: dict[str, Tensor], *, decay: float) -> None:
+    def __init__(self, update: Update, *, decay: float) -> None:
         self.decay = decay
-        self.averages = {name: weight.detach().float().clone() for name, weight in masters.items()}
+        self._update = update
+        self.averages = {name: weight.detach().float().clone() for name, weight in update.masters.items()}
 
     @torch.no_grad()
-    def update(self, masters: dict[str, Tensor], *, step: int) -> None:
+    def update(self, *, step: int) -> None:
         """Move the averages towards the weights after update number `step`."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        masters = self._update.masters
         torch._foreach_lerp_(list(self.averages.values()), [masters[n].float() for n in self.averages], weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the averages by checkpoint name."""
-        return {f"ema.{name}": average for name, average in self.averages.items()}
+        return {f"ema.{name}": like(part, self._update.trained[name]) for name, part in self.averages.items()}

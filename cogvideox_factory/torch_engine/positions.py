@@ -17,6 +17,7 @@ from cogvideox_factory.diffusion.positions import added_positions, rotary_table,
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.torch_engine.border import to_tensor
+from cogvideox_factory.torch_engine.sequence_parallel import Share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -31,6 +32,13 @@ class Positions:
     """What is added to the video tokens, [N, D]; None for nothing, or for the model's own buffer (`learned`)."""
     learned: bool
     """Whether the model adds its learned buffer."""
+
+    def rotary_of(self, share: Share) -> tuple[Tensor, Tensor] | None:
+        """Return the rows of `rotary` that one rank holds; those that fill up the last rank's are not rotated."""
+        if self.rotary is None:
+            return None
+        cos, sin = (share.cut(table, dim=0) for table in self.rotary)
+        return share.fill(cos, dim=0, value=1), share.fill(sin, dim=0)
 
 
 @lru_cache(maxsize=16)

@@ -6,6 +6,7 @@ clips, each in its turn with only its own model loaded; what is in the cache alr
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +14,14 @@ import torch
 from cogvideox_factory import draws, weights
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.cache import Cache, CacheIndex
+from cogvideox_factory.data.condition import read_condition
 from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings, hash_folder
-from cogvideox_factory.data.manifest import Clip, Manifest, Source, read_manifest
+from cogvideox_factory.data.manifest import Clip, Manifest
 from cogvideox_factory.data.memo import Memo
+from cogvideox_factory.data.mixture import Part, count_sets, read_parts
 from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.reasons import ClipError, printable
+from cogvideox_factory.data.rows import IMAGE_COLUMN
 from cogvideox_factory.data.survey import count_buckets, find_buckets, survey
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import DecodedClip, read_clip
@@ -46,7 +50,7 @@ def run(config: Config) -> CacheIndex:
     """
     if not config.cache.dir:
         raise FactoryError("where to? give --cache.dir FOLDER")
-    if not config.data.root:
+    if not config.data_sets:
         raise FactoryError("which clips? give --data.root FOLDER")
     folder = weights.resolve_model(config.model.path, revision=config.model.revision)
     transformer = transformer_config(config, folder)
@@ -62,17 +66,24 @@ def run(config: Config) -> CacheIndex:
         cache_settings(config, folder, transformer, spec, str(dtype).removeprefix("torch.")),
     )
     captions, clips = cache.missing_captions(manifest.usable), cache.missing_clips(manifest.usable)
-    _check_room(cache, clips, transformer, num_captions=len(captions))
+    images = cache.missing_images(manifest.usable)
+    _check_room(cache, clips, images, transformer, num_captions=len(captions))
     if cache.folder.exists():
         sweep(cache.folder)
     memo.save()
-    say(f"{len(manifest.usable)} clips, {len(clips)} to encode; {len(captions)} captions to encode -> {cache.folder}")
-    if captions or clips:  # torch takes seconds to load what this needs, and a finished cache needs none of it
+    own = f"; {len(images)} images of their own to encode" if images else ""
+    say(
+        f"{len(manifest.usable)} clips, {len(clips)} to encode; {len(captions)} captions to encode{own} -> "
+        f"{cache.folder}"
+    )
+    if (
+        captions or clips or images
+    ):  # torch takes seconds to load what this needs, and a finished cache needs none of it
         set_determinism(config.run.deterministic)
     if captions:
         _encode_captions(cache, captions, folder, device, dtype, strict=config.data.strict)
-    if clips:
-        failed = _encode_clips(cache, clips, config, folder, device, dtype)
+    if clips or images:
+        failed = _encode_clips(cache, clips, images, config, folder, device, dtype)
         manifest = manifest.map_usable(lambda clip: _with_failure(clip, failed))
         manifest.require_good(strict=config.data.strict, max_bad=config.data.max_bad)
     index = cache.publish(manifest, source_of(config))
@@ -93,11 +104,25 @@ def transformer_config(config: Config, folder: Path) -> TransformerConfig:
     return TransformerConfig.from_folder(transformer_folder(config, folder))
 
 
-def source_of(config: Config) -> dict[str, str | None]:
+def source_of(config: Config) -> dict[str, Any]:
     """Return where the clips of these settings come from, as a cache records it."""
-    data = config.data
-    root = str(Path(data.root).resolve())
-    return {"root": root, "table": data.table, "captions": data.captions, "videos": data.videos}
+    parts = []
+    for values in config.data_sets:
+        named = {name: values[name] for name in ("table", "captions", "videos")}
+        image = values["image_column"]
+        parts.append(
+            {"root": str(Path(values["root"]).resolve())} | named
+            | ({"image_column": image} if image not in (None, IMAGE_COLUMN) else {})
+        )  # fmt: skip
+    if not config.data.sets:
+        return parts[0]
+    names = {part["name"]: value for part, value in zip(config.data_sets, parts, strict=True)}
+    return {"sets": names, "weights": set_weights(config)}
+
+
+def set_weights(config: Config) -> dict[str, float]:
+    """Return the weight of each of several data sets; empty for one that is alone."""
+    return {part["name"]: part["weight"] for part in config.data_sets if part["name"]}
 
 
 def require_source(index: CacheIndex, config: Config) -> None:
@@ -109,8 +134,8 @@ def require_source(index: CacheIndex, config: Config) -> None:
     recorded, wanted = index.recorded.get("source", {}), source_of(config)
     lines = [
         f"  data.{key}  cache: {recorded.get(key)}  this run: {value}"
-        for key, value in wanted.items()
-        if recorded.get(key) != value
+        for key, value in {**dict.fromkeys(recorded), **wanted}.items()
+        if recorded.get(key) != value and key != "weights"  # nothing in a cache depends on those
     ]
     if lines:
         raise UnfitError(
@@ -168,11 +193,8 @@ def checked_manifest(
         DataError: the list is unreadable, or too many clips are lost.
     """
     data = config.data
-    source = Source.choose(
-        Path(data.root), table=data.table, captions=data.captions, videos=data.videos,
-        caption_column=data.caption_column, video_column=data.video_column,
-    )  # fmt: skip
-    rows = read_manifest(source, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
+    parts = [Part.choose(**values) for values in config.data_sets]
+    rows = read_parts(parts, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
     windows = windows_of(config)
     buckets = find_buckets(
         data.buckets, rows.usable, spec, windows=windows, max_buckets=data.max_buckets, seed=config.run.seed, memo=memo
@@ -181,6 +203,13 @@ def checked_manifest(
         manifest = survey(rows, spec, windows=windows, buckets=buckets, memo=memo, on_clip=lambda clip: advance())
     for line in manifest.report():
         say(line)
+    for count in count_sets(manifest.clips, parts):
+        say(f"  {count.name}: {count.usable} of {count.total} clips, weight {count.weight:g}")
+        if not count.usable:
+            raise DataError(
+                f"data set {count.name} has no clip left to use, so its weight {count.weight:g} would mix in nothing. "
+                "See above what became of its rows; mend it, or leave it out of data.sets."
+            )
     if buckets and transformer:
         check_buckets(count_buckets(manifest.usable), transformer)
     manifest.require_good(strict=data.strict, max_bad=data.max_bad)
@@ -227,12 +256,12 @@ def text_length(config: Config, transformer: TransformerConfig) -> int:
     return length
 
 
-def image_variants(clip: Clip, count: int, shape: tuple[int, ...], *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return sigma [K] and pixel noise [K, H, W, 3] of a clip's first frames: index 0 is clean.
+def image_variants(content: str, count: int, shape: tuple[int, ...], *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return sigma [K] and pixel noise [K, H, W, 3] of the first frame of what has this hash: index 0 is clean.
 
     sigma = exp(N(-3, 0.5)), the augmentation the image-to-video models were trained with.
     """
-    draw = draws.generator(seed, "image noise", clip.footage)
+    draw = draws.generator(seed, "image noise", content)
     sigma = np.exp(draw.normal(-3.0, 0.5, size=count)).astype(np.float32)
     sigma[0] = 0.0
     return sigma, draw.standard_normal((count, *shape), dtype=np.float32)
@@ -263,12 +292,14 @@ def _encode_captions(
 def _encode_clips(
     cache: Cache,
     clips: list[Clip],
+    images: list[Clip],
     config: Config,
     folder: Path,
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, ClipError]:
-    """Encode and write; return the error of each clip (by footage) that could not be decoded or encoded."""
+    """Encode and write; return the error of each clip (by footage; by id where it is its own image) that could not be
+    decoded or encoded."""
     vae = CogVideoXVAE.from_folder(folder / "vae", dtype=dtype, device=device)
     if config.data.vae_tiling:
         vae.enable_tiling()
@@ -294,9 +325,19 @@ def _encode_clips(
                 except UnfitError as error:
                     failed[clip.footage] = ClipError("latent.nonfinite", str(error))
             advance()
-    for clip in clips:
-        if error := failed.get(clip.footage):
-            say(f"row {clip.place} {clip.name}: {error}")
+    with progress_bar("images", len(images)) as advance:
+        for clip in images:
+            try:
+                pixels = read_condition(clip, draws.generator(seed, "crop", clip.footage))
+                cache.write_image(clip, **_encode_image(cache, pixels, clip.image_content or "", encoder, device, seed))
+            except UnfitError as error:
+                failed[clip.id] = ClipError("latent.nonfinite", str(error))
+            except ClipError as error:
+                failed[clip.id] = error
+            advance()
+    for clip in {clip.id: clip for clip in [*clips, *images]}.values():
+        if error := failed.get(clip.footage) or failed.get(clip.id):
+            say(f"{clip.place} {clip.name}: {error}")
     return failed
 
 
@@ -306,34 +347,45 @@ def _encode_clip(
     pixels = decoded.pixels
     mean, logvar = encoder.video(to_tensor(pixels, device=device)[None])
     image: dict = {}
-    if count := cache.settings.video.image_variants:
-        sigma, noise = image_variants(clip, count, pixels[0].shape, seed=seed)
-        first = to_tensor(pixels[0], device=device)
-        moments = [
-            encoder.image(first[None], to_tensor(s[None], device=device), to_tensor(n[None], device=device))
-            for s, n in zip(sigma, noise, strict=True)
-        ]
-        image = {
-            "image_mean": to_array(torch.cat([m[0, :1] for m, _ in moments])),
-            "image_logvar": to_array(torch.cat([v[0, :1] for _, v in moments])),
-            "image_sigmas": sigma.tolist(),
-        }
+    if cache.settings.video.image_variants and not clip.image_content:
+        image = _encode_image(cache, pixels[0], clip.footage, encoder, device, seed)
     crop = decoded.fit.to_json()
     cache.write_clip(clip, mean=to_array(mean[0]), logvar=to_array(logvar[0]), crop=crop, **image)
 
 
+def _encode_image(
+    cache: Cache, pixels: np.ndarray, content: str, encoder: Encoder, device: torch.device, seed: int
+) -> dict:
+    """Return what the cache keeps of the picture `pixels` [H, W, 3], clean then noised."""
+    sigma, noise = image_variants(content, cache.settings.video.image_variants, pixels.shape, seed=seed)
+    first = to_tensor(pixels, device=device)
+    moments = [
+        encoder.image(first[None], to_tensor(s[None], device=device), to_tensor(n[None], device=device))
+        for s, n in zip(sigma, noise, strict=True)
+    ]
+    return {
+        "image_mean": to_array(torch.cat([m[0, :1] for m, _ in moments])),
+        "image_logvar": to_array(torch.cat([v[0, :1] for _, v in moments])),
+        "image_sigmas": sigma.tolist(),
+    }
+
+
 def _with_failure(clip: Clip, failed: dict[str, ClipError]) -> Clip:
-    error = failed.get(clip.footage)
+    error = failed.get(clip.footage) or failed.get(clip.id)
     return replace(clip).rejected(error) if error else clip
 
 
-def _check_room(cache: Cache, clips: list[Clip], transformer: TransformerConfig, *, num_captions: int) -> None:
+def _check_room(
+    cache: Cache, clips: list[Clip], images: list[Clip], transformer: TransformerConfig, *, num_captions: int
+) -> None:
     values = 0
-    for clip in clips:
+    variants = cache.settings.video.image_variants
+    for clip, is_image in [(clip, False) for clip in clips] + [(clip, True) for clip in images]:
         spec = clip.spec
         assert spec is not None
         latents = (spec.height // SPATIAL_COMPRESSION) * (spec.width // SPATIAL_COMPRESSION)
-        values += 2 * latents * (num_latent_frames(spec.num_frames) + cache.settings.video.image_variants)
+        frames = 0 if is_image else num_latent_frames(spec.num_frames)
+        values += 2 * latents * (frames + (variants if is_image or not clip.image_content else 0))
     a_caption = cache.settings.text.max_sequence_length * transformer.text_embed_dim
     wanted = 2 * (values * transformer.out_channels + num_captions * a_caption)  # bf16
     require_room(cache.folder, wanted, what=f"the cache of {len(clips)} clips")

@@ -4,6 +4,8 @@
 four trainers; the loop itself is in `loop.py`.
 """
 
+from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,26 +15,28 @@ from torch import Tensor
 
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.buckets import Bucket
-from cogvideox_factory.data.cache import open_cache, recorded_dtype
+from cogvideox_factory.data.cache import is_imported, open_cache, recorded_dtype
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.loader import CacheSource, Draws, Loader, RawSource
 from cogvideox_factory.data.sampler import Sampler, hold_out
 from cogvideox_factory.diffusion.schedule import alphas_cumprod
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.lora_files import save_lora
-from cogvideox_factory.metrics import say
+from cogvideox_factory.metrics import say, speaking
 from cogvideox_factory.models import VaeConfig
 from cogvideox_factory.publish import replace_folder, require_room, sweep
 from cogvideox_factory.recipe import write_recipe
 from cogvideox_factory.run_folder import locked, require_same
 from cogvideox_factory.torch_engine import checkpoint, lora, prepare
 from cogvideox_factory.torch_engine.attention import backend_name
-from cogvideox_factory.torch_engine.device import set_determinism
+from cogvideox_factory.torch_engine.device import set_determinism, take_card
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.loop import Loop, Watch
 from cogvideox_factory.torch_engine.objective import Objective, Scales
 from cogvideox_factory.torch_engine.optim import Ema, Update
+from cogvideox_factory.torch_engine.parallel import Layout, Ranks, distribute, joined, num_processes
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
+from cogvideox_factory.torch_engine.prepare import set_weights
 from cogvideox_factory.torch_engine.start import (
     Plan,
     batch_sizes,
@@ -56,17 +60,30 @@ def run(config: Config) -> Path:
         NonFiniteError: the loss or a gradient became NaN or Inf.
         StoppedError: stopped by a signal after a checkpoint was saved.
     """
-    if not config.cache.dir and not config.data.root:
+    if not config.cache.dir and not config.data_sets:
         raise FactoryError("train on what? give --cache.dir FOLDER (prepared) or --data.root FOLDER (raw clips)")
+    take_card()
     plan = make_plan(config)
     _check_validation(plan)
+    layout = Layout(size=num_processes(), **config.parallel.model_dump(exclude={"timeout_seconds"}))
+    heads = plan.model.num_attention_heads
     set_determinism(config.run.deterministic)
-    source, described = open_source(plan)
+    seconds = config.parallel.timeout_seconds
+    with joined(layout, num_heads=heads, device=plan.device, timeout_seconds=seconds) as ranks, speaking(ranks.leads):
+        return _run(plan, ranks)
+
+
+def _run(plan: Plan, ranks: Ranks) -> Path:
+    config = plan.config
+    source, described, weights = open_source(plan)
     sizes = batch_sizes(plan, source.buckets.values())
     if config.data.buckets:  # which clips a step has depends on these too
         described = digest_of(sorted(source.buckets), described, sorted(source.buckets.items()), sorted(sizes.items()))
-    with locked(plan.run_folder):
-        start = find_start(plan)
+    if weights:
+        described = digest_of(sorted(source.sets), described, sorted(source.sets.items()), sorted(weights.items()))
+    with ExitStack() as stack:
+        ranks.from_lead(lambda: stack.enter_context(locked(plan.run_folder)))
+        start = ranks.from_lead(lambda: find_start(plan))
         wanted = identity(plan, described)
         if start is not None:
             state = checkpoint.read_state(start)
@@ -76,12 +93,14 @@ def run(config: Config) -> Path:
                     f"train.steps={config.train.steps}, but {start} is at step {state['step']} already. "
                     "Ask for more steps, or start a new run in another --train.dir."
                 )
-        _train(plan, source, sizes, start=start, wanted=wanted)
+        _train(plan, source, sizes, weights, ranks, start=start, wanted=wanted)
     return plan.run_folder
 
 
-def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str]:
-    """Return where samples come from, and a digest of what is in it.
+def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str, dict[str, float]]:
+    """Return where samples come from, a digest of what is in it, and the weights of its data sets if it has several.
+
+    A run that names no clips takes the weights its cache was prepared with.
 
     Raises:
         UnfitError: a cache made with other settings or from other clips, or damaged.
@@ -93,9 +112,12 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str]:
         # What the encoders ran in is the cache's affair: float32 latents feed a bfloat16 run as well.
         dtype = recorded_dtype(Path(config.cache.dir)) or str(plan.dtype).removeprefix("torch.")
         settings = prepare.cache_settings(config, plan.folder, plan.model, spec, dtype)
-        command = f"cogvideox prepare (with this recipe) --cache.dir {config.cache.dir}"
+        verb = "prepare"
+        if is_imported(Path(config.cache.dir)):
+            settings, verb = settings.as_imported(), "import-prepared"
+        command = f"cogvideox {verb} (with this recipe) --cache.dir {config.cache.dir}"
         index = open_cache(Path(config.cache.dir), settings, command=command)
-        if config.data.root:
+        if config.data_sets:
             prepare.require_source(index, config)
         if config.task == "i2v" and config.train.image_noise and not config.cache.image_noise_variants:
             raise FactoryError(
@@ -103,16 +125,20 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str]:
                 "Prepare with some variants, or set --train.image-noise False."
             )
         clip_ids = sorted(clip.id for clip in index.clips)
-        return CacheSource(index), digest_of(clip_ids, settings.to_json())
+        weights = set_weights(config) if config.data_sets else index.recorded.get("source", {}).get("weights", {})
+        return CacheSource(index), digest_of(clip_ids, settings.to_json()), weights
     manifest = prepare.checked_manifest(config, spec, plan.model)
     clip_ids = sorted(clip.id for clip in manifest.usable)
-    return RawSource(manifest.usable, latent_channels=plan.model.out_channels), digest_of(clip_ids, spec)
+    source = RawSource(manifest.usable, latent_channels=plan.model.out_channels)
+    return source, digest_of(clip_ids, spec), set_weights(config)
 
 
 def _train(
     plan: Plan,
     source: CacheSource | RawSource,
     sizes: dict[str, int],
+    weights: dict[str, float],
+    ranks: Ranks,
     *,
     start: Path | None,
     wanted: dict[str, Any],
@@ -125,17 +151,17 @@ def _train(
             say(f"{unseen} other windows of the {len(held_ids)} clips held out are not trained on either")
     sampler = Sampler(
         train_ids, batch_size={key: size * config.train.gradient_accumulation for key, size in sizes.items()},
-        seed=config.run.seed, buckets=source.buckets,
+        seed=config.run.seed, buckets=source.buckets, sets=source.sets, weights=weights,
     )  # fmt: skip
     loader = Loader(
         source, sampler, make_draws(plan), num_micros=config.train.gradient_accumulation,
-        num_workers=config.train.num_workers,
+        num_workers=config.train.num_workers, rank=ranks.data_rank, num_ranks=ranks.layout.num_data_ranks,
     )  # fmt: skip
     # The text encoder is the largest part; it is done with, where it can be, before the transformer is loaded.
     frozen = load_frozen(plan, source)
-    transformer = load_transformer(plan)
-    update = make_update(plan, transformer)
-    ema = Ema(update.masters, decay=config.train.ema_decay) if config.train.ema_decay else None
+    transformer = load_transformer(plan, ranks)
+    update = make_update(plan, transformer, ranks)
+    ema = Ema(update, decay=config.train.ema_decay) if config.train.ema_decay else None
     vae_config = VaeConfig.from_folder(plan.folder / "vae")
     objective = Objective(
         transformer,
@@ -160,18 +186,21 @@ def _train(
             every=config.validation.every, source=source, clip_ids=held_ids, draws=make_draws(plan, quiet=True),
             samples=make_samples(plan, frozen, transformer),
         ),
+        ranks=ranks,
     )  # fmt: skip
-    require_room(
-        plan.run_folder, (config.train.keep_checkpoints + 1) * loop.state_bytes(),
-        what=f"{config.train.keep_checkpoints + 1} checkpoints of this run",
-    )  # fmt: skip
-    _say_arithmetic(plan, sampler, update, start)
-    sweep(plan.run_folder)
-    write_recipe(plan.run_folder / "config.yaml", config)
+    _say_arithmetic(plan, sampler, update, start, ranks)
+    ranks.from_lead(lambda: _make_ready(plan, loop.state_bytes()))
     loop.run(start)
     with loop.averaged_weights():
-        export(transformer, plan.run_folder, method=config.train.method)
+        export(transformer, plan.run_folder, method=config.train.method, ranks=ranks)
     say(f"final weights in {plan.run_folder / 'final'}")
+
+
+def _make_ready(plan: Plan, state_bytes: int) -> None:
+    num_checkpoints = plan.config.train.keep_checkpoints + 1
+    require_room(plan.run_folder, num_checkpoints * state_bytes, what=f"{num_checkpoints} checkpoints of this run")
+    sweep(plan.run_folder)
+    write_recipe(plan.run_folder / "config.yaml", plan.config)
 
 
 def make_draws(plan: Plan, *, quiet: bool = False) -> Draws:
@@ -188,25 +217,29 @@ def make_draws(plan: Plan, *, quiet: bool = False) -> Draws:
     )
 
 
-def load_transformer(plan: Plan) -> CogVideoXTransformer:
-    """Load the transformer (or draw its weights), with a fresh LoRA or with all weights trainable."""
+def load_transformer(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
+    """Load the transformer (or draw its weights), with a fresh LoRA or with all weights trainable, and divide it."""
     config = plan.config
+    dtype = plan.dtype
+    if ranks.mesh is not None and config.train.method == "full" and config.train.master_weights == "float32":
+        dtype = torch.float32  # what is kept; blocks are gathered in the run's dtype
     if config.model.transformer_config:
         transformer = CogVideoXTransformer(plan.model)
         transformer.initialize(config.run.seed)
-        transformer.to(device=plan.device, dtype=plan.dtype)
+        transformer.to(device=plan.device, dtype=dtype)
     else:
-        transformer = CogVideoXTransformer.from_folder(plan.transformer_folder, dtype=plan.dtype, device=plan.device)
+        transformer = CogVideoXTransformer.from_folder(plan.transformer_folder, dtype=dtype, device=plan.device)
     transformer.set_checkpointing(config.train.checkpointing)
     if config.train.method == "lora":
         targets = lora.add_lora(transformer, seed=config.run.seed, **config.lora.model_dump())
         say(f"LoRA rank {config.lora.rank} on {len(targets)} modules")
     else:
         transformer.requires_grad_(True)
+    distribute(transformer, ranks, dtype=plan.dtype)
     return transformer.train()
 
 
-def make_update(plan: Plan, transformer: CogVideoXTransformer) -> Update:
+def make_update(plan: Plan, transformer: CogVideoXTransformer, ranks: Ranks) -> Update:
     """Return what turns gradients into weights.
 
     Raises:
@@ -222,7 +255,7 @@ def make_update(plan: Plan, transformer: CogVideoXTransformer) -> Update:
     return Update(
         transformer.named_parameters(), dtype=plan.dtype, device=plan.device, betas=(train.beta1, train.beta2),
         eps=train.epsilon, weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm,
-        stochastic_bf16=stochastic, seed=plan.config.run.seed,
+        stochastic_bf16=stochastic, seed=plan.config.run.seed, ranks=ranks,
     )  # fmt: skip
 
 
@@ -284,8 +317,11 @@ def make_samples(plan: Plan, frozen: Frozen, transformer: CogVideoXTransformer) 
     )  # fmt: skip
 
 
-def export(transformer: CogVideoXTransformer, run_folder: Path, *, method: str) -> None:
+def export(transformer: CogVideoXTransformer, run_folder: Path, *, method: str, ranks: Ranks) -> None:
     """Write `final/`: a LoRA file or a transformer folder that diffusers loads as it is."""
+    if not ranks.leads:  # weights are gathered one at a time, from all
+        lora.lora_arrays(transformer) if method == "lora" else deque(transformer.iterate_arrays(), maxlen=0)
+        return
     with replace_folder(run_folder / "final") as folder:
         if method == "lora":
             file = folder / "pytorch_lora_weights.safetensors"
@@ -308,10 +344,19 @@ def _check_validation(plan: Plan) -> None:
         read_image(Path(image), plan.shape.height, plan.shape.width)
 
 
-def _say_arithmetic(plan: Plan, sampler: Sampler, update: Update, start: Path | None) -> None:
+def _say_arithmetic(plan: Plan, sampler: Sampler, update: Update, start: Path | None, ranks: Ranks) -> None:
     train, shape = plan.config.train, plan.shape
     trained = sum(p.numel() for p in update.trained.values())
+    layout = ranks.layout
+    if layout.size > 1:
+        say(
+            f"{layout.size} processes: {layout.num_data_ranks} take clips of their own, {layout.sequence} share a "
+            f"video's tokens; ZeRO {layout.zero}, {layout.grid[0]} copies of the model in {layout.grid[1]} parts"
+        )
     say(f"{len(sampler)} clips at {shape.fps:g} fps, {sampler.epochs(train.steps):.1f} epochs in {train.steps} steps:")
+    if len(sampler.set_counts) > 1 or sampler.places != len(sampler):
+        for name, (count, weight) in sampler.set_counts.items():
+            say(f"  data set {name}: {count} clips x weight {weight:g} = {count * weight:g} places an epoch")
     for key, count in sampler.counts.items():
         size = sampler.batch_sizes[key]
         say(

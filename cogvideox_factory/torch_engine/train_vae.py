@@ -57,6 +57,8 @@ def run(config: Config) -> Path:
         FactoryError: settings, data or start unfit, before the first step.
         NonFiniteError: the loss became NaN or Inf.
     """
+    if config.data.sets:
+        raise FactoryError("data.sets: a VAE is trained on one data set; give --data.root FOLDER")
     if not config.data.root:
         raise FactoryError("train on what? give --data.root FOLDER")
     if config.data.buckets:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cogvideox_factory import draws, weights
 from cogvideox_factory.diffusion.positions import sincos_table
@@ -34,6 +35,7 @@ from cogvideox_factory.torch_engine.checkpointing import Checkpointing
 from cogvideox_factory.torch_engine.layout import diffusers_names, num_native_tokens
 from cogvideox_factory.torch_engine.linear import Linear
 from cogvideox_factory.torch_engine.positions import Positions, make_positions
+from cogvideox_factory.torch_engine.sequence_parallel import SequenceGroup, Share, gather_rows
 
 __all__ = ["CogVideoXTransformer", "Positions", "diffusers_names", "make_positions"]
 
@@ -48,6 +50,8 @@ class CogVideoXTransformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.sequence: SequenceGroup | None = None
+        """The ranks that divide the token stream; every one is called with the same input and returns all of v."""
         self.patch_embed = _PatchEmbed(config)
         self.time_embedding = _TimeEmbedding(config.width, config.time_embed_dim)
         self.ofs_embedding = None
@@ -88,13 +92,19 @@ class CogVideoXTransformer(nn.Module):
         positions = self._check(latents, prompt_embeds, positions, ofs)
         conditioning = self._conditioning(timesteps, ofs, latents.dtype)
         vectors = self.modulation(conditioning)
-        x = self.patch_embed(latents, prompt_embeds, positions)  # [B, S, D]
-        text = prompt_embeds.shape[1]
+        text_length, rotary, share = positions.text_length, positions.rotary, None
+        if self.sequence is not None:
+            share = Share(sequence=self.sequence, num_tokens=text_length + positions.num_video_tokens)
+            text_length, rotary = share.num_text_rows(text_length), positions.rotary_of(share)
+        x = self.patch_embed(latents, prompt_embeds, positions, share)  # [B, S, D]
         for index, block in enumerate(self.transformer_blocks):
             own = vectors[index * VECTORS_PER_BLOCK : (index + 1) * VECTORS_PER_BLOCK]
-            x = block(x, own, positions.rotary, text)
-        x = self.norm_out(self.norm_final(x[:, text:]), conditioning)  # [B, N, D]
-        return self._unpatchify(self.proj_out(x), latents.shape)
+            x = block(x, own, rotary, text_length, share)
+        # Ranks keep equal numbers of rows to the end, text and all: few, and then one all-gather does.
+        x = x[:, text_length:] if share is None else x
+        x = self.proj_out(self.norm_out(self.norm_final(x), conditioning))  # [B, N, P]
+        x = x if share is None else gather_rows(x, share)[:, positions.text_length :]
+        return self._unpatchify(x, latents.shape)
 
     def positions(
         self,
@@ -240,10 +250,21 @@ class CogVideoXTransformer(nn.Module):
             )
 
     def iterate_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (diffusers name, array) of all weights; on a CPU they share the model's memory."""
+        """Yield (diffusers name, array) of all weights; on a CPU they share the model's memory.
+
+        Weights that processes divide are gathered one parameter at a time; all of them must come to the end.
+        """
         own = self.state_dict()
-        for name, slot in diffusers_names(self.config).items():
-            yield name, to_array(own[slot.name][slot.start : slot.stop]).reshape(slot.shape)
+        slots: dict[str, list[str]] = {}
+        names = diffusers_names(self.config)
+        for name, slot in names.items():
+            slots.setdefault(slot.name, []).append(name)
+        for parameter, parts in slots.items():
+            tensor = own[parameter]
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            for name in parts:
+                slot = names[name]
+                yield name, to_array(tensor[slot.start : slot.stop]).reshape(slot.shape)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return `iterate_arrays` as a dict."""
@@ -291,17 +312,27 @@ class _PatchEmbed(nn.Module):
             tokens = config.max_text_seq_length + num_native_tokens(config)
             self.register_buffer("pos_embedding", torch.empty(1, tokens, config.width))
 
-    def forward(self, latents: Tensor, prompt_embeds: Tensor, positions: Positions) -> Tensor:
-        """Return [B, S, D] from `latents` [B, F, C, H, W] and `prompt_embeds` [B, T, text_embed_dim]."""
+    def forward(
+        self, latents: Tensor, prompt_embeds: Tensor, positions: Positions, share: Share | None = None
+    ) -> Tensor:
+        """Return [B, S, D], or the rows of `share`, from `latents` [B, F, C, H, W] and `prompt_embeds` [B, T, ...]."""
         batch, frames, channels, height, width = latents.shape
         p, p_t = self.patch_size, self.patch_size_t
         x = latents.reshape(batch, frames // p_t, p_t, channels, height // p, p, width // p, p)
         x = x.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(1, 3)  # [B, N, C * p_t * p * p]
+        text, added = prompt_embeds, positions.added
+        learned = self.pos_embedding if positions.learned else None
+        if share is not None:
+            behind = text.shape[1]
+            text, x = share.cut(text, dim=1), share.cut(x, dim=1, start=behind)
+            added = None if added is None else share.cut(added, dim=0, start=behind)
+            learned = None if learned is None else share.cut(learned, dim=1)
         x = self.proj(x)
-        if positions.added is not None:
-            x = x + positions.added
-        x = torch.cat([self.text_proj(prompt_embeds), x], dim=1)  # [B, S, D]
-        return x + self.pos_embedding if positions.learned else x
+        if added is not None:
+            x = x + added
+        x = torch.cat([self.text_proj(text), x], dim=1)  # [B, S, D]
+        x = x if learned is None else x + learned
+        return x if share is None else share.fill(x, dim=1)
 
 
 class _TimeEmbedding(nn.Module):

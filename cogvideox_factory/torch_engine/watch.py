@@ -85,8 +85,11 @@ class SampleVideos:
         self.tiling = tiling
         self.call = call
 
-    def make(self, folder: Path, step: int) -> list[Path]:
-        """Write one mp4 a prompt, named after the step, and return their paths."""
+    def make(self, folder: Path, step: int, *, writes: bool = True) -> list[Path]:
+        """Write one mp4 a prompt, named after the step, and return their paths.
+
+        Processes that share the model must all make them; one of them `writes`.
+        """
         paths = []
         self._tile(self.tiling[0])
         for index in range(len(self.prompt_embeds)):
@@ -100,7 +103,8 @@ class SampleVideos:
                 **self.call,
             )[0][0]
             path = folder / f"step-{step:06}-{index:02}.mp4"
-            paths.append(export_to_video(video[: self.shape.num_frames], path, fps=self.shape.fps))
+            if writes:
+                paths.append(export_to_video(video[: self.shape.num_frames], path, fps=self.shape.fps))
         self._tile(self.tiling[1])
         return paths
 

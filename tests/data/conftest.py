@@ -1,19 +1,13 @@
 """Clips made on the spot: each frame is a flat grey that tells its number."""
 
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 
 from cogvideox_factory.data.container import VideoInfo
-
-STEP = 4
-
-
-def grey(number: int, height: int, width: int) -> np.ndarray:
-    return np.full((height, width, 3), 20 + STEP * number, np.uint8)
+from tests.faults import makers
+from tests.faults.makers import STEP, grey
 
 
 def frame_numbers(pixels: np.ndarray) -> list[int]:
@@ -28,48 +22,7 @@ def numbers():
 
 @pytest.fixture(scope="session")
 def make_video():
-    def make(
-        path: Path,
-        num_frames: int = 12,
-        *,
-        height: int = 32,
-        width: int = 48,
-        fps: int = 8,
-        codec: str = "libx264",
-        pix_fmt: str = "yuv420p",
-        pictures: list | None = None,
-        pts: list[int] | None = None,
-        time_base: Fraction | None = None,
-        rotation: int | None = None,
-        hflip: bool = False,
-        aspect: Fraction | None = None,
-        color_trc: int | None = None,
-        options: dict | None = None,
-    ) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(str(path), "w", options=options or {}) as container:
-            stream = container.add_stream(codec, rate=fps)
-            stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
-            if codec == "libx264":
-                stream.options = {"crf": "10", "preset": "ultrafast", "g": "6"}
-            if time_base is not None:
-                stream.codec_context.time_base = time_base
-            if rotation is not None:
-                stream.set_display_rotation(rotation, hflip=hflip)
-            if aspect is not None:
-                stream.codec_context.sample_aspect_ratio = aspect
-            if color_trc is not None:
-                stream.codec_context.color_trc = color_trc
-            pictures = pictures or [grey(i, height, width) for i in range(num_frames)]
-            for number, picture in enumerate(pictures):
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24" if picture.shape[2] == 3 else "rgba")
-                frame.pts = pts[number] if pts else number
-                frame.time_base = time_base or Fraction(1, fps)
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-        return path
-
-    return make
+    return makers.make_video
 
 
 @pytest.fixture

@@ -114,3 +114,21 @@ def test_a_damaged_memo_only_means_looking_again(old, tmp_path, damage):
     file = tmp_path / "memo.jsonl"
     file.write_text(damage)
     assert everything(ask(old, file)) == everything(survey(read_manifest(old), SPEC))
+
+
+def test_a_flipped_bit_in_an_answer_is_not_believed(tmp_path, dataset):
+    """Whatever bit it is, the clips come out as if nothing were remembered."""
+    from unittest import mock
+
+    file = tmp_path / "memo.jsonl"
+    spec = ClipSpec(num_frames=9, height=32, width=48, fps=8)
+    memo = Memo(file)
+    with mock.patch("cogvideox_factory.data.memo._FRESH_NS", 0):
+        wanted = survey(read_manifest(dataset), spec, memo=memo)
+    memo.save()
+    data = file.read_bytes()
+    for place in range(0, 8 * len(data), 131):
+        spoilt = bytearray(data)
+        spoilt[place // 8] ^= 1 << place % 8
+        file.write_bytes(spoilt)
+        assert survey(read_manifest(dataset), spec, memo=Memo(file)) == wanted

@@ -224,7 +224,7 @@ def long_and_short(dataset, make_video):
 def test_rows_and_windows_add_up(long_and_short):
     seen = []
     manifest = survey(read_manifest(long_and_short), SPEC, windows=ALL, on_clip=seen.append)
-    assert [(clip.place, clip.state) for clip in manifest.clips] == [
+    assert [(clip.number, clip.state) for clip in manifest.clips] == [
         (1, "used"), (2, "used"), (3, "used"), (4, "trimmed"), ("4@9", "trimmed"), ("4@18", "trimmed"),
         (5, "duplicate"), (6, "too_short"), (7, "missing"),
     ]  # fmt: skip
@@ -274,7 +274,7 @@ def test_windows_take_the_length_of_their_bucket(long_and_short):
     rows = read_manifest(long_and_short)
     buckets = auto_buckets(measure(rows.usable, SPEC, windows=ALL), native=Bucket(25, 32, 48), max_buckets=2)
     manifest = survey(rows, replace(SPEC, num_frames=25), windows=ALL, buckets=buckets)
-    assert [(clip.place, clip.facts["bucket"]) for clip in manifest.usable] == [
+    assert [(clip.number, clip.facts["bucket"]) for clip in manifest.usable] == [
         (1, "9x32x48"), (2, "9x32x48"), (3, "9x32x48"), (4, "25x32x48"),
     ]  # fmt: skip
     small = auto_buckets(measure(rows.usable, SPEC), native=Bucket(9, 32, 48), max_buckets=2)
@@ -288,7 +288,7 @@ def test_each_window_has_a_look_and_a_picture_of_its_own(long_and_short, numbers
     assert bright == sorted(bright)
     assert bright[0] < bright[2]
     pictures = thumbnails(manifest.usable)
-    assert set(pictures) == {clip.place for clip in manifest.usable}
+    assert set(pictures) == {clip.number for clip in manifest.usable}
     assert len({pictures[place] for place in (4, "4@9", "4@18")}) == 3
 
 
@@ -299,7 +299,7 @@ def test_a_picture_is_one_window(tmp_path):
         if windows is SCENES:
             pytest.importorskip("scenedetect")
         manifest = survey(read_manifest(tmp_path), replace(SPEC, num_frames=1), windows=windows)
-        assert [clip.place for clip in manifest.usable] == [1]
+        assert [clip.number for clip in manifest.usable] == [1]
 
 
 def test_scenes_without_the_library_say_how_to_get_it(dataset, monkeypatch):

@@ -132,11 +132,12 @@ def test_loss_scale_halves_on_overflow_and_grows_after_good_steps():
 
 
 def test_ema_follows_with_warm_up():
-    weight = {"w": torch.zeros(3)}
-    ema = Ema(weight, decay=0.9)
-    weight["w"].fill_(1.0)
-    ema.update(weight, step=1)
-    assert torch.allclose(ema.averages["w"], torch.full((3,), 1 - 2 / 11))
+    net = torch.nn.Linear(3, 1, bias=False)
+    torch.nn.init.zeros_(net.weight)
+    ema = Ema(make(net), decay=0.9)
+    torch.nn.init.ones_(net.weight)
+    ema.update(step=1)
+    assert torch.allclose(ema.averages["weight"], torch.full((1, 3), 1 - 2 / 11))
     for step in range(2, 200):
-        ema.update(weight, step=step)
-    assert torch.allclose(ema.averages["w"], torch.ones(3), atol=1e-6)
+        ema.update(step=step)
+    assert torch.allclose(ema.averages["weight"], torch.ones(1, 3), atol=1e-6)

@@ -1,0 +1,284 @@
+"""The processes of a run: who holds which weights, which clips and which rows of the token stream.
+
+`size = data ranks * sequence ranks`; neighbours share a sequence. Data ranks take different clips; the ranks of a
+sequence take the same clips and different tokens (`sequence_parallel`). Weights are kept by torch's FSDP2 over all of
+them, on a grid (replicas, shards): every replica is a whole model, divided among its shards.
+
+| `zero` | weights | gradients | optimizer | communication of a step with n forward passes |
+|---|---|---|---|---|
+| 0 | whole | whole | whole | gradients averaged once |
+| 1 | gathered for each forward pass and its backward | whole until the step | divided | n gathers, 1 reduction |
+| 2 | as 1 | divided after each backward pass | divided | n gathers, n reductions |
+| 3 | gathered block by block, forward and backward | divided | divided | 2n gathers, n reductions |
+
+Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., FSDP (arXiv 2304.11277).
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from cogvideox_factory.errors import FactoryError, PeerError
+from cogvideox_factory.torch_engine.sequence_parallel import SequenceGroup, ulysses_degree
+from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
+
+ZERO_STAGES = (0, 1, 2, 3)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How `size` processes divide the work; numbers only, checked when made.
+
+    Raises:
+        FactoryError: numbers that do not go together, with those that would.
+    """
+
+    size: int = 1
+    sequence: int = 1
+    """Ranks that divide each token stream."""
+    ring: int | None = None
+    """Of those, the ranks along which keys and values travel; None: as few as the heads ask for."""
+    zero: int = 0
+    replicas: int = 1
+    """Whole copies of the model (hybrid sharding); with `zero` 0 every rank has one."""
+
+    def __post_init__(self) -> None:
+        if self.zero not in ZERO_STAGES:
+            raise FactoryError(f"parallel.zero={self.zero}: there are stages 0, 1, 2 and 3.")
+        if self.sequence < 1 or self.size % self.sequence:
+            fitting = [n for n in range(1, self.size + 1) if self.size % n == 0]
+            raise FactoryError(
+                f"parallel.sequence={self.sequence} does not divide the {self.size} processes. Use one of {fitting}."
+            )
+        if self.replicas < 1 or self.size % self.replicas or (self.zero == 0 and self.replicas not in (1, self.size)):
+            raise FactoryError(
+                f"parallel.replicas={self.replicas} with {self.size} processes and parallel.zero={self.zero}: copies "
+                "must divide the processes equally (and with zero 0 every process has its own)."
+            )
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Ranks, or sequence groups, that take clips of their own."""
+        return self.size // self.sequence
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(replicas, shards of each)."""
+        return (self.size, 1) if self.zero == 0 else (self.replicas, self.size // self.replicas)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Ranks:
+    """This process among those of its run; with one process there is nothing to talk about and no group."""
+
+    layout: Layout
+    rank: int = 0
+    mesh: DeviceMesh | None = None
+    """Of the weights, (replicas, shards)."""
+    sequence: SequenceGroup | None = None
+    talk: dist.ProcessGroup | None = None
+    """For what is said on the host, beside the devices' traffic."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that speaks and writes."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a batch this process takes, of `layout.num_data_ranks`."""
+        return self.rank // self.layout.sequence
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Return the mean of `x` over all processes."""
+        if self.mesh is None:
+            return x
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / self.layout.size
+
+    def agree(self, value: str | None) -> str | None:
+        """Return the value of the first process that has one; each calls this at the same point."""
+        if self.mesh is None:
+            return value
+        values: list[str | None] = [None] * self.layout.size
+        dist.all_gather_object(values, value, group=self.talk)
+        return next((v for v in values if v is not None), None)
+
+    def from_lead(self, function: Callable[[], T]) -> T:
+        """Return what `function()` returns in the leading process, in all.
+
+        Raises:
+            FactoryError: what it raises there; in the others `PeerError`.
+        """
+        if self.mesh is None:
+            return function()
+        box: list[Any] = [None, None]
+        error = None
+        if self.leads:
+            try:
+                box[0] = function()
+            except FactoryError as raised:
+                error, box[1] = raised, str(raised)
+        dist.broadcast_object_list(box, src=0, group=self.talk)
+        if error is not None:
+            raise error
+        if box[1] is not None:
+            raise PeerError(f"process 0 stopped: {box[1]}")
+        return box[0]
+
+
+def num_processes() -> int:
+    """Return how many processes the launcher (torchrun) started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined(layout: Layout, *, num_heads: int, device: torch.device, timeout_seconds: float = 1800) -> Iterator[Ranks]:
+    """Join the other processes for the duration.
+
+    Args:
+        layout: of the run, the same in every process.
+        num_heads: of the model, which Ulysses divides.
+        device: of this process.
+        timeout_seconds: after which a collective that a rank did not come to is an error.
+    """
+    if layout.size == 1:
+        yield Ranks(layout=layout)
+        return
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group(timeout=timedelta(seconds=timeout_seconds), device_id=_indexed(device))
+    try:
+        yield make_ranks(layout, num_heads=num_heads, device_type=device.type)
+    finally:
+        if mine:
+            dist.destroy_process_group()
+
+
+def _indexed(device: torch.device) -> torch.device | None:
+    return device if device.index is not None else None
+
+
+def make_ranks(layout: Layout, *, num_heads: int, device_type: str) -> Ranks:
+    """Return this process' place; the process group must exist, and every process must call this alike."""
+    assert layout.size == dist.get_world_size(), layout
+    mesh = init_device_mesh(device_type, layout.grid, mesh_dim_names=("replicas", "shards"))
+    return Ranks(
+        layout=layout, rank=dist.get_rank(), mesh=mesh, talk=_new_group(range(layout.size), backend="gloo"),
+        sequence=_sequence_group(layout, num_heads) if layout.sequence > 1 else None,
+    )  # fmt: skip
+
+
+def _sequence_group(layout: Layout, num_heads: int) -> SequenceGroup:
+    """Make the groups of all sequences, as every process must, and return this one's."""
+    size, own = layout.sequence, dist.get_rank()
+    ulysses = ulysses_degree(size, num_heads, layout.ring)
+    found: dict[str, dist.ProcessGroup] = {}
+    for first in range(0, layout.size, size):
+        members = list(range(first, first + size))
+        parts = {"group": [members]}
+        parts["ulysses"] = [members[i : i + ulysses] for i in range(0, size, ulysses)]
+        parts["ring"] = [members[i::ulysses] for i in range(ulysses)]
+        for kind, groups in parts.items():
+            for ranks in groups:
+                group = _new_group(ranks)
+                if own in ranks:
+                    found[kind] = group
+    return SequenceGroup(rank=own % size, **found)
+
+
+def _new_group(ranks: Iterable[int], backend: str | None = None) -> dist.ProcessGroup:
+    """Make a group of processes; those outside get a placeholder."""
+    return cast(dist.ProcessGroup, dist.new_group(list(ranks), backend=backend))
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def distribute(transformer: CogVideoXTransformer, ranks: Ranks, *, dtype: torch.dtype) -> None:
+    """Divide the weights of a loaded (and LoRA-ed) `transformer`, which then computes in `dtype`.
+
+    Gradients come back in float32, averaged over all ranks. Every block is a unit of its own; the modulation, which
+    has a fifth of a model's weights, is another.
+    """
+    transformer.sequence = ranks.sequence
+    if ranks.mesh is None:
+        return
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32), cast_forward_inputs=False
+    )
+    drops = ranks.layout.zero == 3
+    blocks = list(transformer.transformer_blocks)
+    for unit in [transformer.modulation, *blocks]:
+        # The last block's backward comes right after its forward: dropping its weights would be for nothing.
+        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=drops and unit is not blocks[-1])
+    fully_shard(transformer, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def reduce_gradients(transformer: nn.Module, layout: Layout, *, last: bool) -> None:
+    """Say before a backward pass whether it is the `last` of a step: stages 0 and 1 reduce only then."""
+    if isinstance(transformer, FSDPModule):
+        transformer.set_requires_gradient_sync(last or layout.zero >= 2)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of `tensor` that this process holds, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of `tensor`; every process must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(part: Tensor, tensor: Tensor) -> Tensor:
+    """Return `part`, which goes with `local(tensor)`, as a tensor divided as `tensor` is."""
+    if not isinstance(tensor, DTensor) or part.shape != local(tensor).shape:
+        return part
+    return DTensor.from_local(
+        part, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride(), run_check=False
+    )
+
+
+def write_rows(target: Tensor, start: int, stop: int, values: Tensor) -> None:
+    """Copy `values` into rows `start` to `stop` of `target`, as far as this process holds them."""
+    offset, held = _rows_held(target)
+    first, last = max(start, offset), min(stop, offset + held)
+    if first < last:
+        values = values.reshape(stop - start, *target.shape[1:])
+        local(target)[first - offset : last - offset].copy_(values[first - start : last - start])
+
+
+def _rows_held(tensor: Tensor) -> tuple[int, int]:
+    """Return the first row of `tensor` that this process holds, and how many."""
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.shape[0]
+    mesh, (placement,) = tensor.device_mesh, [p for p in tensor.placements if isinstance(p, Shard)]
+    assert placement.dim == 0, tensor.placements
+    axis = tensor.placements.index(placement)
+    chunk = math.ceil(tensor.shape[0] / mesh.size(axis))
+    return min(chunk * mesh.get_local_rank(axis), tensor.shape[0]), local(tensor).shape[0]
+
+
+def total_norm(grads: Iterable[Tensor], ranks: Ranks) -> Tensor:
+    """Return the norm of all gradients as one vector, from the parts that each process holds (a device scalar)."""
+    norm = torch.nn.utils.get_total_norm(list(grads))
+    if ranks.mesh is None:
+        return norm
+    square = norm.square()
+    dist.all_reduce(square, group=ranks.mesh.get_group("shards"))
+    return square.sqrt()

@@ -1,0 +1,53 @@
+"""`python -m tests.faults --tier quick|full [--only F1 F9] [--json FILE] [--markdown FILE]`.
+
+Ends in 0 when every trial passed, else 1. The last line is one a program can read. `--replay F9:NAME` runs the family
+with the same seed and tier and prints that trial alone, with all that its child said.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: its threads and forks do not go together
+
+from tests.faults.families import FAMILIES, SEED, Result, run_family
+from tests.faults.report import figures, to_json, to_markdown
+
+
+def main() -> int:
+    """Run the families and write what was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--tier", choices=("quick", "full"), default="quick")
+    parser.add_argument("--only", nargs="+", default=[], metavar="FAMILY", choices=[f.id for f in FAMILIES])
+    parser.add_argument("--seed", type=int, default=SEED, help="of all that is drawn")
+    parser.add_argument("--replay", metavar="FAMILY:NAME", help="a failed trial, as the report names it")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    asked = parser.parse_args()
+    family, _, name = (asked.replay or "").partition(":")
+    chosen = [f for f in FAMILIES if f.id == family or (not family and (not asked.only or f.id in asked.only))]
+    results: list[Result] = []
+    for family in chosen:
+        results.append(run_family(family, getattr(family, asked.tier), seed=asked.seed))
+        _say(results[-1], name)
+    if asked.json:
+        asked.json.write_text(json.dumps(to_json(results, tier=asked.tier, seed=asked.seed), indent=1) + "\n")
+    if asked.markdown:
+        asked.markdown.write_text(to_markdown(results, tier=asked.tier, seed=asked.seed))
+    told = figures(results)
+    print("faults " + json.dumps(told))
+    return 0 if told["tried"] == told["passed"] else 1
+
+
+def _say(result: Result, name: str) -> None:
+    passed = sum(trial.passed for trial in result.trials)
+    print(f"{result.family.id:<4} {passed} of {len(result.trials)} passed, {result.seconds:.1f} s", flush=True)
+    for trial in result.trials:
+        if trial.name == name or (not name and not trial.passed):
+            print(f"  {trial.family}:{trial.name}: {trial.verdict.value} {trial.layer}\n    {trial.detail}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
