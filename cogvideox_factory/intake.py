@@ -16,6 +16,7 @@ from cogvideox_factory.data.mixture import Part, count_sets, read_parts
 from cogvideox_factory.data.rows import IMAGE_COLUMN
 from cogvideox_factory.data.survey import count_buckets, find_buckets, survey
 from cogvideox_factory.data.timing import ClipSpec
+from cogvideox_factory.data.windows import Windows
 from cogvideox_factory.errors import DataError, FactoryError, UnfitError
 from cogvideox_factory.metrics import progress_bar, say
 from cogvideox_factory.models import TransformerConfig
@@ -88,8 +89,14 @@ def clip_spec(config: Config, shape: ClipShape) -> ClipSpec:
     """Return what the data ground needs to know of the shape and the policies."""
     return ClipSpec(
         num_frames=shape.num_frames, height=shape.height, width=shape.width, fps=shape.fps,
-        fps_policy=config.data.fps_policy, short_policy=config.data.short_clips, crop=config.data.crop,
+        fps_policy=config.data.fps_policy, short_policy=config.data.short_clips,
+        max_slowdown=config.data.max_slowdown, crop=config.data.crop,
     )  # fmt: skip
+
+
+def windows_of(config: Config) -> Windows:
+    """Return what sources are cut into."""
+    return Windows(policy=config.data.windows, most=config.data.max_windows, stride=config.data.window_stride)
 
 
 def checked_manifest(
@@ -104,11 +111,12 @@ def checked_manifest(
     data = config.data
     parts = [Part.choose(**values) for values in config.data_sets]
     rows = read_parts(parts, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
+    windows = windows_of(config)
     buckets = find_buckets(
-        data.buckets, rows.usable, spec, max_buckets=data.max_buckets, seed=config.run.seed, memo=memo
+        data.buckets, rows.usable, spec, windows=windows, max_buckets=data.max_buckets, seed=config.run.seed, memo=memo
     )
     with progress_bar("reading clips", len(rows.usable)) as advance:
-        manifest = survey(rows, spec, buckets=buckets, memo=memo, on_clip=lambda clip: advance())
+        manifest = survey(rows, spec, windows=windows, buckets=buckets, memo=memo, on_clip=lambda clip: advance())
     for line in manifest.report():
         say(line)
     for count in count_sets(manifest.clips, parts):
@@ -141,6 +149,7 @@ def cache_settings(
         video=VideoSettings.from_spec(
             spec, vae=hash_model(folder / "vae"), dtype=dtype, tiling=config.data.vae_tiling,
             image_variants=variants, seed=config.run.seed, buckets=bucket_rule(config, spec),
+            windows=str(windows_of(config)),
         ),
         text=TextSettings(
             text_encoder=hash_model(folder / "text_encoder"), tokenizer=hash_model(folder / "tokenizer"),
@@ -174,3 +183,5 @@ def say_counts(manifest: Manifest) -> None:
     """Print how many clips ended in which state."""
     counts = ", ".join(f"{count} {state}" for state, count in manifest.counts().items())
     say(f"{len(manifest.clips)} clips: {counts}")
+    for line in manifest.about_windows():
+        say(f"  {line}")

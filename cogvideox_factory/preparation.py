@@ -93,7 +93,7 @@ class Work:
         return replace(
             self,
             captions=[text for text in self.captions if shard.takes(text_hash(text))],
-            clips=[clip for clip in self.clips if shard.takes(clip.content or "0")],
+            clips=[clip for clip in self.clips if shard.takes(text_hash(clip.footage))],
             images=[clip for clip in self.images if shard.takes(clip.image_content or "0")],
         )
 
@@ -116,7 +116,7 @@ class Engine(Protocol):
         ...
 
     def encode(self, work: Work) -> dict[str, ClipError]:
-        """Write the entries of `work`; return what went wrong: by the content of a clip that could not be encoded, by
+        """Write the entries of `work`; return what went wrong: by the footage of a clip that could not be encoded, by
         the entry (`Cache.image_file`) of an image of its own."""
         ...
 
@@ -203,7 +203,7 @@ def choose_dtype(config: Config, transformer: TransformerConfig, engine: Callabl
 
 
 def _with_failure(clip: Clip, failed: dict[str, ClipError], cache: Cache) -> Clip:
-    error = failed.get(clip.content or "")
+    error = failed.get(clip.footage)
     if clip.image_content and not error:
         error = failed.get(cache.image_file(clip))
     return clip.rejected(error) if error else clip

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cogvideox_factory import preparation
 from cogvideox_factory.data import memo as memo_module
-from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.export import export_to_video, write_png
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.preparation import Shard
@@ -66,8 +66,22 @@ class ZeroEngine:
         for clip in work.clips:
             if clip.name not in self.breaks:
                 zeros = np.zeros((3, 16, 8, 8))
-                work.cache.write_clip(clip, mean=zeros, logvar=zeros)
-        return {c.content: ClipError("video.corrupt", "broken") for c in work.clips if c.name in self.breaks}
+                first = {} if clip.image_content else self.image(work)
+                work.cache.write_clip(clip, mean=zeros, logvar=zeros, **first)
+        for clip in work.images:
+            if clip.image_name not in self.breaks:
+                work.cache.write_image(clip, **self.image(work))
+        return {c.footage: ClipError("video.corrupt", "broken") for c in work.clips if c.name in self.breaks} | {
+            work.cache.image_file(c): ClipError("image.unreadable", "broken")
+            for c in work.images
+            if c.image_name in self.breaks
+        }
+
+    @staticmethod
+    def image(work):
+        variants = work.cache.settings.video.image_variants
+        zeros = np.zeros((variants, 16, 8, 8))
+        return {"image_mean": zeros, "image_logvar": zeros, "image_sigmas": [0.0] * variants} if variants else {}
 
     @property
     def made(self):
@@ -205,6 +219,47 @@ def test_a_plain_run_ends_what_a_shard_left(clips, model, tmp_path):
     engine = ZeroEngine()
     assert len(preparation.run(config, engine).clips) == NUM_CLIPS
     assert 0 < engine.made[0][0] < NUM_CLIPS
+
+
+@pytest.fixture
+def mixed(tmp_path, monkeypatch):
+    """Settings of two sets: two videos of two windows each that start from one image, and a short clip without."""
+    monkeypatch.setattr(memo_module, "_FRESH_NS", -1)
+    for index, num_frames in enumerate((20, 20, 9)):
+        folder = tmp_path / ("short" if num_frames == 9 else "long")
+        frames = render(random_scene(1, index), num_frames=num_frames, height=64, width=64, fps=8)
+        export_to_video(frames, folder / f"{index}.mp4", fps=8)
+    write_png(tmp_path / "long/start.png", np.full((64, 64, 3), 99, np.uint8))
+    (tmp_path / "long/clips.csv").write_text("video,caption,image\n0.mp4,one,start.png\n1.mp4,two,start.png\n")
+    (tmp_path / "short/2.txt").write_text("three")
+    sets = [{"root": str(tmp_path / "long"), "table": "clips.csv"}, {"root": str(tmp_path / "short"), "weight": 2.0}]
+    return {
+        "task": "i2v", "model": {"path": "tiny-i2v"}, "cache": {"dir": str(tmp_path / "cache")},
+        "data": {"sets": sets, "windows": "all", "fps": 8.0, "max_bad": 0.5}, "run": {"device": "cpu"},
+    }  # fmt: skip
+
+
+def test_sets_windows_and_own_images_are_shared_out_and_known_to_be_there(mixed, tmp_path):
+    config, engine = check(mixed, source="test"), ZeroEngine()
+    results = [preparation.run(config, engine, shard=Shard(number=number, count=3)) for number in (1, 2, 3)]
+    index = next(result for result in results if result)
+    assert sum(len(work.clips) for work in engine.works) == len(index.clips) == 5
+    assert sum(len(work.images) for work in engine.works) == 1
+    assert [clip.set for clip in index.clips] == ["long"] * 4 + ["short"]
+    assert len({clip.image_file for clip in index.clips if clip.image_file}) == 1
+    assert [bool(clip.image_file) for clip in index.clips] == [True, False, True, False, False]
+    preparation.run(config, never)
+    before = tree(tmp_path / "cache")
+    assert preparation.run(config, never).rows == index.rows
+    assert tree(tmp_path / "cache") == before
+    write_png(tmp_path / "long/start.png", np.full((64, 64, 3), 7, np.uint8))
+    preparation.run(config, engine)
+    assert (len(engine.works[-1].clips), len(engine.works[-1].images)) == (0, 1)
+
+
+def test_an_image_that_cannot_be_encoded_takes_every_clip_that_starts_from_it(mixed):
+    index = preparation.run(check(mixed, source="test"), ZeroEngine(breaks={"start.png"}))
+    assert [row["reason"] for row in index.rows] == ["image.unreadable", None, "image.unreadable", None, None]
 
 
 RERUN = """

@@ -1,7 +1,7 @@
 """The cache that `prepare` writes and `train` reads.
 
     CACHE/cache.json                     what made it, the checksum of the list, and its own
-    CACHE/clips.jsonl                    one row a clip of the input, lost ones included
+    CACHE/clips.jsonl                    one row a clip (a row of the input, or each of its windows), lost ones included
     CACHE/clips/ab/abcdef….safetensors   moments of a clip, unscaled and unsampled: mean, logvar
                                          [F, C, h, w]; of its first frame, clean then noised:
                                          image_mean, image_logvar [K, C, h, w]; all bf16
@@ -33,7 +33,6 @@ from cogvideox_factory.data.fingerprint import CacheSettings, entry_key, fingerp
 from cogvideox_factory.data.manifest import Clip, Manifest
 from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.reasons import PENDING
-from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.publish import publish_text
 
@@ -56,13 +55,13 @@ class Cache:
         self.folder = Path(folder)
         self.settings = settings
         self._text = fingerprint(settings.text)
-        self._video: dict[tuple[str, ClipSpec | None], str] = {}
+        self._video: dict[tuple[str, Bucket | None], str] = {}
         self._headers: dict[str, tuple[Stamp, Header]] = {}
 
     def clip_file(self, clip: Clip) -> str:
         """Return the entry of a surveyed clip, relative to the folder; its caption does not matter."""
         assert clip.content is not None, f"{clip.name} has not been surveyed"
-        return _entry_file("clips", entry_key(self._made_with(clip), clip.content))
+        return _entry_file("clips", entry_key(self._made_with(clip), clip.footage))
 
     def image_file(self, clip: Clip) -> str:
         """Return the entry of a surveyed clip's own image; where crops are drawn, the clip decides the place."""
@@ -76,12 +75,12 @@ class Cache:
 
     def _fingerprint(self, part: str, clip: Clip) -> str:
         """Return the fingerprint of what makes a clip, one without its own image, or that image: one a shape."""
-        spec = clip.spec if self.settings.video.buckets else None
-        if (part, spec) not in self._video:
-            video = self.settings.video
+        video, spec = self.settings.video, clip.spec
+        shape = Bucket(spec.num_frames, spec.height, spec.width) if spec and video.buckets else None
+        if (part, shape) not in self._video:
             made = video.of_image(spec) if part == "image" else video.of(spec)
-            self._video[part, spec] = fingerprint(made.without_images() if part == "image apart" else made)
-        return self._video[part, spec]
+            self._video[part, shape] = fingerprint(made.without_images() if part == "image apart" else made)
+        return self._video[part, shape]
 
     def caption_file(self, caption: str) -> str:
         """Return the entry of a caption, relative to the folder."""
@@ -144,6 +143,7 @@ class Cache:
         image_mean: np.ndarray | None = None,
         image_logvar: np.ndarray | None = None,
         image_sigmas: Sequence[float] = (),
+        crop: Mapping[str, int] | None = None,
     ) -> None:
         """Write the moments of a clip.
 
@@ -154,6 +154,7 @@ class Cache:
             image_mean: [K, C, h, w] of the first frame for image-to-video: index 0 clean, the others noised.
             image_logvar: like `image_mean`.
             image_sigmas: noise of each of the K, 0 first.
+            crop: where the pixels were cut from (`Fit.to_json`), for the record.
 
         Raises:
             UnfitError: NaN or infinity in them.
@@ -170,9 +171,11 @@ class Cache:
             assert len(image_sigmas) == variants, image_sigmas
             assert image_sigmas[0] == 0, image_sigmas
             arrays |= {"image_mean": image_mean, "image_logvar": image_logvar}
-        metadata = {"content": clip.content, "layout": "FCHW, unscaled moments"}
+        metadata = {"content": clip.footage, "layout": "FCHW, unscaled moments"}
         if variants:
             metadata["image_sigmas"] = json.dumps([float(sigma) for sigma in image_sigmas])
+        if crop:
+            metadata["crop"] = json.dumps(dict(crop))
         self._write(self.clip_file(clip), arrays, metadata | {"fingerprint": self._made_with(clip)}, clip.name)
 
     def write_image(
@@ -235,6 +238,7 @@ class Cache:
             described = self.settings.to_json() | {
                 "total": len(rows),
                 "counts": manifest.counts(),
+                "rows": {"total": len(manifest.rows), "counts": manifest.row_counts()},
                 "source": dict(source or {}),
                 "empty_caption": {"file": empty, "checksum": self._read_header(empty).checksum},
                 "clips": {"file": "clips.jsonl", "sha256": text_hash(text)},
@@ -261,6 +265,8 @@ class Cache:
             files["image"] = self.image_file(clip)
         headers = {part: self._read_header(file) for part, file in files.items()}
         video = self.settings.video.of(clip.spec)
+        if crop := headers["clip"].metadata.get("crop"):
+            row["crop"] = json.loads(crop)
         return row | {
             "bucket": Bucket(video.num_frames, video.height, video.width).key,
             **{
@@ -473,7 +479,7 @@ def _cached(folder: Path, row: dict[str, Any]) -> CachedClip:
 
 def _image_content(clip: Clip, settings: CacheSettings) -> str:
     assert clip.image_content is not None, f"{clip.name} has no image of its own"
-    return text_hash(f"{clip.image_content} {clip.content if settings.video.crop == 'random' else ''}")
+    return text_hash(f"{clip.image_content} {clip.footage if settings.video.crop == 'random' else ''}")
 
 
 def _entry_file(kind: str, key: str) -> str:

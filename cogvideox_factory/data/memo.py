@@ -21,7 +21,7 @@ from cogvideox_factory.data.manifest import Clip
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.publish import publish_text
 
-FORMAT = 2
+FORMAT = 3
 _FRESH_NS = 2_000_000_000
 _SEAL = 16
 """Hexadecimal digits in front of a line."""
@@ -40,24 +40,23 @@ class Memo:
         self._known: dict[str, dict[str, Any]] = _read(file)
         self._fresh: dict[str, dict[str, Any]] = {}
 
-    def ask(self, clip: Clip, question: Any, look: Callable[[Clip], Clip]) -> Clip:
-        """Return what `look` says of `clip`, from memory if its file is as it was.
+    def ask(self, clip: Clip, question: Any, look: Callable[[Clip], list[Clip]]) -> list[Clip]:
+        """Return the clips that `look` makes of `clip`, from memory if its file is as it was.
 
         Args:
             clip: with a path.
             question: all that the answer depends on besides the file; anything JSON can hold.
-            look: adds state, content and facts to a clip.
+            look: adds state, content and facts to a clip, or to each of its windows.
         """
         assert clip.path is not None
-        looked = clip
+        looked: list[Clip] = []
 
         def find() -> dict[str, Any]:
-            nonlocal looked
-            looked = look(clip)
-            return _row(clip, looked)
+            looked.extend(look(clip))
+            return {"clips": [_found(clip, one) for one in looked]}
 
         row, found_now = self._answer(clip.path, question, find)
-        return looked if found_now else _recalled(clip, row)
+        return looked if found_now else [_recalled(clip, row["stamp"], answer) for answer in row["clips"]]
 
     def sha256(self, path: Path) -> str:
         """Return the SHA-256 of a file, from memory if it is as it was.
@@ -118,14 +117,14 @@ def _stamp(path: str) -> list[int] | None:
     return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _row(clip: Clip, looked: Clip) -> dict[str, Any]:
+def _found(clip: Clip, looked: Clip) -> dict[str, Any]:
     facts = {name: value for name, value in looked.facts.items() if name not in clip.facts}
     spec = asdict(looked.spec) if looked.spec else None
     return {name: getattr(looked, name) for name in _KEPT} | {"facts": facts, "spec": spec}
 
 
-def _recalled(clip: Clip, row: dict[str, Any]) -> Clip:
+def _recalled(clip: Clip, stamp: list[int], answer: dict[str, Any]) -> Clip:
     return replace(
-        clip, **{name: row[name] for name in _KEPT}, stamp=(row["stamp"][1], row["stamp"][2]),
-        facts={**clip.facts, **row["facts"]}, spec=ClipSpec(**row["spec"]) if row["spec"] else None,
+        clip, **{name: answer[name] for name in _KEPT}, stamp=(stamp[1], stamp[2]),
+        facts={**clip.facts, **answer["facts"]}, spec=ClipSpec(**answer["spec"]) if answer["spec"] else None,
     )  # fmt: skip

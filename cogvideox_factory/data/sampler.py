@@ -26,6 +26,7 @@ from fractions import Fraction
 from math import ceil, floor
 from typing import NamedTuple
 
+from cogvideox_factory.data.manifest import without_window
 from cogvideox_factory.draws import generator
 from cogvideox_factory.errors import DataError, FactoryError
 
@@ -290,10 +291,18 @@ def _last(holds: Callable[[int], bool], high: int) -> int:
 def hold_out(clip_ids: Iterable[str], count: int) -> tuple[list[str], list[str]]:
     """Split clips into (train, held out), choosing by hash so that adding clips moves few of the others.
 
+    The other windows of a video that is held out are in neither: they would give away what is held out.
+
     Raises:
         DataError: nothing would be left to train on.
     """
-    ranked = sorted(clip_ids, key=lambda clip_id: hashlib.sha256(f"hold out {clip_id}".encode()).digest())
-    if count >= len(ranked):
+
+    def rank(clip_id: str) -> tuple[bytes, str]:
+        return hashlib.sha256(f"hold out {without_window(clip_id)}".encode()).digest(), clip_id
+
+    ranked = sorted(clip_ids, key=rank)
+    videos = {without_window(clip_id) for clip_id in ranked[:count]}
+    train = [clip_id for clip_id in ranked if without_window(clip_id) not in videos]
+    if not train:
         raise DataError(f"{count} clips to hold out of {len(ranked)} leave none to train on. Hold out fewer.")
-    return sorted(ranked[count:]), sorted(ranked[:count])
+    return sorted(train), sorted(ranked[:count])

@@ -5,7 +5,7 @@ threads decode the clips to come (and draw their noise), pinned memory is copied
 threads bring back and write what it made. The model's thread waits for none of the others as long as they keep up.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -130,10 +130,20 @@ class _Pixels(NamedTuple):
     """[K] of the first frame, where its moments belong to the entry."""
     noise: Tensor | None
     """[K, H, W, 3]."""
+    crop: Mapping[str, int]
+    """Where a clip's pixels were cut from."""
 
 
-Made = dict[str, Tensor] | ClipError | None
-"""Moments on the device, what went wrong, or nothing to do."""
+class _Moments(NamedTuple):
+    """What becomes an entry."""
+
+    tensors: dict[str, Tensor]
+    """On the device."""
+    crop: Mapping[str, int]
+
+
+Made = _Moments | ClipError | None
+"""What becomes an entry, what went wrong, or nothing to do."""
 
 
 def _encode_clips(work: preparation.Work, device: torch.device) -> dict[str, ClipError]:
@@ -155,7 +165,7 @@ def _encode_clips(work: preparation.Work, device: torch.device) -> dict[str, Cli
         written = ordered_map(lambda made: _write(work, *made), encoded(), num_workers=_WRITERS)
         for job, error in zip(jobs, written, strict=True):
             if error:
-                failed[work.cache.image_file(job.clip) if job.is_image else job.clip.content or ""] = error
+                failed[work.cache.image_file(job.clip) if job.is_image else job.clip.footage] = error
                 lines[job.clip.id] = f"{job.clip.place} {job.clip.name}: {error}"
             advance()
     for line in lines.values():
@@ -167,28 +177,29 @@ def _decode(work: preparation.Work, job: _Job) -> _Pixels | ClipError | None:
     """Read a clip or its image and draw the noise of its first frame; None if another process has encoded it since."""
     clip = job.clip
     assert clip.path is not None
-    assert clip.content is not None
     assert clip.spec is not None
     if work.cache.has_image(clip) if job.is_image else work.cache.has_clip(clip):
         return None
-    rng = draws.generator(work.seed, "crop", clip.content)
+    rng = draws.generator(work.seed, "crop", clip.footage)
+    crop: Mapping[str, int] = {}
     try:
         if job.is_image:
             pixels = read_condition(clip, rng)[None]
         else:
-            pixels = read_clip(clip.path, clip.spec, rng=rng, stamp=clip.stamp).pixels
+            decoded = read_clip(clip.path, clip.spec, rng=rng, stamp=clip.stamp)
+            pixels, crop = decoded.pixels, decoded.fit.to_json()
     except ClipError as error:
         return error
     sigma = noise = None
     count = work.cache.settings.video.image_variants
     if count and (job.is_image or not clip.image_content):
-        content = clip.image_content if job.is_image else clip.content
-        drawn = image_variants(content or "", count, pixels[0].shape, seed=work.seed)
+        content = clip.image_content or "" if job.is_image else clip.footage
+        drawn = image_variants(content, count, pixels[0].shape, seed=work.seed)
         sigma, noise = (pin(to_tensor(array)) for array in drawn)
-    return _Pixels(pin(to_tensor(pixels)), sigma, noise)
+    return _Pixels(pin(to_tensor(pixels)), sigma, noise, crop)
 
 
-def _moments(pixels: _Pixels, encoder: Encoder, device: torch.device, job: _Job) -> dict[str, Tensor]:
+def _moments(pixels: _Pixels, encoder: Encoder, device: torch.device, job: _Job) -> _Moments:
     """Return what the VAE makes of a clip or an image, on the device and perhaps still in the making there."""
     frames = pixels.frames.to(device, non_blocking=True)
     made: dict[str, Tensor] = {}
@@ -201,18 +212,20 @@ def _moments(pixels: _Pixels, encoder: Encoder, device: torch.device, job: _Job)
         made["image_mean"] = torch.cat([mean[0, :1] for mean, _ in images])
         made["image_logvar"] = torch.cat([logvar[0, :1] for _, logvar in images])
         made["image_sigmas"] = pixels.sigma
-    return made
+    return _Moments(made, pixels.crop)
 
 
 def _write(work: preparation.Work, job: _Job, made: Made) -> ClipError | None:
     """Bring moments back from the device and write them."""
-    if not isinstance(made, dict):
+    if not isinstance(made, _Moments):
         return made
-    arrays = {name: to_array(tensor) for name, tensor in made.items()}
+    arrays = {name: to_array(tensor) for name, tensor in made.tensors.items()}
     sigmas = cast(list[float], arrays.pop("image_sigmas").tolist()) if "image_sigmas" in arrays else []
-    write = work.cache.write_image if job.is_image else work.cache.write_clip
     try:
-        write(job.clip, **arrays, image_sigmas=sigmas)
+        if job.is_image:
+            work.cache.write_image(job.clip, **arrays, image_sigmas=sigmas)
+        else:
+            work.cache.write_clip(job.clip, **arrays, image_sigmas=sigmas, crop=made.crop)
     except UnfitError as error:
         return ClipError("latent.nonfinite", str(error))
     return None

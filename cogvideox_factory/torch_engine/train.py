@@ -148,6 +148,8 @@ def _train(
     train_ids, held_ids = sorted(source.buckets), []
     if config.validation.every:
         train_ids, held_ids = hold_out(train_ids, config.validation.num_clips)
+        if unseen := len(source.buckets) - len(train_ids) - len(held_ids):
+            say(f"{unseen} other windows of the {len(held_ids)} clips held out are not trained on either")
     sampler = Sampler(
         train_ids, batch_size={key: size * config.train.gradient_accumulation for key, size in sizes.items()},
         seed=config.run.seed, buckets=source.buckets, sets=source.sets, weights=weights,

@@ -126,7 +126,7 @@ def _clip_spec(config: Config) -> ClipSpec:
         raise FactoryError(f"vae.crop={crop} is larger than the clips ({height}x{width})")
     return ClipSpec(
         num_frames=num_frames, height=height, width=width, fps=fps, crop=data.crop, fps_policy=data.fps_policy,
-        short_policy=data.short_clips,
+        short_policy=data.short_clips, max_slowdown=data.max_slowdown,
     )  # fmt: skip
 
 
@@ -245,7 +245,7 @@ class _Clips:
             return self._memo[name]
         clip = self._clips[name]
         assert clip.path is not None
-        frames = read_clip(clip.path, self._spec, rng=draws.generator(0, "crop", clip.content or "")).pixels
+        frames = read_clip(clip.path, clip.spec or self._spec, rng=draws.generator(0, "crop", clip.footage)).pixels
         if frames.nbytes * (len(self._memo) + 1) <= _MEMO_BYTES:
             self._memo[name] = frames
         return frames
