@@ -348,7 +348,8 @@ class Run(_Section):
     device: str = "auto"
     """auto, cpu, cuda, npu, or cuda:1 and so on."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic of the model. auto: the published one on an accelerator, float32 on a CPU."""
+    """Arithmetic of the model. auto: the published one on an accelerator, float32 on a CPU; `prepare` goes on with what
+    a finished cache was made in."""
     deterministic: bool = True
     """Use only kernels that repeat bit for bit."""
 
