@@ -20,6 +20,7 @@ from cogvideox_factory.data.container import (
     DEFAULT_LIMITS,
     Limits,
     VideoInfo,
+    decoder,
     open_video,
     orientation,
     probe,
@@ -203,7 +204,8 @@ def _decode(info: VideoInfo, wanted: list[int], *, jump: bool) -> Iterator[tuple
         try:
             if jump and info.pts:
                 container.seek(info.pts[wanted[0]], stream=stream)
-            for count, frame in enumerate(container.decode(stream)):
+            decode = decoder(stream)
+            for count, frame in enumerate(frame for packet in container.demux(stream) for frame in decode(packet)):
                 if frame.is_corrupt:
                     raise ClipError("video.corrupt", f"{name}: frame {count + 1} is damaged")
                 size = size or (frame.width, frame.height)
