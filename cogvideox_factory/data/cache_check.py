@@ -25,8 +25,8 @@ import ml_dtypes
 import numpy as np
 
 from cogvideox_factory.data.cache import EMPTY_CAPTION, CacheIndex, belongs, read_index, text_hash
+from cogvideox_factory.data.clip import window_of
 from cogvideox_factory.data.entry import Header, read_entry
-from cogvideox_factory.data.manifest import window_of
 from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.diffusion.frames import SPATIAL_COMPRESSION, num_latent_frames
 from cogvideox_factory.errors import StorageError, UnfitError

@@ -26,7 +26,7 @@ from fractions import Fraction
 from math import ceil, floor
 from typing import NamedTuple
 
-from cogvideox_factory.data.manifest import without_window
+from cogvideox_factory.data.clip import without_window
 from cogvideox_factory.draws import generator
 from cogvideox_factory.errors import DataError, FactoryError
 

@@ -54,7 +54,7 @@ SIZES = st.tuples(st.integers(1, 30), st.sampled_from([4.0, 7.992, 8.0, 16.0, 30
 
 
 @given(SOURCES, SIZES)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_windows_are_whole_in_order_share_no_frame_and_leave_no_room(source, times, size):
     info, spec = source(*times), replace(SPEC, num_frames=size[0], fps=size[1])
     try:
@@ -98,15 +98,14 @@ def test_uniform_takes_some_of_all_from_both_ends(source, times, size, most):
 
 
 @given(SOURCES, SIZES, st.integers(1, 40))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_stride_is_the_way_between_starts(source, times, size, stride):
     info, spec = source(*times), replace(SPEC, num_frames=size[0], fps=size[1], short_policy="repeat_last")
     starts = [window.start for window in cut(info, spec, Windows(policy="all", stride=stride))]
     for before, after in pairwise(starts):
         wanted = info.times[before] + stride / spec.fps
-        assert after == max(before + 1, int(np.searchsorted(info.times, wanted - 1e-9))) or (
-            abs(info.times[after] - wanted) <= 1e-2
-        )
+        assert after == before + 1 or info.times[after - 1] < wanted
+        assert after == before + 1 or info.times[after] >= wanted - times[1] - 1e-9
 
 
 def test_windows_of_a_source_at_the_asked_rate(source):
