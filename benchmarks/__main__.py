@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.interleave import Ratio
 
-SUITES = ("transformer", "train", "denoise", "vae")
+SUITES = ("transformer", "train", "denoise", "vae", "prepare", "loader")
 README = Path(__file__).with_name("README.md")
 START, END = "<!-- table -->", "<!-- end of table -->"
 

@@ -43,10 +43,11 @@ def interleave(
     *,
     target: float | None = None,
     num_rounds: int = 7,
+    num_threads: int = 2,
     note: str = "",
 ) -> Ratio:
-    """Return the ratio of the two, after one unmeasured run of each."""
-    torch.set_num_threads(2)
+    """Return the ratio of the two, after one unmeasured run of each; torch computes with `num_threads`."""
+    torch.set_num_threads(num_threads)
     baseline()
     ours()
     ratios = []

@@ -105,10 +105,22 @@ class Data(_Section):
     """Frames per second the clips are resampled to. Default: the model's (8, or 16 for 1.5)."""
     fps_policy: Literal["resample", "stretch"] = "resample"
     """resample: keep the speed of the source. stretch: spread the frames over the whole clip."""
-    crop: Literal["center", "random", "stretch"] = "center"
-    """center/random: resize to cover, then crop. stretch: distort to the asked size."""
-    short_clips: Literal["reject", "repeat_last"] = "reject"
-    """What to do with a clip that has too few frames."""
+    crop: Literal["center", "random", "smart", "stretch"] = "center"
+    """center, random, smart: resize to cover, then crop; smart puts the crop where most moves and stands out, one place
+    a clip. stretch: distort to the asked size."""
+    short_clips: Literal["reject", "repeat_last", "slow"] = "reject"
+    """What to do with a clip that has too few frames. slow: play it slower, so that it just fills them."""
+    max_slowdown: Annotated[float, Field(ge=1, le=100)] = 2.0
+    """short_clips=slow: how many times slower a clip may become; a shorter one is rejected."""
+    windows: Literal["first", "uniform", "all", "scenes"] = "first"
+    """What is taken of a long video. first: its start. all: one window after another, each a clip of its own. uniform:
+    at most max_windows of those, spread over it. scenes: as all in each scene, never across a cut (needs the extra
+    `scenes`)."""
+    max_windows: Positive = 4
+    """windows=uniform: most clips that are made of one video."""
+    window_stride: Positive | None = None
+    """windows=all or scenes: frames at `fps` from one window's start to the next. Default: a window's length, so that
+    they do not overlap."""
     buckets: str | None = None
     """Train at more than one size and length: a bucket file (recipes/buckets/), or `auto` for the shapes the clips
     have. num_frames, height and width are then the largest that auto makes."""
@@ -336,7 +348,8 @@ class Run(_Section):
     device: str = "auto"
     """auto, cpu, cuda, npu, or cuda:1 and so on."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic of the model. auto: the published one on an accelerator, float32 on a CPU."""
+    """Arithmetic of the model. auto: the published one on an accelerator, float32 on a CPU; `prepare` goes on with what
+    a finished cache was made in."""
     deterministic: bool = True
     """Use only kernels that repeat bit for bit."""
 
@@ -390,6 +403,15 @@ class Config(_Section):
             problems.append(
                 f"vae.crop={self.vae.crop} is no multiple of 8; the nearest is {self.vae.crop // 8 * 8 or 8}"
             )
+        for name, value, fits in (
+            ("windows", self.data.windows, ("first",)),
+            ("short_clips", self.data.short_clips, ("reject", "repeat_last")),
+        ):
+            if self.data.fps_policy == "stretch" and value not in fits:
+                problems.append(
+                    f"data.{name}={value} counts in the source's time, which data.fps_policy=stretch gives up; use "
+                    f"data.{name}={' or '.join(fits)}, or data.fps_policy=resample"
+                )
         if self.cache.dir and self.data.flip_probability:
             problems.append(
                 "data.flip_probability has no effect on cached latents; set it to 0 or train without cache.dir"
@@ -467,6 +489,18 @@ _WITHOUT_EFFECT: tuple[tuple[Callable[[Config], bool], str, tuple[str, ...]], ..
     (lambda config: config.train.schedule != "cosine_with_restarts", "this schedule", ("train.num_cycles",)),
     (lambda config: config.train.schedule != "polynomial", "this schedule", ("train.power",)),
     (lambda config: config.data.buckets != "auto", "data.buckets other than auto", ("data.max_buckets",)),
+    (lambda config: config.data.windows != "uniform", "data.windows other than uniform", ("data.max_windows",)),
+    (
+        lambda config: config.data.windows not in ("all", "scenes"),
+        "data.windows other than all and scenes",
+        ("data.window_stride",),
+    ),
+    (lambda config: config.data.short_clips != "slow", "data.short_clips other than slow", ("data.max_slowdown",)),
+    (
+        lambda config: config.data.buckets is not None,
+        "data.buckets, which give a clip no more frames than it has",
+        ("data.short_clips",),
+    ),
     (
         lambda config: config.data.buckets not in (None, "auto"),
         "a bucket file, which says how many clips of each shape a step has",

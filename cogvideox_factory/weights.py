@@ -238,6 +238,22 @@ def resolve_model(
     return _from_hub(name, revision, tuple(subfolders))
 
 
+def resolve_transformer(path: str | Path) -> Path:
+    """Return the transformer folder of a transformer folder, a model folder, or a run folder.
+
+    Raises:
+        FactoryError: nothing there.
+    """
+    path = Path(path)
+    for candidate in (path, path / "transformer", path / "final/transformer"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise FactoryError(
+        f"{path}: no transformer there. Give a folder with config.json and safetensors files, "
+        "or the folder of a finished full fine-tuning run."
+    )
+
+
 def _from_hub(hub_id: str, revision: str | None, subfolders: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError

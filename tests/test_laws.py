@@ -11,16 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "cogvideox_factory"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FRAMEWORKS = {"torch", "mindspore", "transformers", "diffusers", "peft", "accelerate", "torchao"}
-ENTRIES = {
-    f"torch_engine/{name}.py"
-    for name in (
-        "prepare",
-        "import_prepared",
-        "start",
-        "train",
-        "train_vae",
-        "generate",
-    )
+ENTRIES = {"intake.py", "preparation.py"} | {
+    f"torch_engine/{name}.py" for name in ("prepare", "import_prepared", "start", "train", "train_vae", "generate")
 }
 
 
@@ -109,7 +101,10 @@ def test_no_drawer_for_everything():
     assert not [p for p in FILES if p.stem in ("utils", "common", "helpers", "misc")]
 
 
-@pytest.mark.parametrize("module", ["data", "diffusion", "models", "weights", "metrics", "recipe", "draws", "shapes"])
+@pytest.mark.parametrize(
+    "module",
+    ["data", "diffusion", "models", "weights", "metrics", "recipe", "draws", "shapes", "intake", "preparation"],
+)
 def test_the_ground_needs_no_framework(module):
     rooms = [f"cogvideox_factory.{module}"]
     if (PACKAGE / module).is_dir():

@@ -19,6 +19,7 @@ from cogvideox_factory.data.manifest import Manifest
 from cogvideox_factory.data.mixture import Part, SetCount, count_sets, read_parts
 from cogvideox_factory.data.survey import count_buckets, find_buckets, survey
 from cogvideox_factory.data.timing import ClipSpec
+from cogvideox_factory.data.windows import Windows
 from cogvideox_factory.errors import DataError, FactoryError
 from cogvideox_factory.metrics import console, progress_bar, say
 from cogvideox_factory.models import PUBLISHED, TransformerConfig
@@ -128,9 +129,12 @@ def examine(config: Config, *, quick: bool = False) -> Examination:
     spec = _clip_spec(config)
     skipped = []
     manifest = read_parts(parts, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
-    buckets = find_buckets(data.buckets, manifest.usable, spec, max_buckets=data.max_buckets, seed=config.run.seed)
+    windows = Windows(policy=data.windows, most=data.max_windows, stride=data.window_stride)
+    buckets = find_buckets(
+        data.buckets, manifest.usable, spec, windows=windows, max_buckets=data.max_buckets, seed=config.run.seed
+    )
     with progress_bar("reading clips", len(manifest.usable)) as advance:
-        manifest = survey(manifest, spec, buckets=buckets, on_clip=lambda clip: advance())
+        manifest = survey(manifest, spec, windows=windows, buckets=buckets, on_clip=lambda clip: advance())
     if buckets and (config.model.path or config.model.transformer_config):
         check_buckets(count_buckets(manifest.usable), _transformer_config(config))
     glimpses: Mapping[str, Glimpse] | None = None
@@ -165,8 +169,10 @@ def print_tables(found: Examination) -> None:
     counts.add_section()
     counts.add_row("total", str(len(manifest.clips)))
     console.print(counts)
+    for line in manifest.about_windows():
+        say(f"  {line}")
     if found.sets:
-        sets = Table("data set", "rows", "can be used", "weight", "places an epoch")
+        sets = Table("data set", "clips", "can be used", "weight", "places an epoch")
         for count in found.sets:
             sets.add_row(count.name, *(f"{v:g}" for v in (count.total, count.usable, count.weight, count.places)))
         console.print(sets)
@@ -188,7 +194,7 @@ def print_tables(found: Examination) -> None:
         say(f"  sizes: {', '.join(sizes)}{more}")
     for title, text in remarks(manifest, census):
         say(f"  {title}: {text}")
-    for line in manifest.report()[1:]:
+    for line in manifest.about_losses():
         say(line)
     for reason in found.skipped:
         say(f"  not looked at: {reason}")
@@ -196,8 +202,8 @@ def print_tables(found: Examination) -> None:
 
 def _page(found: Examination) -> str:
     manifest = found.manifest
-    rows = set(doctor_page.rows_to_show(manifest, found.census))
-    shown = [clip for clip in manifest.usable if clip.row in rows]
+    numbers = set(doctor_page.numbers_to_show(manifest, found.census))
+    shown = [clip for clip in manifest.usable if clip.number in numbers]
     with progress_bar("drawing the page", len(shown)) as advance:
         pictures = thumbnails(shown, on_clip=advance)
     return doctor_page.render(
@@ -225,7 +231,7 @@ def _write_clean(found: Examination, config: Config, file: Path) -> None:
     inside = file.resolve().is_relative_to(root.resolve())
     table = file.resolve().relative_to(root.resolve()) if inside else file.resolve()
     say(
-        f"clean list: {file}, {count} of {len(found.manifest.clips)} rows. To use it: --data.root {root} "
+        f"clean list: {file}, {count} of {len(found.manifest.rows)} rows. To use it: --data.root {root} "
         f"--data.table {table}"
     )
 
@@ -252,7 +258,7 @@ def _clip_spec(config: Config) -> ClipSpec:
         )
     return ClipSpec(
         num_frames=num_frames, height=height, width=width, fps=fps, fps_policy=data.fps_policy,
-        short_policy=data.short_clips, crop=data.crop,
+        short_policy=data.short_clips, max_slowdown=data.max_slowdown, crop=data.crop,
     )  # fmt: skip
 
 

@@ -13,14 +13,14 @@ a shorter length, so `[0.0, 0]` sends long clips down. Within a resolution the s
 height / width is taken. Unlike there, the draw belongs to the clip, so it has one bucket in a run, every shape whose
 sides are multiples of 16 is kept, and frames are counted after resampling.
 
-`auto` takes the shapes the clips have: see `auto_buckets`.
+`auto` takes the shapes the clips have: that is `auto_buckets.py`.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from math import log, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -36,7 +36,7 @@ _PIXELS = {
     "144p": 36864, "240p": 102240, "360p": 230400, "480p": 409920, "720p": 921600, "1080p": 2073600, "2k": 3686400,
     "4k": 8294400, "256": 65536, "512": 262144, "1024": 1048576, "2048": 4194304, "2880": 8294400,
 }  # fmt: skip
-_RATIOS = (0.38, 0.43, 0.48, 0.5, 0.53, 0.5625, 0.625, 0.67, 0.75, 0.89, 1.0)
+RATIOS = (0.38, 0.43, 0.48, 0.5, 0.53, 0.5625, 0.625, 0.67, 0.75, 0.89, 1.0)
 _NATIVE = {"480p": ((480, 720), (720, 480))}
 """Sizes the models were trained at that no rule of areas gives (768 x 1360 comes out of 1024 by itself)."""
 
@@ -104,16 +104,17 @@ def resolution_shapes(name: str) -> tuple[tuple[int, int], ...]:
         )
     area = _PIXELS[name]
     if name.isdecimal():
-        step = max(MULTIPLE, _rounded(sqrt(area) / 32))
-        shorter = range(_rounded(sqrt(area) / 2), int(sqrt(area)) + 1, step)
-        shapes = {shape for side in shorter for shape in ((side, _rounded(area / side)), (_rounded(area / side), side))}
+        step = max(MULTIPLE, rounded(sqrt(area) / 32))
+        shorter = range(rounded(sqrt(area) / 2), int(sqrt(area)) + 1, step)
+        shapes = {shape for side in shorter for shape in ((side, rounded(area / side)), (rounded(area / side), side))}
     else:
-        ratios = {*_RATIOS, *(1 / ratio for ratio in _RATIOS)}
-        shapes = {(_rounded(sqrt(area * ratio)), _rounded(sqrt(area / ratio))) for ratio in ratios}
+        ratios = {*RATIOS, *(1 / ratio for ratio in RATIOS)}
+        shapes = {(rounded(sqrt(area * ratio)), rounded(sqrt(area / ratio))) for ratio in ratios}
     return tuple(sorted(shapes | set(_NATIVE.get(name, ())), key=lambda shape: shape[0] / shape[1]))
 
 
-def _rounded(length: float) -> int:
+def rounded(length: float) -> int:
+    """Return the side nearest to `length` pixels that a model takes."""
     return max(MULTIPLE, round(length / MULTIPLE) * MULTIPLE)
 
 
@@ -259,119 +260,3 @@ def _is_share(value: Any) -> bool:
 
 def _nearest_shape(resolution: str, ratio: float) -> tuple[int, int]:
     return min(resolution_shapes(resolution), key=lambda shape: abs(shape[0] / shape[1] - ratio))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AutoBuckets:
-    """Buckets made from the clips themselves."""
-
-    buckets: tuple[Bucket, ...]
-    rule: str
-    """What they were made by, for a fingerprint."""
-
-    @property
-    def all(self) -> tuple[Bucket, ...]:
-        """Every bucket."""
-        return self.buckets
-
-    def choose(self, content: str, source: Source) -> Bucket:
-        """Return the longest bucket the clip has frames for, of those the one that shows most of it.
-
-        Raises:
-            ClipError: `bucket.none`.
-        """
-        fitting = [bucket for bucket in self.buckets if _fits(bucket, source)]
-        if not fitting:
-            found = f"{source.num_frames} frames of {source.height}x{source.width}"
-            least = f"; the shortest is {min(self.buckets).key}" if self.buckets else ""
-            raise ClipError("bucket.none", f"{found} fit none of {len(self.buckets)} buckets{least}")
-        return min(fitting, key=lambda bucket: (-bucket.num_frames, _distance(bucket, source)))
-
-    def to_json(self) -> str:
-        """Return what decides which clip goes where."""
-        return self.rule
-
-
-def auto_buckets(sources: Iterable[Source], *, native: Bucket, max_buckets: int) -> AutoBuckets:
-    """Make at most `max_buckets` buckets that fit the clips.
-
-    Each clip asks for its own proportions at the native area (or its own, if smaller) and for the most frames it has
-    of the native count or 3/4, 1/2, 1/4 of it (as 8k + 1; a still image for one). Clips shorter than that ask for
-    nothing. Then the rarest wishes join the nearest shape that their clips can still fill, until there are few enough.
-    No clip loses its place by that.
-
-    Args:
-        sources: the clips.
-        native: the size and length the model was made for.
-        max_buckets: more are only kept when joining further would leave clips without a bucket.
-    """
-    wishes: dict[Bucket, _Wish] = {}
-    for source in sources:
-        if bucket := _wish(source, native):
-            wishes[bucket] = wishes.get(bucket, _Wish(0, source)).joined(_Wish(1, source))
-    while len(wishes) > max_buckets:
-        for rare in sorted(wishes, key=lambda bucket: (wishes[bucket].count, bucket)):
-            hosts = [bucket for bucket in wishes if bucket != rare and _fits(bucket, wishes[rare].least)]
-            if hosts:
-                host = min(hosts, key=lambda bucket: (_distance(bucket, Source(*rare)), bucket))
-                wishes[host] = wishes[host].joined(wishes.pop(rare))
-                break
-        else:
-            break
-    rule = json.dumps({"auto": list(native), "max_buckets": max_buckets})
-    return AutoBuckets(buckets=tuple(sorted(wishes)), rule=rule)
-
-
-class _Wish(NamedTuple):
-    """The clips that ask for one bucket."""
-
-    count: int
-    least: Source
-    """The fewest frames and the smallest picture among them."""
-
-    def joined(self, other: "_Wish") -> "_Wish":
-        smaller = min(self.least, other.least, key=lambda source: source.height * source.width)
-        frames = min(self.least.num_frames, other.least.num_frames)
-        return _Wish(self.count + other.count, smaller._replace(num_frames=frames))
-
-
-def _wish(source: Source, native: Bucket) -> Bucket | None:
-    shorter = {max(9, int(native.num_frames * part) // 8 * 8 + 1) for part in (0.75, 0.5, 0.25)}
-    lengths = {1} if source.num_frames == 1 else {n for n in shorter if n < native.num_frames} | {native.num_frames}
-    fitting = [n for n in lengths if n <= source.num_frames]
-    if not fitting:
-        return None
-    ratio = min(max(source.height / source.width, _RATIOS[0]), 1 / _RATIOS[0])
-    area = min(native.height * native.width, source.height * source.width)
-    bucket = Bucket(max(fitting), _rounded(sqrt(area * ratio)), _rounded(sqrt(area / ratio)))
-    if _fits(bucket, source):
-        return bucket
-    sides = (max(MULTIPLE, int(side) // MULTIPLE * MULTIPLE) for side in (sqrt(area * ratio), sqrt(area / ratio)))
-    bucket = Bucket(bucket.num_frames, *sides)
-    return bucket if _fits(bucket, source) else None
-
-
-def _fits(bucket: Bucket, source: Source) -> bool:
-    large_enough = source.height * source.width >= FILLS * bucket.height * bucket.width
-    long_enough = source.num_frames == 1 if bucket.num_frames == 1 else source.num_frames >= bucket.num_frames
-    return long_enough and large_enough
-
-
-def _distance(bucket: Bucket, source: Source) -> float:
-    """Return how much of the clip is lost: by cropping, by shrinking, and (for shapes) by shortening."""
-    ratio = abs(log(bucket.height / bucket.width) - log(source.height / source.width))
-    area = abs(log(bucket.height * bucket.width) - log(source.height * source.width))
-    return ratio + 0.5 * area + abs(log(bucket.num_frames) - log(max(source.num_frames, 1)))
-
-
-def step_cost(num_tokens: int, *, width: int) -> float:
-    """Return the multiplications of a transformer layer on `num_tokens`: 24 d^2 S in products, 4 S^2 d in attention."""
-    return 24.0 * width**2 * num_tokens + 4.0 * num_tokens**2 * width
-
-
-def balanced_batches(costs: Mapping[Bucket, float], *, batch_size: int, native_cost: float) -> dict[Bucket, int]:
-    """Return the clips a step of each bucket such that no step costs more than `batch_size` native clips do.
-
-    They are multiples of `batch_size`, so any number of processes that can share the one can share the others.
-    """
-    return {bucket: max(1, int(native_cost / cost)) * batch_size for bucket, cost in costs.items()}

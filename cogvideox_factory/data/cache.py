@@ -1,7 +1,7 @@
 """The cache that `prepare` writes and `train` reads.
 
     CACHE/cache.json                     what made it, the checksum of the list, and its own
-    CACHE/clips.jsonl                    one row a clip of the input, lost ones included
+    CACHE/clips.jsonl                    one row a clip (a row of the input, or each of its windows), lost ones included
     CACHE/clips/ab/abcdef….safetensors   moments of a clip, unscaled and unsampled: mean, logvar
                                          [F, C, h, w]; of its first frame, clean then noised:
                                          image_mean, image_logvar [K, C, h, w]; all bf16
@@ -17,6 +17,7 @@ what is there.
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from cogvideox_factory.publish import publish_text
 
 EMPTY_CAPTION = ""
 _PARTS = ("clip", "text", "image")
+Stamp = tuple[int, int, int] | None
+"""Inode, size and time of the last write of an entry, which changes none of them."""
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -52,22 +55,32 @@ class Cache:
         self.folder = Path(folder)
         self.settings = settings
         self._text = fingerprint(settings.text)
+        self._video: dict[tuple[str, Bucket | None], str] = {}
+        self._headers: dict[str, tuple[Stamp, Header]] = {}
 
     def clip_file(self, clip: Clip) -> str:
         """Return the entry of a surveyed clip, relative to the folder; its caption does not matter."""
         assert clip.content is not None, f"{clip.name} has not been surveyed"
-        return _entry_file("clips", entry_key(self._made_with(clip), clip.content))
+        return _entry_file("clips", entry_key(self._made_with(clip), clip.footage))
 
     def image_file(self, clip: Clip) -> str:
         """Return the entry of a surveyed clip's own image; where crops are drawn, the clip decides the place."""
         return _entry_file("images", entry_key(self._image_made_with(clip), _image_content(clip, self.settings)))
 
     def _made_with(self, clip: Clip) -> str:
-        video = self.settings.video.of(clip.spec)
-        return fingerprint(video.without_images() if clip.image_content else video)
+        return self._fingerprint("image apart" if clip.image_content else "", clip)
 
     def _image_made_with(self, clip: Clip) -> str:
-        return fingerprint(self.settings.video.of_image(clip.spec))
+        return self._fingerprint("image", clip)
+
+    def _fingerprint(self, part: str, clip: Clip) -> str:
+        """Return the fingerprint of what makes a clip, one without its own image, or that image: one a shape."""
+        video, spec = self.settings.video, clip.spec
+        shape = Bucket(spec.num_frames, spec.height, spec.width) if spec and video.buckets else None
+        if (part, shape) not in self._video:
+            made = video.of_image(spec) if part == "image" else video.of(spec)
+            self._video[part, shape] = fingerprint(made.without_images() if part == "image apart" else made)
+        return self._video[part, shape]
 
     def caption_file(self, caption: str) -> str:
         """Return the entry of a caption, relative to the folder."""
@@ -80,7 +93,7 @@ class Cache:
             if clip.usable:
                 assert clip.content is not None, f"{clip.name} has not been surveyed"
                 wanted.setdefault(self.clip_file(clip), clip)
-        return [clip for file, clip in wanted.items() if self._header(file) is None]
+        return [clip for clip in wanted.values() if not self.has_clip(clip)]
 
     def missing_images(self, clips: Iterable[Clip]) -> list[Clip]:
         """Return the usable clips with an image of their own that has no complete entry, one an entry."""
@@ -88,19 +101,38 @@ class Cache:
         for clip in clips:
             if clip.usable and clip.image_content:
                 wanted.setdefault(self.image_file(clip), clip)
-        return [clip for file, clip in wanted.items() if self._header(file) is None]
+        return [clip for clip in wanted.values() if not self.has_image(clip)]
 
     def missing_captions(self, clips: Iterable[Clip]) -> list[str]:
         """Return the usable clips' distinct captions, and the empty one, that have no complete entry."""
         wanted = dict.fromkeys([EMPTY_CAPTION, *(clip.caption for clip in clips if clip.usable)])
-        return [caption for caption in wanted if self._header(self.caption_file(caption)) is None]
+        return [caption for caption in wanted if not self.has_caption(caption)]
+
+    def has_clip(self, clip: Clip) -> bool:
+        """Tell whether a surveyed clip has a complete entry now."""
+        return self._header(self.clip_file(clip)) is not None
+
+    def has_image(self, clip: Clip) -> bool:
+        """Tell whether a surveyed clip's own image has a complete entry now."""
+        return self._header(self.image_file(clip)) is not None
+
+    def has_caption(self, caption: str) -> bool:
+        """Tell whether a caption has a complete entry now."""
+        return self._header(self.caption_file(caption)) is not None
 
     def _header(self, file: str) -> Header | None:
         try:
-            header = read_header(self.folder / file)
+            header = self._read_header(file)
         except UnfitError:  # absent or cut: both mean it is to be made
             return None
         return header if belongs(header, file) else None
+
+    def _read_header(self, file: str) -> Header:
+        """Return the header of an entry, read again only if the file is another than the one read before."""
+        stamp = _stamp(self.folder / file)
+        if file not in self._headers or self._headers[file][0] != stamp:
+            self._headers[file] = stamp, read_header(self.folder / file)
+        return self._headers[file][1]
 
     def write_clip(
         self,
@@ -111,6 +143,7 @@ class Cache:
         image_mean: np.ndarray | None = None,
         image_logvar: np.ndarray | None = None,
         image_sigmas: Sequence[float] = (),
+        crop: Mapping[str, int] | None = None,
     ) -> None:
         """Write the moments of a clip.
 
@@ -121,6 +154,7 @@ class Cache:
             image_mean: [K, C, h, w] of the first frame for image-to-video: index 0 clean, the others noised.
             image_logvar: like `image_mean`.
             image_sigmas: noise of each of the K, 0 first.
+            crop: where the pixels were cut from (`Fit.to_json`), for the record.
 
         Raises:
             UnfitError: NaN or infinity in them.
@@ -137,9 +171,11 @@ class Cache:
             assert len(image_sigmas) == variants, image_sigmas
             assert image_sigmas[0] == 0, image_sigmas
             arrays |= {"image_mean": image_mean, "image_logvar": image_logvar}
-        metadata = {"content": clip.content, "layout": "FCHW, unscaled moments"}
+        metadata = {"content": clip.footage, "layout": "FCHW, unscaled moments"}
         if variants:
             metadata["image_sigmas"] = json.dumps([float(sigma) for sigma in image_sigmas])
+        if crop:
+            metadata["crop"] = json.dumps(dict(crop))
         self._write(self.clip_file(clip), arrays, metadata | {"fingerprint": self._made_with(clip)}, clip.name)
 
     def write_image(
@@ -202,15 +238,16 @@ class Cache:
             described = self.settings.to_json() | {
                 "total": len(rows),
                 "counts": manifest.counts(),
+                "rows": {"total": len(manifest.rows), "counts": manifest.row_counts()},
                 "source": dict(source or {}),
-                "empty_caption": {"file": empty, "checksum": read_header(self.folder / empty).checksum},
+                "empty_caption": {"file": empty, "checksum": self._read_header(empty).checksum},
                 "clips": {"file": "clips.jsonl", "sha256": text_hash(text)},
             }
             if imported is not None:
                 described["imported"] = dict(imported)
             described["checksum"] = _seal(described)
-            publish_text(self.folder / "clips.jsonl", text)
-            publish_text(self.folder / "cache.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+            _publish_changed(self.folder / "clips.jsonl", text)
+            _publish_changed(self.folder / "cache.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n")
             return _read_index(self.folder, "cogvideox prepare")
 
     def _row(self, clip: Clip) -> dict[str, Any]:
@@ -226,8 +263,10 @@ class Cache:
         files = {"clip": self.clip_file(clip), "text": self.caption_file(clip.caption)}
         if clip.image_content:
             files["image"] = self.image_file(clip)
-        headers = {part: read_header(self.folder / file) for part, file in files.items()}
+        headers = {part: self._read_header(file) for part, file in files.items()}
         video = self.settings.video.of(clip.spec)
+        if crop := headers["clip"].metadata.get("crop"):
+            row["crop"] = json.loads(crop)
         return row | {
             "bucket": Bucket(video.num_frames, video.height, video.width).key,
             **{
@@ -403,6 +442,24 @@ def _read_index(folder: Path, command: str) -> CacheIndex:
     )
 
 
+def _publish_changed(path: Path, text: str) -> None:
+    """Write `text` unless it stands there already."""
+    try:
+        if path.read_bytes() == text.encode():
+            return
+    except OSError:
+        pass
+    publish_text(path, text)
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def belongs(header: Header, file: str) -> bool:
     """Tell whether an entry's own words lead to the name it has."""
     content, made_with = (header.metadata.get(key, "") for key in ("content", "fingerprint"))
@@ -422,7 +479,7 @@ def _cached(folder: Path, row: dict[str, Any]) -> CachedClip:
 
 def _image_content(clip: Clip, settings: CacheSettings) -> str:
     assert clip.image_content is not None, f"{clip.name} has no image of its own"
-    return text_hash(f"{clip.image_content} {clip.content if settings.video.crop == 'random' else ''}")
+    return text_hash(f"{clip.image_content} {clip.footage if settings.video.crop == 'random' else ''}")
 
 
 def _entry_file(kind: str, key: str) -> str:

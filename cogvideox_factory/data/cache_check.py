@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from cogvideox_factory.data.cache import EMPTY_CAPTION, CacheIndex, belongs, read_index, text_hash
+from cogvideox_factory.data.clip import window_of
 from cogvideox_factory.data.entry import Header, read_entry
 from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.diffusion.frames import SPATIAL_COMPRESSION, num_latent_frames
@@ -150,8 +151,9 @@ def _expected(index: CacheIndex) -> dict[str, _Expected]:
     empty = index.recorded["empty_caption"]
     expected = {empty["file"]: _Expected(checksum=empty["checksum"], content=text_hash(EMPTY_CAPTION))}
     for row in index.rows:
+        footage = f"{row['content']}{window_of(row['id'] or '')}"
         for part, content, bucket in (
-            ("clip", row["content"], row.get("bucket")), ("text", text_hash(row["caption"]), None),
+            ("clip", footage, row.get("bucket")), ("text", text_hash(row["caption"]), None),
         ):  # fmt: skip
             if part in row:
                 shapes = {name: tuple(shape) for name, shape in row[part]["shapes"].items()}

@@ -100,10 +100,10 @@ class Census:
     """Rows of usable clips with the same bytes under different captions."""
     near_duplicates: list[list[int]] | None
     """Rows of usable clips that look alike, first row leading (see `likeness`); None where no frame was decoded."""
-    black: list[int]
-    """Rows of usable clips with black frames."""
-    cut: list[int]
-    """Rows of usable clips with a scene cut in what is trained on."""
+    black: list[int | str]
+    """Numbers (`Clip.number`) of usable clips with black frames."""
+    cut: list[int | str]
+    """Numbers of usable clips with a scene cut in what is trained on."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what a report keeps."""
@@ -143,15 +143,15 @@ def take_census(
         glimpses: what `look_closer` returned; None where it was not asked.
         max_tokens: what `with_tokens` was given; None where it was not asked.
     """
-    usable = manifest.usable
+    usable = [clip for clip in manifest.rows if clip.usable]  # of the windows of a row, one: the others are no copies
     return Census(
         measures=_measures(manifest),
-        sizes=dict(Counter(_size(clip) for clip in manifest.clips if "source_width" in clip.facts).most_common()),
+        sizes=dict(Counter(_size(clip) for clip in manifest.rows if "source_width" in clip.facts).most_common()),
         captions=_captions(manifest, max_tokens),
         same_bytes=_repeats([(clip.content, clip.row) for clip in usable]),
         near_duplicates=None if glimpses is None else _near(usable, glimpses),
-        black=[clip.row for clip in usable if clip.facts.get("black_frames")],
-        cut=[clip.row for clip in usable if clip.facts.get("scene_cuts")],
+        black=[clip.number for clip in manifest.usable if clip.facts.get("black_frames")],
+        cut=[clip.number for clip in manifest.usable if clip.facts.get("scene_cuts")],
     )
 
 
@@ -161,17 +161,18 @@ def _size(clip: Clip) -> str:
 
 def _measures(manifest: Manifest) -> dict[str, Measure]:
     facts = [clip.facts for clip in manifest.clips]
-    moving = [fact for fact in facts if "source_fps" in fact]
+    rows = [clip.facts for clip in manifest.rows]
+    moving = [fact for fact in rows if "source_fps" in fact]
     found = {
         "duration": ("duration", "s", [fact["source_frames"] / fact["source_fps"] for fact in moving]),
         "fps": ("frame rate", "frames/s", [fact["source_fps"] for fact in moving]),
-        "shape": ("shape", "width/height", [f["source_width"] / f["source_height"] for f in facts if "codec" in f]),
+        "shape": ("shape", "width/height", [f["source_width"] / f["source_height"] for f in rows if "codec" in f]),
         "motion": ("motion", "widths/s", [fact["motion"] for fact in facts if "motion" in fact]),
         "brightness": ("brightness", "of white", [fact["brightness"] for fact in facts if "brightness" in fact]),
         "black_frames": ("black frames", "a clip", [fact["black_frames"] for fact in facts if "black_frames" in fact]),
         "scene_cuts": ("scene cuts", "a clip", [len(fact["scene_cuts"]) for fact in facts if "scene_cuts" in fact]),
-        "words": ("caption", "words", [len(clip.caption.split()) for clip in manifest.usable]),
-        "tokens": ("caption", "tokens", [fact["tokens"] for fact in facts if "tokens" in fact]),
+        "words": ("caption", "words", [len(clip.caption.split()) for clip in manifest.rows if clip.usable]),
+        "tokens": ("caption", "tokens", [fact["tokens"] for fact in rows if "tokens" in fact]),
     }
     return {
         name: Measure(title=title, unit=unit, values=np.array(values, np.float64))
@@ -181,16 +182,19 @@ def _measures(manifest: Manifest) -> dict[str, Measure]:
 
 
 def _captions(manifest: Manifest, max_tokens: int | None) -> Captions:
-    def lost_to(code: str) -> list[int]:
-        return [clip.row for clip in manifest.lost if clip.reason == code]
+    rows = manifest.rows
+    usable = [clip for clip in rows if clip.usable]
 
-    cut = {clip.row: clip.facts["tokens_cut"] for clip in manifest.usable if "tokens_cut" in clip.facts}
+    def lost_to(code: str) -> list[int]:
+        return [clip.row for clip in rows if clip.reason == code]
+
+    cut = {clip.row: clip.facts["tokens_cut"] for clip in usable if "tokens_cut" in clip.facts}
     return Captions(
         empty=lost_to("text.empty"),
         missing=lost_to("text.missing"),
         rejected=lost_to("text.control"),
-        replaced={clip.row: clip.facts["replaced"] for clip in manifest.clips if "replaced" in clip.facts},
-        repeated=_repeats([(clip.caption, clip.row) for clip in manifest.usable]),
+        replaced={clip.row: clip.facts["replaced"] for clip in rows if "replaced" in clip.facts},
+        repeated=_repeats([(clip.caption, clip.row) for clip in usable]),
         max_tokens=max_tokens,
         too_long=dict(sorted(cut.items(), key=lambda item: -item[1])),
     )
@@ -211,7 +215,7 @@ def _near(usable: list[Clip], glimpses: Mapping[str, Glimpse]) -> list[list[int]
         firsts.setdefault(clip.content or "", clip)
     if len(firsts) < 2:
         return []
-    hashes = np.stack([glimpses[content].hashes for content in firsts])
-    colours = np.stack([glimpses[content].colours for content in firsts])
+    hashes = np.stack([glimpses[clip.footage].hashes for clip in firsts.values()])
+    colours = np.stack([glimpses[clip.footage].colours for clip in firsts.values()])
     rows = [clip.row for clip in firsts.values()]
     return [[rows[place] for place in group] for group in near_groups(hashes, colours)]

@@ -29,7 +29,7 @@ def write_clean_list(
     manifest: Manifest, path: Path, *, root: Path, caption_column: str, video_column: str, trigger_word: str | None,
     image_column: str = IMAGE_COLUMN,
 ) -> int:  # fmt: skip
-    """Write caption and path of every usable clip, in the order of the input, and return how many.
+    """Write caption and path of every row that gives a usable clip, in the order of the input, and return how many.
 
     Read with the same root, columns and trigger word, the list gives the same clips with the same captions, all
     usable. What was no row of its own (a duplicate) or cannot be used is not in it; no other file is touched.
@@ -54,7 +54,8 @@ def write_clean_list(
             | ({image_column: _entry(clip.image_name, clip.image_path, root)} if clip.image_path else {}),
             ensure_ascii=False,
         )
-        for clip in manifest.usable
+        for clip in manifest.rows
+        if clip.usable
     ]
     with publish_file(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

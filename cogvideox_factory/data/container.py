@@ -7,7 +7,7 @@ they are exact where an average frame rate is not.
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,11 @@ from typing import BinaryIO
 import av
 import av.error
 import numpy as np
+from av.codec import CodecContext, codecs_available
 from av.container import InputContainer
+from av.packet import Packet
 from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -27,6 +30,7 @@ _OPEN = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts",
 }
+_WITH_ALPHA = {"vp9": "libvpx-vp9"}
 _HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67
 _MP4_BOXES = {
     b"ftyp",
@@ -113,6 +117,19 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         yield container, stream
 
 
+def decoder(stream: VideoStream) -> Callable[[Packet], list[VideoFrame]]:
+    """Return what makes frames of a stream's packets; an empty packet at the end brings out the last ones.
+
+    FFmpeg's own decoder of VP9 drops the transparency that WebM carries beside the colours; libvpx's keeps it.
+    """
+    name = _WITH_ALPHA.get(stream.codec_context.name)
+    if stream.metadata.get("alpha_mode") != "1" or name not in codecs_available:
+        return lambda packet: list(packet.decode())
+    context = CodecContext.create(name, "r")
+    assert isinstance(context, VideoCodecContext)
+    return lambda packet: context.decode(packet if packet.size else None)
+
+
 def _require_whole(path: Path) -> None:
     cut = missing_end(path)
     if cut:
@@ -160,10 +177,11 @@ def _packets(
     stamps: list[int | None] = []
     durations: list[int] = []
     frame: VideoFrame | None = None
+    decode = decoder(stream)
     try:
         for packet in container.demux(stream):
             if frame is None:
-                frame = next(iter(packet.decode()), None)
+                frame = next(iter(decode(packet)), None)
             if packet.size == 0 or packet.is_discard:
                 continue
             if packet.is_corrupt:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +30,7 @@ _DTYPES: dict[str, np.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 1_000_000
+_USUAL_HEADER = 2048
 _CHECKSUM = "checksum"
 _MEND = "Remove it and run prepare again: only what is missing is made."
 
@@ -95,14 +97,14 @@ def read_header(path: Path) -> Header:
     Raises:
         UnfitError: missing, cut, or no entry of ours.
     """
-    with _opened(path) as file:
+    with _opened(path, buffering=_USUAL_HEADER) as file:  # one read fetches most headers whole
         return _header(path, file)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path, *, buffering: int = -1) -> Iterator[BinaryIO]:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", buffering=buffering) as file:
             yield file
     except OSError as error:
         raise UnfitError(f"{path} cannot be read: {error.strerror}. {_MEND}") from error
@@ -126,7 +128,7 @@ def _parse(path: Path, header: bytes, size: int) -> Header:
         for spec in sorted(specs.values(), key=lambda spec: spec["data_offsets"]):
             if not all(isinstance(number, int) and number >= 0 for number in spec["shape"]):
                 raise ValueError("a shape is no list of sizes")
-            count = int(np.prod(spec["shape"], dtype=np.int64)) * _DTYPES[spec["dtype"]].itemsize
+            count = prod(spec["shape"]) * _DTYPES[spec["dtype"]].itemsize
             if spec["data_offsets"] != [end, end + count]:
                 raise ValueError("arrays overlap or leave gaps")
             end += count

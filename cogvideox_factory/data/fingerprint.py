@@ -6,7 +6,7 @@ of captions the latents.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -16,6 +16,8 @@ from cogvideox_factory.errors import UnfitError
 
 FORMAT = 1
 """Number of the cache's format; another one is not read."""
+_LATER: dict[str, Any] = {"windows": "first", "max_slowdown": None, "imported": False}
+"""Settings that the first caches did not record, and what they were then."""
 UNKNOWN = "unknown"
 
 
@@ -41,6 +43,10 @@ class VideoSettings:
     """Of random crops and image noise; None where neither is used."""
     buckets: str | None = None
     """What gives each clip a size and length of its own (`Buckets.to_json`); those above are the model's then."""
+    windows: str = "first"
+    """What sources are cut into (`Windows`); a window's place is part of what it is made of, not of what with."""
+    max_slowdown: float | None = None
+    """Bound of a short policy that slows clips."""
     imported: bool = False
     """Made elsewhere: the VAE is the recipe's by assumption, and what is `UNKNOWN` nobody wrote down."""
 
@@ -58,19 +64,23 @@ class VideoSettings:
         image_variants: int = 0,
         seed: int = 0,
         buckets: str | None = None,
+        windows: str = "first",
     ) -> Self:
-        """Build from what clips are brought to; a seed that decides nothing is left out."""
+        """Build from what clips are brought to; what decides nothing is left out."""
         random = spec.crop == "random" or image_variants > 1
         return cls(
             vae=vae, dtype=dtype, tiling=tiling, image_variants=image_variants, seed=seed if random else None,
-            buckets=buckets, **asdict(spec),
+            buckets=buckets, windows=windows, max_slowdown=spec.max_slowdown if spec.short_policy == "slow" else None,
+            num_frames=spec.num_frames, height=spec.height, width=spec.width, fps=spec.fps,
+            fps_policy=spec.fps_policy, short_policy=spec.short_policy, crop=spec.crop,
         )  # fmt: skip
 
     def of(self, spec: ClipSpec | None) -> Self:
-        """Return the settings of one clip: how it came to its size does not matter to its latents."""
+        """Return the settings of one clip: how it came to its size and place does not matter to its latents."""
+        alone = replace(self, buckets=None, windows="first", max_slowdown=None)
         if self.buckets is None or spec is None:
-            return self
-        return replace(self, buckets=None, num_frames=spec.num_frames, height=spec.height, width=spec.width)
+            return alone
+        return replace(alone, num_frames=spec.num_frames, height=spec.height, width=spec.width)
 
     def without_images(self) -> Self:
         """Return the settings of the video latents alone, for a clip whose image is kept in an entry of its own."""
@@ -110,7 +120,7 @@ class CacheSettings:
         """Return these settings for entries made elsewhere: what cannot be known of them is not claimed."""
         video = replace(
             self.video, imported=True, dtype=UNKNOWN, fps=0.0, fps_policy=UNKNOWN, short_policy=UNKNOWN, crop=UNKNOWN,
-            tiling=False, seed=None,
+            tiling=False, seed=None, windows="first", max_slowdown=None,
         )  # fmt: skip
         return replace(self, video=video, text=replace(self.text, imported=True, dtype=UNKNOWN))
 
@@ -120,8 +130,8 @@ class CacheSettings:
             "format": FORMAT,
             "model": self.model,
             "trigger_word": self.trigger_word,
-            "video": {"fingerprint": fingerprint(self.video), "settings": asdict(self.video)},
-            "text": {"fingerprint": fingerprint(self.text), "settings": asdict(self.text)},
+            "video": {"fingerprint": fingerprint(self.video), "settings": _named(self.video)},
+            "text": {"fingerprint": fingerprint(self.text), "settings": _named(self.text)},
         }
 
 
@@ -135,11 +145,13 @@ class Difference(NamedTuple):
 
 def fingerprint(part: VideoSettings | TextSettings) -> str:
     """Return the SHA-256 of a part's settings in canonical JSON."""
-    settings = asdict(part)
-    if not settings["imported"]:
-        del settings["imported"]  # so that entries made before there was such a thing keep their names
-    named = {"format": FORMAT, "part": type(part).__name__, **settings}
+    named = {"format": FORMAT, "part": type(part).__name__, **_named(part)}
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
+def _named(part: VideoSettings | TextSettings) -> dict[str, Any]:
+    """Return the settings by name; those that came later only where they are not as before, so older caches fit."""
+    return {name: value for name, value in asdict(part).items() if name not in _LATER or _LATER[name] != value}
 
 
 def entry_key(part_fingerprint: str, content: str) -> str:
@@ -158,7 +170,7 @@ def compare(recorded: dict[str, Any], wanted: CacheSettings) -> list[Difference]
         values = recorded.get(part_name, {}).get("settings", {})
         names = dict.fromkeys([*(field.name for field in fields(part)), *values])
         for name in names:
-            old, new = values.get(name, False if name == "imported" else None), getattr(part, name, None)
+            old, new = values.get(name, _LATER.get(name)), getattr(part, name, None)
             if old != new:
                 found.append(Difference(f"{part_name}.{name}", old, new))
     return found
@@ -198,8 +210,28 @@ def _short(value: Any) -> str:
     return f"{value[:12]}…" if is_hash else json.dumps(value, ensure_ascii=False)
 
 
-def hash_folder(folder: Path, *, suffixes: Iterable[str] = (".json", ".safetensors", ".model", ".txt")) -> str:
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_folder(
+    folder: Path,
+    *,
+    suffixes: Iterable[str] = (".json", ".safetensors", ".model", ".txt"),
+    hash_file: Callable[[Path], str] = sha256_file,
+) -> str:
     """Return one SHA-256 for the names and bytes of a model folder's files.
+
+    Args:
+        folder: the model, or a part of it.
+        suffixes: of the files that count.
+        hash_file: gives the SHA-256 of one file; one that remembers (`Memo.sha256`) spares reading gigabytes again.
 
     Raises:
         UnfitError: no such folder, or none of these files in it.
@@ -211,6 +243,5 @@ def hash_folder(folder: Path, *, suffixes: Iterable[str] = (".json", ".safetenso
         raise UnfitError(f"{folder} holds none of the files of a model ({', '.join(chosen)}). Download it again.")
     total = hashlib.sha256()
     for path in files:
-        with path.open("rb") as file:
-            total.update(f"{path.name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        total.update(f"{path.name}\n{hash_file(path)}\n".encode())
     return total.hexdigest()

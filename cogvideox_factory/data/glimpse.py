@@ -141,12 +141,12 @@ def look_closer(
 ) -> tuple[Manifest, dict[str, Glimpse]]:
     """Decode every usable clip of a surveyed manifest once.
 
-    Rows with the same bytes share one look. `on_content` is called after each, for progress (`contents` says how many
-    there will be).
+    Clips with the same footage share one look. `on_content` is called after each, for progress (`contents` says how
+    many there will be).
 
     Returns:
         The manifest with what was found among the facts, clips that cannot be decoded in the state of their reason;
-        and the glimpses by content hash.
+        and the glimpses by footage.
     """
     found: dict[str, Glimpse | ClipError] = {}
     firsts = contents(manifest)
@@ -157,33 +157,33 @@ def look_closer(
         except ClipError as error:
             return error
 
-    for content, result in zip(firsts, ordered_map(look, firsts.values(), num_workers=num_workers)):
-        found[content] = result
+    for footage, result in zip(firsts, ordered_map(look, firsts.values(), num_workers=num_workers)):
+        found[footage] = result
         if on_content:
             on_content()
 
     def tell(clip: Clip) -> Clip:
-        result = found[clip.content or ""]
+        result = found[clip.footage]
         if isinstance(result, ClipError):
             raise result
         return replace(clip, facts={**clip.facts, **result.to_json()})
 
-    return manifest.map_usable(tell), {c: result for c, result in found.items() if isinstance(result, Glimpse)}
+    return manifest.map_usable(tell), {f: result for f, result in found.items() if isinstance(result, Glimpse)}
 
 
 def contents(manifest: Manifest) -> dict[str, Clip]:
-    """Return the first usable clip of each content."""
+    """Return the first usable clip of each footage."""
     firsts: dict[str, Clip] = {}
     for clip in manifest.usable:
         assert clip.content is not None, f"{clip.name} has not been surveyed"
-        firsts.setdefault(clip.content, clip)
+        firsts.setdefault(clip.footage, clip)
     return firsts
 
 
 def thumbnails(
     clips: Iterable[Clip], *, longest: int = 144, num_workers: int = 2, on_clip: Callable[[], None] | None = None
-) -> dict[int, bytes]:
-    """Return row -> JPEG of the first frame of each surveyed clip, the longer side `longest` pixels.
+) -> dict[int | str, bytes]:
+    """Return number (`Clip.number`) -> JPEG of the first frame of each surveyed clip, the longer side `longest` pixels.
 
     A clip that cannot be decoded has none. Choose few clips: all pictures are held in memory, 2 to 8 KB each.
     """
@@ -193,7 +193,7 @@ def thumbnails(
         chosen, ordered_map(lambda clip: _thumbnail(clip, longest), chosen, num_workers=num_workers)
     ):
         if picture is not None:
-            pictures[clip.row] = picture
+            pictures[clip.number] = picture
         if on_clip:
             on_clip()
     return pictures
@@ -204,7 +204,8 @@ def _thumbnail(clip: Clip, longest: int) -> bytes | None:
     assert clip.path is not None, f"{clip.name} names no file"
     scale = longest / max(height, width)
     spec = ClipSpec(
-        num_frames=1, height=max(1, round(height * scale)), width=max(1, round(width * scale)), fps=1, crop="stretch"
+        num_frames=1, height=max(1, round(height * scale)), width=max(1, round(width * scale)), fps=1, crop="stretch",
+        start=clip.spec.start if clip.spec else 0,
     )  # fmt: skip
     try:
         return encode_jpeg(read_clip(clip.path, spec).pixels[0])

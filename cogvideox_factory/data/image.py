@@ -15,6 +15,7 @@ from av.video.frame import VideoFrame
 from cogvideox_factory.data.container import VideoInfo, has_alpha, orientation, refuse_hdr
 from cogvideox_factory.data.reasons import ClipError, printable
 from cogvideox_factory.data.resize import Fit, Resizer
+from cogvideox_factory.data.saliency import smart_fit
 from cogvideox_factory.errors import DataError
 
 _FORMATS = "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
@@ -31,7 +32,7 @@ def read_image(
     height: int,
     width: int,
     *,
-    crop: Literal["center", "random", "stretch"] = "center",
+    crop: Literal["center", "random", "smart", "stretch"] = "center",
     rng: np.random.Generator | None = None,
 ) -> np.ndarray:
     """Read a picture as uint8 [height, width, 3].
@@ -51,6 +52,8 @@ def read_image(
         raise DataError(f"{shown}: {error.message}.") from error
     size = (frame.width, frame.height) if rotation % 180 else (frame.height, frame.width)
     fit = Fit.of(*size, height, width, crop=crop, rng=rng)
+    if crop == "smart":
+        fit = smart_fit(fit, height, width, lambda see: [see(frame)], rotation=rotation, mirrored=mirrored)
     return np.ascontiguousarray(Resizer(fit, height, width, rotation=rotation, mirrored=mirrored)(frame))
 
 

@@ -111,6 +111,7 @@ class CacheSource:
     def __init__(self, index: CacheIndex) -> None:
         self._clips: dict[str, CachedClip] = {clip.id: clip for clip in index.clips}
         self._empty = read_entry(index.empty_file, verify=True)[0]["prompt_embeds"]
+        self._empty.flags.writeable = False  # many batches share it
         self._verified: set[Any] = set()
 
     @property
@@ -285,11 +286,14 @@ def _count(start: int, stop: int | None) -> Iterator[int]:
 
 
 def collate(samples: list[dict[str, Any]], picks: list[Pick]) -> Batch:
-    """Stack samples along a new first axis; text stays a list."""
+    """Stack samples along a new first axis; text stays a list. A batch of one is made of views, not copied."""
     batch: Batch = {"clip_ids": [pick.clip_id for pick in picks]}
     for key, first in samples[0].items():
         values = [sample[key] for sample in samples]
-        batch[key] = values if isinstance(first, str) else np.stack(values)
+        if isinstance(first, str):
+            batch[key] = values
+        else:
+            batch[key] = first[None] if len(values) == 1 else np.stack(values)
     return batch
 
 

@@ -5,20 +5,21 @@ manifest with their state and reason, so the counts always add up to the rows of
 are known at once.
 """
 
-import hashlib
 import logging
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from cogvideox_factory.data.clip import Clip
+from cogvideox_factory.data.clip import clip_id as clip_id
 from cogvideox_factory.data.parquet import read_parquet
 from cogvideox_factory.data.paths import PathResolver
-from cogvideox_factory.data.reasons import PENDING, STATES, USABLE, ClipError, printable
+from cogvideox_factory.data.reasons import STATES, ClipError, printable
 from cogvideox_factory.data.rows import IMAGE_COLUMN, Row, Rows, read_csv, read_folder, read_jsonl, read_two_lists
 from cogvideox_factory.data.rows import read_lines as read_lines
-from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -30,76 +31,8 @@ _MAX_PRINTED = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Clip:
-    """One row of a data set and its state."""
-
-    row: int
-    """1-based line in the list the row came from."""
-    name: str
-    """The path as the list gives it."""
-    set: str = ""
-    """Name of its data set, where several are mixed."""
-    set_row: int | None = None
-    """The line in that set's own list; `row` then counts through all sets."""
-    caption: str
-    """The text that is encoded: cleaned, trigger word in front."""
-    path: Path | None = None
-    """Resolved file; None when the row names none that can be used."""
-    state: str = PENDING
-    reason: str | None = None
-    detail: str = ""
-    content: str | None = None
-    """SHA-256 of the file's bytes, once it has been read."""
-    stamp: tuple[int, int] | None = None
-    """(size, mtime in ns) of the file when it was hashed."""
-    image_name: str = ""
-    """The picture that image-to-video starts from as the list gives it; empty for the clip's own first frame."""
-    image_path: Path | None = None
-    image_content: str | None = None
-    """SHA-256 of the picture, once it has been read."""
-    image_stamp: tuple[int, int] | None = None
-    spec: ClipSpec | None = field(default=None, compare=False)
-    """What the clip is brought to, once it has been surveyed: with buckets, its own size and length."""
-    facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """What was found in the clip and done to it: source fps, size, frames taken, …"""
-
-    @property
-    def usable(self) -> bool:
-        """Whether the clip is, or may still turn out, good."""
-        return self.state == PENDING or self.state in USABLE
-
-    @property
-    def id(self) -> str:
-        """Name of this clip in caches, batches and draws: its bytes, its caption, its own image if it has one."""
-        assert self.content is not None, f"{self.name} has not been read yet"
-        name = clip_id(self.content, self.caption)
-        return f"{name}-{self.image_content[:8]}" if self.image_content else name
-
-    @property
-    def place(self) -> str:
-        """Where its row is, for people."""
-        return f"row {self.set_row} of {self.set}" if self.set else f"row {self.row}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what a report says of the clip."""
-        named = ("row", "name", "caption", "state", "reason", "detail")
-        more = {"image_name": self.image_name} if self.image_name else {}
-        more |= {"set": self.set, "set_row": self.set_row} if self.set else {}
-        return {name: getattr(self, name) for name in named} | more | dict(self.facts)
-
-    def rejected(self, error: ClipError) -> Self:
-        """Return this clip in the state that `error` sends it to."""
-        return replace(self, state=error.state, reason=error.code, detail=error.message)
-
-
-def clip_id(content: str, caption: str) -> str:
-    """Return the id of the clip with this content hash and this caption."""
-    return f"{content[:24]}-{hashlib.sha256(caption.encode()).hexdigest()[:8]}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """All rows of a data set, in the order of the input."""
+    """All clips of a data set, in the order of the input; a row that is cut into windows has one a window."""
 
     source: str
     """Which files the rows came from."""
@@ -118,41 +51,68 @@ class Manifest:
 
     def counts(self) -> dict[str, int]:
         """Return clips a state, in a fixed order, without zeros; the values add up to `len(self.clips)`."""
-        tally = dict.fromkeys(STATES, 0)
-        for clip in self.clips:
-            tally[clip.state] += 1
-        return {state: count for state, count in tally.items() if count}
+        return _tally(self.clips)
+
+    @property
+    def rows(self) -> list[Clip]:
+        """One clip a row, which stands for it: the first that is usable, or the first."""
+        rows = _by_row(self.clips).values()
+        return [next((clip for clip in row if clip.usable), row[0]) for row in rows]
+
+    def row_counts(self) -> dict[str, int]:
+        """Return rows a state, as `counts`; the values add up to `len(self.rows)`."""
+        return _tally(self.rows)
 
     def with_clips(self, changed: Iterable[Clip]) -> Self:
-        """Return the manifest with `changed` clips put in place of those with the same row."""
-        by_row = {clip.row: clip for clip in changed}
-        unknown = by_row.keys() - {clip.row for clip in self.clips}
-        assert not unknown, f"rows {sorted(unknown)} are not in the manifest"
-        return replace(self, clips=tuple(by_row.get(clip.row, clip) for clip in self.clips))
+        """Return the manifest with `changed` clips put in place of those with the same row, one or more a row."""
+        old, new = _by_row(self.clips), _by_row(changed)
+        assert not new.keys() - old.keys(), f"rows {sorted(new.keys() - old.keys())} are not in the manifest"
+        return replace(self, clips=tuple(clip for row in (old | new).values() for clip in row))
 
     def map_usable(self, change: Callable[[Clip], Clip]) -> Self:
         """Return the manifest with `change` applied to each usable clip; a `ClipError` sets its state."""
-        changed = []
-        for clip in self.usable:
-            try:
-                changed.append(change(clip))
-            except ClipError as error:
-                changed.append(clip.rejected(error))
-        return self.with_clips(changed)
 
-    def report(self, *, limit: int = _MAX_PRINTED) -> list[str]:
-        """Return lines to print: the counts, then the first `limit` lost clips, then the notes."""
-        counts = ", ".join(f"{count} {state}" for state, count in self.counts().items())
-        lines = [f"{len(self.clips)} clips from {printable(self.source)}: {counts or 'none'}"]
-        lines += [f"  {c.place} {printable(c.name)}: {printable(c.detail)} [{c.reason}]" for c in self.lost[:limit]]
+        def changed(clip: Clip) -> Clip:
+            try:
+                return change(clip) if clip.usable else clip
+            except ClipError as error:
+                return clip.rejected(error)
+
+        return replace(self, clips=tuple(changed(clip) for clip in self.clips))
+
+    def report(self) -> list[str]:
+        """Return lines to print: the counts, then how rows were cut, then what was lost, then the notes."""
+        first = f"{len(self.clips)} clips from {printable(self.source)}: {_listed(self.counts())}"
+        return [first, *(f"  {line}" for line in self.about_windows()), *self.about_losses()]
+
+    def about_losses(self, *, limit: int = _MAX_PRINTED) -> list[str]:
+        """Return a line for each of the first `limit` lost clips and for each note."""
+        lines = [f"  {c.place} {printable(c.name)}: {printable(c.detail)} [{c.reason}]" for c in self.lost[:limit]]
         if len(self.lost) > limit:
             lines.append(f"  … and {len(self.lost) - limit} more")
         return lines + [f"  note: {note}" for note in self.notes]
 
+    def about_windows(self) -> list[str]:
+        """Return lines that say how rows and clips add up, nothing where every row is one clip."""
+        rows = self.rows
+        lines = []
+        if len(rows) < len(self.clips):
+            several = [len(row) for row in _by_row(self.clips).values() if len(row) > 1]
+            others = ", the others one clip each" if len(several) < len(rows) else ""
+            lines = [
+                f"{len(rows)} rows: {_listed(self.row_counts())}; {len(several)} of them give {sum(several)} windows"
+                f"{others}"
+            ]
+        if scenes := sum(clip.facts.get("scenes", 0) for clip in rows):
+            without = sum(clip.facts.get("scenes_without_clip", 0) for clip in rows)
+            lines.append(f"{scenes} scenes, {without} of them too short for a clip or fit for no bucket")
+        return lines
+
     def to_json(self) -> dict[str, Any]:
-        """Return the whole report: total, counts, one entry a clip."""
+        """Return the whole report: total, counts, one entry a clip, and the counts of the rows."""
         clips = [clip.to_json() for clip in self.clips]
-        return {"source": self.source, "total": len(clips), "counts": self.counts(), "clips": clips}
+        rows = {"total": len(self.rows), "counts": self.row_counts()}
+        return {"source": self.source, "total": len(clips), "counts": self.counts(), "clips": clips, "rows": rows}
 
     def require_good(self, *, strict: bool = False, max_bad: float = 0.01) -> None:
         """Stop when too many clips are lost.
@@ -180,6 +140,23 @@ class Manifest:
                 "that many mean a wrong setting more often than bad clips. Mend them, or raise max_bad"
             )
         raise DataError("\n".join([f"{printable(self.source)}: {law}.", *self.report()]))
+
+
+def _by_row(clips: Iterable[Clip]) -> dict[int, list[Clip]]:
+    """Return the clips of each row, in order."""
+    rows: dict[int, list[Clip]] = {}
+    for clip in clips:
+        rows.setdefault(clip.row, []).append(clip)
+    return rows
+
+
+def _tally(clips: Iterable[Clip]) -> dict[str, int]:
+    found = Counter(clip.state for clip in clips)
+    return {state: found[state] for state in STATES if found[state]}
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in counts.items()) or "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -43,7 +43,7 @@ class SetCount:
     name: str
     weight: float
     total: int
-    """Rows of its lists."""
+    """Rows of its lists, or the windows they give."""
     usable: int
 
     @property

@@ -36,13 +36,13 @@ class Fit:
         height: int,
         width: int,
         *,
-        crop: Literal["center", "random", "stretch"],
+        crop: Literal["center", "random", "smart", "stretch"],
         rng: np.random.Generator | None = None,
     ) -> "Fit":
         """Cover `height` x `width` with the smallest scaling that keeps the shape, then place the crop.
 
         "random" draws its place from `rng`; "stretch" scales to exactly the asked size, whatever that
-        distorts.
+        distorts. "smart" begins as "center"; what is in the frames moves it (`saliency.placed`).
         """
         if crop == "stretch":
             return cls(scaled_height=height, scaled_width=width, top=0, left=0)
@@ -57,6 +57,10 @@ class Fit:
         else:
             top, left = (scaled_height - height) // 2, (scaled_width - width) // 2
         return cls(scaled_height=scaled_height, scaled_width=scaled_width, top=top, left=left)
+
+    def to_json(self) -> dict[str, int]:
+        """Return what a report keeps of the crop, in pixels of the scaled picture."""
+        return {"top": self.top, "left": self.left, "height": self.scaled_height, "width": self.scaled_width}
 
 
 class Resizer:

@@ -3,8 +3,11 @@
 Every epoch is a fresh shuffle of all clips; epochs follow one another in one endless stream. Walk along it and put
 each clip into the line of its shape: whenever a line is as long as a batch of that shape, it leaves as the next step.
 So all clips of a step have one shape, every clip is seen once an epoch, nothing is ever dropped (what is left in a line
-at the end of an epoch waits for clips of the next), the order does not depend on the number of ranks or workers, and
-resuming means "start at step N". With one shape this is simply the stream cut into pieces.
+at the end of an epoch waits for clips of the next: `waiting` counts it), the order does not depend on the number of
+ranks or workers, and resuming means "start at step N". With one shape this is simply the stream cut into pieces.
+
+Rank r of n takes the r-th n-th of every global batch, so all ranks have one shape and equally many clips in every
+step; a global batch that n cannot share equally is refused.
 
 The walk is never made: the k-th batch of a shape is clips k n to (k + 1) n of that shape's own stream, and it leaves
 when its last clip comes by.
@@ -23,6 +26,7 @@ from fractions import Fraction
 from math import ceil, floor
 from typing import NamedTuple
 
+from cogvideox_factory.data.clip import without_window
 from cogvideox_factory.draws import generator
 from cogvideox_factory.errors import DataError, FactoryError
 
@@ -182,6 +186,10 @@ class Sampler:
         before = self._places_before(epoch)
         return sum(before[key] // size for key, size in self.batch_sizes.items())
 
+    def waiting(self, epoch: int) -> dict[str, int]:
+        """Return how many clips of each shape wait in its line when `epoch` begins; none of them is lost."""
+        return {key: epoch * self.counts[key] % size for key, size in self.batch_sizes.items()}
+
     def bucket(self, step: int) -> str:
         """Return the shape of `step`."""
         return self._leaving(step)[0]
@@ -283,10 +291,18 @@ def _last(holds: Callable[[int], bool], high: int) -> int:
 def hold_out(clip_ids: Iterable[str], count: int) -> tuple[list[str], list[str]]:
     """Split clips into (train, held out), choosing by hash so that adding clips moves few of the others.
 
+    The other windows of a video that is held out are in neither: they would give away what is held out.
+
     Raises:
         DataError: nothing would be left to train on.
     """
-    ranked = sorted(clip_ids, key=lambda clip_id: hashlib.sha256(f"hold out {clip_id}".encode()).digest())
-    if count >= len(ranked):
+
+    def rank(clip_id: str) -> tuple[bytes, str]:
+        return hashlib.sha256(f"hold out {without_window(clip_id)}".encode()).digest(), clip_id
+
+    ranked = sorted(clip_ids, key=rank)
+    videos = {without_window(clip_id) for clip_id in ranked[:count]}
+    train = [clip_id for clip_id in ranked if without_window(clip_id) not in videos]
+    if not train:
         raise DataError(f"{count} clips to hold out of {len(ranked)} leave none to train on. Hold out fewer.")
-    return sorted(ranked[count:]), sorted(ranked[:count])
+    return sorted(train), sorted(ranked[:count])

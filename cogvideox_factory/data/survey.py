@@ -2,7 +2,7 @@
 
 Each file is hashed, its header and packet times are read, and its frames are chosen; so whatever can be known
 without decoding (missing, cut, too short, too large, a copy of another row) is known for all clips in one
-pass.
+pass. Here a row becomes several clips where its video is cut into windows.
 """
 
 import hashlib
@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from cogvideox_factory.data.buckets import Bucket, Buckets, Source, auto_buckets, read_buckets
+from cogvideox_factory.data.auto_buckets import auto_buckets
+from cogvideox_factory.data.buckets import Bucket, Buckets, Source, read_buckets
 from cogvideox_factory.data.container import DEFAULT_LIMITS, Limits, VideoInfo
 from cogvideox_factory.data.image import probe_picture
 from cogvideox_factory.data.manifest import Clip, Manifest
@@ -22,6 +24,7 @@ from cogvideox_factory.data.paths import require_in_place
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.timing import ClipSpec, num_available, plan_frames
 from cogvideox_factory.data.video import file_stamp, probe_clip, require_moving, source_facts
+from cogvideox_factory.data.windows import FIRST, Windows, cut_source, source_parts
 
 _BLOCK = 1 << 20
 
@@ -30,58 +33,75 @@ def survey(
     manifest: Manifest,
     spec: ClipSpec,
     *,
+    windows: Windows = FIRST,
     buckets: Buckets | None = None,
     memo: Memo | None = None,
     limits: Limits = DEFAULT_LIMITS,
     num_workers: int = 2,
     on_clip: Callable[[Clip], None] | None = None,
 ) -> Manifest:
-    """Return the manifest with each usable clip hashed, described and put in the state `spec` gives it.
+    """Return the manifest with each usable row cut into its windows, hashed, described, and in the state `spec` gives.
 
-    Clips with the same bytes and the same caption as an earlier row become duplicates; the same bytes under
+    Rows with the same bytes and the same caption as an earlier row become duplicates, uncut; the same bytes under
     another caption are kept. With `buckets` each clip is brought to the size and length they choose for it, and
     the rest of `spec` holds for all. What `memo` remembers of an unchanged file is not looked at again. `on_clip` is
-    called with each clip, in order, for progress.
+    called with the first clip of each row, in order, for progress.
+
+    Raises:
+        MissingError: what `windows` needs is not installed.
     """
-    first_rows: dict[str, Clip] = {}
+    windows.require()
+    firsts: dict[str, Clip] = {}
     surveyed = []
-    look = partial(look_at, spec=spec, buckets=buckets, limits=limits)
+    look = partial(look_at, spec=spec, windows=windows, buckets=buckets, limits=limits)
     if memo:
         shapes = [buckets.to_json(), buckets.all] if buckets else None
-        look = partial(memo.ask, question=["survey", asdict(spec), shapes, asdict(limits)], look=look)
+        look = partial(memo.ask, question=["survey", asdict(spec), str(windows), shapes, asdict(limits)], look=look)
     both = partial(_with_condition, look=look, memo=memo)
-    for clip in ordered_map(both, manifest.usable, num_workers=num_workers):
-        if clip.usable:
-            first = first_rows.setdefault(clip.id, clip)
-            if first is not clip:
-                clip = clip.rejected(ClipError("row.duplicate", f"the same bytes and caption as {first.place}"))
-        surveyed.append(clip)
+    for clips in ordered_map(both, manifest.usable, num_workers=num_workers):
+        clips = _without_copies(clips, firsts)
+        surveyed += clips
         if on_clip:
-            on_clip(clip)
+            on_clip(clips[0])
     return manifest.with_clips(surveyed)
 
 
-def _with_condition(clip: Clip, *, look: Callable[[Clip], Clip], memo: Memo | None) -> Clip:
-    clip = look(clip)
-    if not clip.usable or clip.image_path is None:
-        return clip
+def _without_copies(clips: list[Clip], firsts: dict[str, Clip]) -> list[Clip]:
+    """Return the windows of a row, those that an earlier row has as duplicates; one clip if all of them are."""
+    found = []
+    for clip in clips:
+        if clip.usable and (first := firsts.setdefault(clip.id, clip)) is not clip:
+            clip = clip.rejected(ClipError("row.duplicate", f"the same bytes and caption as {first.place}"))
+        found.append(clip)
+    if all(clip.reason == "row.duplicate" for clip in found) or len(found) == 1:
+        return found[:1]
+    return [replace(clip, facts={**clip.facts, "window": f"{n} of {len(found)}"}) for n, clip in enumerate(found, 1)]
+
+
+def _with_condition(clip: Clip, *, look: Callable[[Clip], list[Clip]], memo: Memo | None) -> list[Clip]:
+    """Look at a row's clip and at the picture it starts from; later windows start from their own first frames."""
+    first, *later = look(clip)
+    if not first.usable or first.image_path is None:
+        return [first, *later]
+    later = [replace(window, image_name="", image_path=None) for window in later]
     picture = Clip(row=clip.row, name=clip.image_name, caption="", path=clip.image_path)
-    seen = memo.ask(picture, ["condition"], look_at_condition) if memo else look_at_condition(picture)
+    (seen,) = memo.ask(picture, ["condition"], look_at_condition) if memo else look_at_condition(picture)
     if not seen.usable:
-        return replace(clip, state=seen.state, reason=seen.reason, detail=seen.detail)
-    return replace(clip, image_content=seen.content, image_stamp=seen.stamp, facts={**clip.facts, **seen.facts})
+        return [replace(first, state=seen.state, reason=seen.reason, detail=seen.detail), *later]
+    facts = {**first.facts, **seen.facts}
+    return [replace(first, image_content=seen.content, image_stamp=seen.stamp, facts=facts), *later]
 
 
-def look_at_condition(picture: Clip) -> Clip:
-    """Return the picture a clip starts from (as the only file of a `Clip`) with its hash, size and state."""
+def look_at_condition(picture: Clip) -> list[Clip]:
+    """Return the picture a clip starts from (as the only file of one `Clip`) with its hash, size and state."""
     path = picture.path
     assert path is not None
     try:
         picture = replace(picture, stamp=file_stamp(path), content=hash_file(path))
         info = probe_picture(path)
-        return replace(picture, facts={"image_height": info.height, "image_width": info.width})
+        return [replace(picture, facts={"image_height": info.height, "image_width": info.width})]
     except ClipError as error:
-        return picture.rejected(ClipError("image.unreadable", f"its image {path.name}: {error.message}"))
+        return [picture.rejected(ClipError("image.unreadable", f"its image {path.name}: {error.message}"))]
 
 
 def find_buckets(
@@ -89,6 +109,7 @@ def find_buckets(
     clips: Iterable[Clip],
     spec: ClipSpec,
     *,
+    windows: Windows = FIRST,
     max_buckets: int,
     seed: int,
     memo: Memo | None = None,
@@ -99,6 +120,7 @@ def find_buckets(
         asked: None, "auto" or a bucket file.
         clips: usable rows, which "auto" makes its shapes of.
         spec: the size and length the model was made for, and the rate.
+        windows: how sources are cut.
         max_buckets: most shapes that "auto" makes.
         seed: of a file's keep_prob draws.
         memo: see `survey`.
@@ -111,7 +133,7 @@ def find_buckets(
     if asked != "auto":
         return read_buckets(Path(asked), seed=seed)
     native = Bucket(spec.num_frames, spec.height, spec.width)
-    return auto_buckets(measure(clips, spec, memo=memo), native=native, max_buckets=max_buckets)
+    return auto_buckets(measure(clips, spec, windows=windows, memo=memo), native=native, max_buckets=max_buckets)
 
 
 def count_buckets(clips: Iterable[Clip]) -> dict[Bucket, int]:
@@ -125,27 +147,43 @@ def measure(
     clips: Iterable[Clip],
     spec: ClipSpec,
     *,
+    windows: Windows = FIRST,
     memo: Memo | None = None,
     limits: Limits = DEFAULT_LIMITS,
     num_workers: int = 2,
 ) -> list[Source]:
-    """Return frames (at the rate of `spec`) and size of each of the usable `clips` whose header can be read."""
+    """Return frames (at the rate of `spec`) and size of each of the usable `clips` that can be read; of each scene,
+    where `windows` are cut from scenes."""
+    windows.require()
 
-    def look(clip: Clip) -> Clip:
+    def look(clip: Clip) -> list[Clip]:
         assert clip.path is not None
         try:
-            return replace(clip, facts={"measured": _source(probe_clip(clip.path, limits=limits), spec)})
+            info = probe_clip(clip.path, limits=limits)
+            found = [_source(info, part) for part in source_parts(info, spec, windows)]
         except ClipError:
-            return replace(clip, facts={})  # `survey` will say why
+            found = []  # `survey` will say why
+        return [replace(clip, facts={"measured": source}) for source in found]
 
     if memo:
-        look = partial(memo.ask, question=["measure", asdict(spec), asdict(limits)], look=look)
+        parts = windows.policy == "scenes"
+        look = partial(memo.ask, question=["measure", asdict(spec), parts, asdict(limits)], look=look)
     looked = ordered_map(look, clips, num_workers=num_workers)
-    return [Source(*clip.facts["measured"]) for clip in looked if "measured" in clip.facts]
+    return [Source(*clip.facts["measured"]) for found in looked for clip in found]
 
 
-def look_at(clip: Clip, spec: ClipSpec, *, buckets: Buckets | None = None, limits: Limits = DEFAULT_LIMITS) -> Clip:
-    """Return `clip` with its content hash, facts and state; never raises for what is wrong with it."""
+def look_at(
+    clip: Clip,
+    spec: ClipSpec,
+    *,
+    windows: Windows = FIRST,
+    buckets: Buckets | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> list[Clip]:
+    """Return each window of `clip` with its content hash, facts and state; one clip where there is nothing to cut.
+
+    Never raises for what is wrong with the clip.
+    """
     path = clip.path
     assert path is not None, f"{clip.name} names no file"
     try:
@@ -154,15 +192,28 @@ def look_at(clip: Clip, spec: ClipSpec, *, buckets: Buckets | None = None, limit
         clip = replace(clip, content=hash_file(path), stamp=stamp)
         info = probe_clip(path, limits=limits)
         clip = replace(clip, facts={**clip.facts, **source_facts(info)})
-        if buckets:
-            chosen = buckets.choose(clip.content or "", _source(info, spec))
-            spec = replace(spec, num_frames=chosen.num_frames, height=chosen.height, width=chosen.width)
-            clip = replace(clip, facts={**clip.facts, "bucket": chosen.key})
-        require_moving(info, spec)
-        plan = plan_frames(info, spec)
-        return replace(clip, state=plan.state, spec=spec, facts={**clip.facts, **plan.to_json()})
+        cut = cut_source(info, spec, windows, shape=partial(_shaped, clip.content or "", info, buckets))
+        return [_planned(clip, info, window, cut.facts, has_buckets=buckets is not None) for window in cut.specs]
     except ClipError as error:
-        return clip.rejected(error)
+        return [clip.rejected(error)]
+
+
+def _shaped(content: str, info: VideoInfo, buckets: Buckets | None, part: ClipSpec) -> ClipSpec:
+    """Return a part of a source with the size and length that its bucket gives it."""
+    if buckets:
+        bucket = buckets.choose(content + part.window, _source(info, part))
+        part = replace(part, num_frames=bucket.num_frames, height=bucket.height, width=bucket.width)
+    require_moving(info, part)
+    return part
+
+
+def _planned(clip: Clip, info: VideoInfo, window: ClipSpec, facts: dict[str, Any], *, has_buckets: bool) -> Clip:
+    plan = plan_frames(info, window)
+    if has_buckets:
+        facts = facts | {"bucket": Bucket(window.num_frames, window.height, window.width).key}
+    if window.start:
+        facts = facts | {"start_seconds": round(float(info.times[window.start]), 4)}
+    return replace(clip, state=plan.state, spec=window, facts={**clip.facts, **facts, **plan.to_json()})
 
 
 def _source(info: VideoInfo, spec: ClipSpec) -> Source:

@@ -2,7 +2,8 @@
 
 A clip is decoded as a stream: only chosen frames are kept, and they are scaled before they are stored, so
 memory is the size of the result. Damage is an error, never a grey frame: the decoder is told to give up on
-broken data, frames it marks corrupt are refused, and every chosen frame must arrive.
+broken data, frames it marks corrupt are refused, and every chosen frame must arrive. A window in the middle of a
+file is reached by a jump to the key frame before it; where that leads elsewhere, the file is decoded from its start.
 """
 
 import os
@@ -19,6 +20,7 @@ from cogvideox_factory.data.container import (
     DEFAULT_LIMITS,
     Limits,
     VideoInfo,
+    decoder,
     open_video,
     orientation,
     probe,
@@ -28,6 +30,7 @@ from cogvideox_factory.data.image import is_picture, load_picture, probe_picture
 from cogvideox_factory.data.paths import require_in_place
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.resize import Fit, Resizer
+from cogvideox_factory.data.saliency import smart_fit
 from cogvideox_factory.data.timing import ClipSpec, FramePlan, plan_frames
 
 __all__ = ["ClipSpec", "DecodedClip", "VideoInfo", "export_to_video", "probe", "read_clip"]
@@ -51,7 +54,7 @@ class DecodedClip:
     @property
     def facts(self) -> dict[str, Any]:
         """What a report keeps of the source and of what was done."""
-        return source_facts(self.info) | self.plan.to_json()
+        return source_facts(self.info) | self.plan.to_json() | {"crop": self.fit.to_json()}
 
 
 def probe_clip(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> VideoInfo:
@@ -132,9 +135,15 @@ def read_clip(
     require_moving(info, spec)
     plan = plan_frames(info, spec)
     fit = Fit.of(info.height, info.width, spec.height, spec.width, crop=spec.crop, rng=rng)
+    if spec.crop == "smart":  # decoded twice, so that a wide source takes no more memory than the result
+
+        def frames(see: Resizer) -> Iterator[np.ndarray]:
+            return (see(frame) for _, frame in decode_frames(info, plan.indices))
+
+        fit = smart_fit(fit, spec.height, spec.width, frames, rotation=info.rotation, mirrored=info.mirrored)
     resize = Resizer(fit, spec.height, spec.width, rotation=info.rotation, mirrored=info.mirrored)
     pixels = np.empty((spec.num_frames, spec.height, spec.width, 3), np.uint8)
-    for index, frame in _chosen_frames(info, plan.indices):
+    for index, frame in decode_frames(info, plan.indices):
         first, last = np.searchsorted(plan.indices, (index, index + 1))
         pixels[first:last] = resize(frame)
     _require_unchanged(path, before)
@@ -159,19 +168,44 @@ def file_stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _chosen_frames(info: VideoInfo, indices: np.ndarray) -> Iterator[tuple[int, VideoFrame]]:
-    """Decode up to the last of `indices` and yield (index, frame) of each one once, in order."""
+def decode_frames(info: VideoInfo, indices: np.ndarray) -> Iterator[tuple[int, VideoFrame]]:
+    """Decode up to the last of `indices` and yield (index, frame) of each one once, in order.
+
+    Raises:
+        ClipError: damage, or a change of size or orientation on the way.
+    """
     if info.still:
         yield 0, load_picture(info.path)[0]
         return
     wanted = sorted(set(indices.tolist()))
-    by_stamp = {info.pts[index]: index for index in wanted} if info.pts else None
+    if info.pts and wanted[0] > 0:
+        try:
+            for index, frame in _decode(info, wanted, jump=True):
+                yield index, frame
+                wanted = wanted[1:]
+        except ClipError:  # the start of the file may be needed, and if not, it says what is wrong
+            pass
+        if not wanted:
+            return
+    yield from _decode(info, wanted, jump=False)
+
+
+def _decode(info: VideoInfo, wanted: list[int], *, jump: bool) -> Iterator[tuple[int, VideoFrame]]:
+    """Yield (index, frame) of the `wanted` frames, from the start of the file or from the key frame before the first.
+
+    Raises:
+        ClipError: see `decode_frames`; after a jump also where frames are missing.
+    """
+    by_stamp: dict[int | None, int] | None = {info.pts[index]: index for index in wanted} if info.pts else None
     found = 0
     size: tuple[int, int] | None = None
     name = info.path.name
     with open_video(info.path) as (container, stream):
         try:
-            for count, frame in enumerate(container.decode(stream)):
+            if jump and info.pts:
+                container.seek(info.pts[wanted[0]], stream=stream)
+            decode = decoder(stream)
+            for count, frame in enumerate(frame for packet in container.demux(stream) for frame in decode(packet)):
                 if frame.is_corrupt:
                     raise ClipError("video.corrupt", f"{name}: frame {count + 1} is damaged")
                 size = size or (frame.width, frame.height)

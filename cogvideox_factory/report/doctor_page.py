@@ -31,23 +31,29 @@ class Findings:
     census: Census
     spec: ClipSpec
     """What clips were looked at for."""
-    pictures: Mapping[int, bytes]
-    """Row -> JPEG of the clip's first frame, for those of `rows_to_show` that could be decoded."""
+    pictures: Mapping[int | str, bytes]
+    """`Clip.number` -> JPEG of the clip's first frame, for those of `numbers_to_show` that could be decoded."""
     skipped: tuple[str, ...] = ()
     """What was not looked at, and why."""
     buckets: Mapping[str, int] = field(default_factory=dict)
     """Clips of each bucket, where a run has several."""
 
 
-def rows_to_show(manifest: Manifest, census: Census, *, limit: int = MAX_PICTURES) -> list[int]:
-    """Return the rows of usable clips to show: what was remarked on first, then others spread over the whole set."""
-    groups = [group[:_MAX_MEMBERS] for group in (census.near_duplicates or [])[:_MAX_GROUPS]]
-    chosen = dict.fromkeys([row for group in groups for row in group] + census.cut + census.black)
-    chosen = dict.fromkeys(list(chosen)[:limit])
-    others = [clip.row for clip in manifest.usable if clip.row not in chosen]
+def numbers_to_show(manifest: Manifest, census: Census, *, limit: int = MAX_PICTURES) -> list[int | str]:
+    """Return the numbers of usable clips to show: what was remarked on first, then others spread over the whole set."""
+    alike = [clip.number for group in _groups(manifest, census) for clip in group]
+    chosen = dict.fromkeys(list(dict.fromkeys([*alike, *census.cut, *census.black]))[:limit])
+    others = [clip.number for clip in manifest.usable if clip.number not in chosen]
     room = min(limit - len(chosen), len(others))
     spread = [others[place * len(others) // room] for place in range(room)]
     return [*chosen, *spread]
+
+
+def _groups(manifest: Manifest, census: Census) -> list[list[Clip]]:
+    """Return the clips of each group of near-duplicates, few of each and not too many groups."""
+    by_row = {clip.row: clip for clip in manifest.rows}
+    groups = (census.near_duplicates or [])[:_MAX_GROUPS]
+    return [[by_row[row] for row in group[:_MAX_MEMBERS]] for group in groups]
 
 
 def render(findings: Findings) -> str:
@@ -94,13 +100,16 @@ def _states(manifest: Manifest) -> str:
     tally = Counter((clip.state, clip.reason or "") for clip in manifest.clips)
     examples: dict[tuple[str, str], str] = {}
     for clip in manifest.clips:
-        examples.setdefault((clip.state, clip.reason or ""), f"row {clip.row}: {printable(clip.detail or clip.name)}")
+        examples.setdefault(
+            (clip.state, clip.reason or ""), f"row {clip.number}: {printable(clip.detail or clip.name)}"
+        )
     order = list(manifest.counts())
     rows = [
         (state, reason, count, examples[state, reason])
         for (state, reason), count in sorted(tally.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
     ]
-    return html.table([*rows, ("total", "", len(manifest.clips), "")], ("state", "reason", "clips", "for example"))
+    table = html.table([*rows, ("total", "", len(manifest.clips), "")], ("state", "reason", "clips", "for example"))
+    return "\n".join([table, *(html.paragraph(line, soft=True) for line in manifest.about_windows())])
 
 
 def _buckets(buckets: Mapping[str, int]) -> list[str]:
@@ -139,37 +148,41 @@ def _alike(findings: Findings) -> list[str]:
     groups = findings.census.near_duplicates or []
     if not groups:
         return []
-    by_row = {clip.row: clip for clip in findings.manifest.clips}
     parts = [html.heading("Clips that look alike")]
-    for group in groups[:_MAX_GROUPS]:
-        parts.append(html.row([_thumb(findings, by_row[row]) for row in group[:_MAX_MEMBERS]]))
+    for group, clips in zip(groups, _groups(findings.manifest, findings.census)):
+        parts.append(html.row([_thumb(findings, clip) for clip in clips]))
         parts += _rest(len(group) - _MAX_MEMBERS, "more in this group")
     return [*parts, *_rest(len(groups) - _MAX_GROUPS, "more groups")]
 
 
 def _clips(findings: Findings) -> list[str]:
-    alike = {row for group in (findings.census.near_duplicates or [])[:_MAX_GROUPS] for row in group[:_MAX_MEMBERS]}
-    shown = set(rows_to_show(findings.manifest, findings.census)) - alike
-    figures = [_thumb(findings, clip) for clip in findings.manifest.usable if clip.row in shown]
+    alike = {clip.number for group in _groups(findings.manifest, findings.census) for clip in group}
+    shown = set(numbers_to_show(findings.manifest, findings.census)) - alike
+    figures = [_thumb(findings, clip) for clip in findings.manifest.usable if clip.number in shown]
     left = len(findings.manifest.usable) - len(figures) - len(alike)
     return [html.row(figures), *_rest(left, "more that can be used")]
 
 
 def _thumb(findings: Findings, clip: Clip) -> str:
     notes = [
-        "" if clip.row in findings.pictures else "no picture",
+        "" if clip.number in findings.pictures else "no picture",
+        f"window {clip.facts['window']}, from {clip.facts.get('start_seconds', 0):g} s"
+        if "window" in clip.facts
+        else "",
         f"cut at {', '.join(f'{s:g} s' for s in clip.facts['scene_cuts'])}" if clip.facts.get("scene_cuts") else "",
         f"{clip.facts['black_frames']} black" if clip.facts.get("black_frames") else "",
         f"{clip.facts['tokens_cut']} tokens cut" if "tokens_cut" in clip.facts else "",
     ]
-    caption = f"{clip.row}. {printable(clip.name)} ({clip.state}): {short(clip.caption)}"
-    return html.thumb(findings.pictures.get(clip.row), caption, note=", ".join(filter(None, notes)))
+    caption = f"{clip.number}. {printable(clip.name)} ({clip.state}): {short(clip.caption)}"
+    return html.thumb(findings.pictures.get(clip.number), caption, note=", ".join(filter(None, notes)))
 
 
 def _lost(manifest: Manifest) -> list[str]:
     if not manifest.lost:
         return []
-    rows = [(c.row, printable(c.name), c.state, c.reason or "", printable(c.detail)) for c in manifest.lost[:_MAX_LOST]]
+    rows = [
+        (c.number, printable(c.name), c.state, c.reason or "", printable(c.detail)) for c in manifest.lost[:_MAX_LOST]
+    ]
     return [
         html.heading("Clips that cannot be used"),
         html.table(rows, ("row", "clip", "state", "reason", "what was found")),

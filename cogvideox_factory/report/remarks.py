@@ -67,12 +67,12 @@ def short(caption: str) -> str:
     return text if len(text) <= _MAX_CAPTION else text[: _MAX_CAPTION - 1] + "…"
 
 
-def _clips(rows: Iterable[int]) -> str:
+def _clips(rows: Iterable[int | str]) -> str:
     listed = list(rows)
     return f"{len(listed)} clip{'s' if len(listed) > 1 else ''} ({_rows(listed)})"
 
 
-def _rows(rows: Sequence[int]) -> str:
+def _rows(rows: Sequence[int | str]) -> str:
     more = f" and {len(rows) - _MAX_ROWS} more" if len(rows) > _MAX_ROWS else ""
     return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:_MAX_ROWS]))}{more}"
 

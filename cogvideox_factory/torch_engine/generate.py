@@ -15,6 +15,7 @@ from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.manifest import read_lines
 from cogvideox_factory.errors import DataError, FactoryError, StorageError
+from cogvideox_factory.intake import text_length
 from cogvideox_factory.lora_files import load_lora
 from cogvideox_factory.metrics import duration, progress_bar, say
 from cogvideox_factory.models import TransformerConfig
@@ -23,9 +24,9 @@ from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.attention import backend_name
 from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_determinism
-from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline, resolve_lora, resolve_transformer
-from cogvideox_factory.torch_engine.prepare import text_length
+from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline, resolve_lora
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
+from cogvideox_factory.weights import resolve_transformer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogvideox_factory import weights
+from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.buckets import Bucket, read_buckets
 from cogvideox_factory.data.cache import EMPTY_CAPTION, Cache, CacheIndex
@@ -34,7 +34,6 @@ from cogvideox_factory.metrics import progress_bar, say
 from cogvideox_factory.models import TransformerConfig, VaeConfig
 from cogvideox_factory.publish import sweep
 from cogvideox_factory.shapes import check_buckets, check_task
-from cogvideox_factory.torch_engine import prepare
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
 from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_determinism
 from cogvideox_factory.torch_engine.encode import Encoder
@@ -61,15 +60,15 @@ def run(config: Config) -> CacheIndex:
     """
     _check_settings(config)
     folder = weights.resolve_model(config.model.path, revision=config.model.revision)
-    model = prepare.transformer_config(config, folder)
+    model = intake.transformer_config(config, folder)
     check_task(config.task, model, source=str(folder))
-    spec = prepare.clip_spec(config, prepare.training_shape(config, model))
+    spec = intake.clip_spec(config, intake.training_shape(config, model))
     originals = Originals(_source(config), _wanted(config, model, spec), read_pt=read_pt)
     manifest = _survey(originals, config, model)
     device = pick_device(config.run.device)
     dtype = pick_dtype(config.run.dtype, device, model)
     set_determinism(config.run.deterministic)
-    settings = prepare.cache_settings(config, folder, model, spec, str(dtype).removeprefix("torch.")).as_imported()
+    settings = intake.cache_settings(config, folder, model, spec, str(dtype).removeprefix("torch.")).as_imported()
     cache = Cache(Path(config.cache.dir or ""), settings)
     if cache.folder.exists():
         sweep(cache.folder)
@@ -78,8 +77,8 @@ def run(config: Config) -> CacheIndex:
     failed = _write(originals, manifest, cache)
     manifest = manifest.map_usable(lambda clip: _with_failure(clip, failed))
     manifest.require_good(strict=config.data.strict, max_bad=config.data.max_bad)
-    index = cache.publish(manifest, prepare.source_of(config), imported=_described(originals, manifest, config, tests))
-    prepare.say_counts(manifest)
+    index = cache.publish(manifest, intake.source_of(config), imported=_described(originals, manifest, config, tests))
+    intake.say_counts(manifest)
     say(f"imported into {cache.folder}; train with the same recipe and --cache.dir {cache.folder}")
     return index
 
@@ -133,7 +132,7 @@ def _wanted(config: Config, model: TransformerConfig, spec: ClipSpec) -> Wanted:
     elif config.data.buckets:
         buckets = frozenset(read_buckets(Path(config.data.buckets), seed=config.run.seed).all)
     return Wanted(
-        spec=spec, buckets=buckets, latent_channels=model.out_channels, text_length=prepare.text_length(config, model),
+        spec=spec, buckets=buckets, latent_channels=model.out_channels, text_length=intake.text_length(config, model),
         text_width=model.text_embed_dim, image=config.task == "i2v",
     )  # fmt: skip
 

@@ -89,7 +89,7 @@ class CogVideoXPipeline:
         """
         place = pick_device(device)
         folder = weights.resolve_model(str(model), revision=revision)
-        transformer_folder = resolve_transformer(transformer) if transformer else folder / "transformer"
+        transformer_folder = weights.resolve_transformer(transformer) if transformer else folder / "transformer"
         config = TransformerConfig.from_folder(transformer_folder)
         arithmetic = pick_dtype(dtype, place, config)
         vae = CogVideoXVAE.from_folder(folder / "vae", dtype=arithmetic, device=place)
@@ -258,20 +258,4 @@ def resolve_lora(path: str | Path) -> Path:
     raise FactoryError(
         f"{path}: no LoRA there. Give a .safetensors file, a folder with pytorch_lora_weights.safetensors, "
         "or the folder of a finished LoRA run."
-    )
-
-
-def resolve_transformer(path: str | Path) -> Path:
-    """Return the transformer folder of a transformer folder, a model folder, or a run folder.
-
-    Raises:
-        FactoryError: nothing there.
-    """
-    path = Path(path)
-    for candidate in (path, path / "transformer", path / "final/transformer"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise FactoryError(
-        f"{path}: no transformer there. Give a folder with config.json and safetensors files, "
-        "or the folder of a finished full fine-tuning run."
     )

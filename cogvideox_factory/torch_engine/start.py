@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from cogvideox_factory import weights
+from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config
-from cogvideox_factory.data.buckets import Bucket, balanced_batches, read_buckets, step_cost
+from cogvideox_factory.data.auto_buckets import balanced_batches, step_cost
+from cogvideox_factory.data.buckets import Bucket, read_buckets
 from cogvideox_factory.data.loader import NUM_TRAIN_TIMESTEPS
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import say
 from cogvideox_factory.models import SchedulerConfig, TransformerConfig
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
-from cogvideox_factory.torch_engine import checkpoint, prepare
+from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.device import pick_device, pick_dtype
 
 # Settings that may change between the start of a run and its resumption, because no number depends on them.
@@ -53,14 +54,14 @@ class Plan:
     @property
     def text_length(self) -> int:
         """Tokens of a caption."""
-        return prepare.text_length(self.config, self.model)
+        return intake.text_length(self.config, self.model)
 
 
 def make_plan(config: Config) -> Plan:
     """Read the configs of the model and check task, shape, device and text length against them."""
     folder = weights.resolve_model(config.model.path, revision=config.model.revision)
-    transformer_folder = prepare.transformer_folder(config, folder)
-    model = prepare.transformer_config(config, folder)
+    transformer_folder = intake.transformer_folder(config, folder)
+    model = intake.transformer_config(config, folder)
     check_task(config.task, model, source=str(transformer_folder))
     scheduler = SchedulerConfig.from_folder(folder / "scheduler", filename="scheduler_config.json")
     if scheduler.num_train_timesteps != NUM_TRAIN_TIMESTEPS:
@@ -68,7 +69,7 @@ def make_plan(config: Config) -> Plan:
             f"{folder / 'scheduler'}: num_train_timesteps={scheduler.num_train_timesteps}; timesteps are drawn from "
             f"{NUM_TRAIN_TIMESTEPS}, which every CogVideoX checkpoint has. Check scheduler_config.json."
         )
-    shape = prepare.training_shape(config, model)
+    shape = intake.training_shape(config, model)
     config = complete(config, model, shape)
     device = pick_device(config.run.device)
     return Plan(
@@ -88,7 +89,7 @@ def complete(config: Config, model: TransformerConfig, shape: ClipShape) -> Conf
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=data),
-            "text": config.text.model_copy(update={"max_sequence_length": prepare.text_length(config, model)}),
+            "text": config.text.model_copy(update={"max_sequence_length": intake.text_length(config, model)}),
         }
     )
 

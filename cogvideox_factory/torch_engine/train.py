@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cogvideox_factory import intake
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.cache import is_imported, open_cache, recorded_dtype
@@ -36,7 +37,6 @@ from cogvideox_factory.torch_engine.objective import Objective, Scales
 from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.parallel import Layout, Ranks, distribute, joined, num_processes
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
-from cogvideox_factory.torch_engine.prepare import set_weights
 from cogvideox_factory.torch_engine.start import (
     Plan,
     batch_sizes,
@@ -107,30 +107,31 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str, dict[str, flo
         DataError: raw clips that cannot be used.
     """
     config = plan.config
-    spec = prepare.clip_spec(config, plan.shape)
+    spec = intake.clip_spec(config, plan.shape)
     if config.cache.dir:
         # What the encoders ran in is the cache's affair: float32 latents feed a bfloat16 run as well.
         dtype = recorded_dtype(Path(config.cache.dir)) or str(plan.dtype).removeprefix("torch.")
-        settings = prepare.cache_settings(config, plan.folder, plan.model, spec, dtype)
+        settings = intake.cache_settings(config, plan.folder, plan.model, spec, dtype)
         verb = "prepare"
         if is_imported(Path(config.cache.dir)):
             settings, verb = settings.as_imported(), "import-prepared"
         command = f"cogvideox {verb} (with this recipe) --cache.dir {config.cache.dir}"
         index = open_cache(Path(config.cache.dir), settings, command=command)
         if config.data_sets:
-            prepare.require_source(index, config)
+            intake.require_source(index, config)
         if config.task == "i2v" and config.train.image_noise and not config.cache.image_noise_variants:
             raise FactoryError(
                 "cache.image_noise_variants=0 keeps only clean first frames, but train.image_noise is on. "
                 "Prepare with some variants, or set --train.image-noise False."
             )
         clip_ids = sorted(clip.id for clip in index.clips)
-        weights = set_weights(config) if config.data_sets else index.recorded.get("source", {}).get("weights", {})
+        recorded = index.recorded.get("source", {}).get("weights", {})
+        weights = intake.set_weights(config) if config.data_sets else recorded
         return CacheSource(index), digest_of(clip_ids, settings.to_json()), weights
-    manifest = prepare.checked_manifest(config, spec, plan.model)
+    manifest = intake.checked_manifest(config, spec, plan.model)
     clip_ids = sorted(clip.id for clip in manifest.usable)
     source = RawSource(manifest.usable, latent_channels=plan.model.out_channels)
-    return source, digest_of(clip_ids, spec), set_weights(config)
+    return source, digest_of(clip_ids, spec), intake.set_weights(config)
 
 
 def _train(
@@ -147,6 +148,8 @@ def _train(
     train_ids, held_ids = sorted(source.buckets), []
     if config.validation.every:
         train_ids, held_ids = hold_out(train_ids, config.validation.num_clips)
+        if unseen := len(source.buckets) - len(train_ids) - len(held_ids):
+            say(f"{unseen} other windows of the {len(held_ids)} clips held out are not trained on either")
     sampler = Sampler(
         train_ids, batch_size={key: size * config.train.gradient_accumulation for key, size in sizes.items()},
         seed=config.run.seed, buckets=source.buckets, sets=source.sets, weights=weights,

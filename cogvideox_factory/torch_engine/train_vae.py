@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvideox_factory import draws, weights
+from cogvideox_factory import draws, intake, weights
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.manifest import Clip
 from cogvideox_factory.data.ordered import ordered_map
@@ -30,7 +30,6 @@ from cogvideox_factory.learning_rate import learning_rate
 from cogvideox_factory.metrics import MetricsLog, duration, say
 from cogvideox_factory.models import VaeConfig
 from cogvideox_factory.recipe import write_recipe
-from cogvideox_factory.torch_engine import prepare
 from cogvideox_factory.torch_engine.border import to_tensor
 from cogvideox_factory.torch_engine.device import pick_device, set_determinism
 from cogvideox_factory.torch_engine.optim import Update
@@ -70,7 +69,7 @@ def run(config: Config) -> Path:
     device = pick_device(config.run.device)
     set_determinism(config.run.deterministic)
     vae = _load(config, device)
-    clips = _Clips(prepare.checked_manifest(config, spec).usable, spec)
+    clips = _Clips(intake.checked_manifest(config, spec).usable, spec)
     train_ids, held_ids = hold_out(clips.ids, config.vae.num_held_out)
     out.mkdir(parents=True, exist_ok=True)
     write_recipe(out / "config.yaml", config)
@@ -127,7 +126,7 @@ def _clip_spec(config: Config) -> ClipSpec:
         raise FactoryError(f"vae.crop={crop} is larger than the clips ({height}x{width})")
     return ClipSpec(
         num_frames=num_frames, height=height, width=width, fps=fps, crop=data.crop, fps_policy=data.fps_policy,
-        short_policy=data.short_clips,
+        short_policy=data.short_clips, max_slowdown=data.max_slowdown,
     )  # fmt: skip
 
 
@@ -246,7 +245,7 @@ class _Clips:
             return self._memo[name]
         clip = self._clips[name]
         assert clip.path is not None
-        frames = read_clip(clip.path, self._spec, rng=draws.generator(0, "crop", clip.content or "")).pixels
+        frames = read_clip(clip.path, clip.spec or self._spec, rng=draws.generator(0, "crop", clip.footage)).pixels
         if frames.nbytes * (len(self._memo) + 1) <= _MEMO_BYTES:
             self._memo[name] = frames
         return frames

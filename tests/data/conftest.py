@@ -1,8 +1,11 @@
 """Clips made on the spot: each frame is a flat grey that tells its number."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from cogvideox_factory.data.container import VideoInfo
 from tests.faults import makers
 from tests.faults.makers import STEP, grey
 
@@ -31,3 +34,20 @@ def dataset(tmp_path, make_video):
     (root / "prompts.txt").write_text("a first clip\na second clip\na third clip\n")
     (root / "videos.txt").write_text("videos/0.mp4\nvideos/1.mp4\nvideos/2.mp4\n")
     return root
+
+
+@pytest.fixture(scope="session")
+def source():
+    """Make the description of a source whose frames appear at `times` (seconds)."""
+
+    def make(times, tick: float = 1e-4, *, last: float | None = None) -> VideoInfo:
+        times = np.asarray(times, dtype=np.float64)
+        gap = float(np.median(np.diff(times))) if len(times) > 1 else 0.125
+        return VideoInfo(
+            path=Path("x.mp4"), codec="h264", pixel_format="yuv420p", width=48, height=32, fps=1 / gap,
+            num_frames=len(times), duration_seconds=float(times[-1]) + (last or gap), rotation=0, mirrored=False,
+            sample_aspect_ratio=1.0, bit_depth=8, has_alpha=False, interlaced=False, variable_rate=False, times=times,
+            tick_seconds=tick, pts=None,
+        )  # fmt: skip
+
+    return make

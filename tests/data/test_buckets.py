@@ -1,24 +1,21 @@
-"""Buckets: the file's rules against an independent reading of them, and what `auto` promises."""
+"""Bucket files: ten thousand clips against an independent reading of the rules, and what is refused."""
 
 import json
-import math
+from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import yaml
 
 from cogvideox_factory.data.buckets import (
-    AutoBuckets,
     Bucket,
     Source,
-    auto_buckets,
-    balanced_batches,
     read_buckets,
     resolution_shapes,
-    step_cost,
 )
 from cogvideox_factory.data.reasons import ClipError
+from cogvideox_factory.data.sampler import Sampler
+from cogvideox_factory.draws import generator
 from cogvideox_factory.errors import FactoryError
 
 FILE = """
@@ -50,44 +47,98 @@ def random_sources(count, seed=0):
     return [Source(int(f), int(h), int(w)) for f, (h, w) in zip(draw.integers(1, 200, count), sides)]
 
 
-def oracle(buckets, content, source):
-    """The rules of the older trainers, told again from their description, with this project's draws."""
+AREAS = {"480p": 854 * 480, "720p": 1280 * 720, "1024": 1024**2, "256": 256**2}
+
+
+def oracle_shapes(name):
+    """Sides that are multiples of 16 at about the area, told again from the docstring, with decimal ratios only."""
+    area = AREAS[name]
+    if name.isdecimal():
+        side, step = int(name) // 2, max(16, int(name) // 32)
+        shapes = []
+        while side <= int(name):
+            long = 16 * round(area / side / 16)
+            shapes += [(side, long), (long, side)]
+            side += step
+    else:
+        ratios = (0.38, 0.43, 0.48, 0.5, 0.53, 9 / 16, 0.625, 0.67, 0.75, 0.89, 1.0)
+        shapes = [
+            (16 * round((area * r) ** 0.5 / 16), 16 * round((area / r) ** 0.5 / 16))
+            for r in [*ratios, *(1 / r for r in ratios)]
+        ] + ([(480, 720), (720, 480)] if name == "480p" else [])
+    return sorted(set(shapes), key=lambda shape: shape[0] / shape[1])
+
+
+def oracle(table, content, source, seed):
+    """The rules of the older trainers, from the parsed file and their description; only the draws are the project's.
+
+    Returns the bucket and its batch size, or None.
+    """
     pixels = source.height * source.width
-    names = sorted({o.resolution for o in buckets.options}, key=lambda name: -_area(buckets, name))
-    for name in names:
-        if pixels < 0.8 * _area(buckets, name):
+    for name in sorted(table, key=lambda name: -AREAS[str(name)]):
+        lines = table[name]
+        name = str(name)
+        if pixels < 0.8 * AREAS[name]:
             continue
-        lengths = sorted((o for o in buckets.options if o.resolution == name), key=lambda o: -o.num_frames)
-        for option in lengths:
-            if (source.num_frames == 1) != (option.num_frames == 1) or source.num_frames < option.num_frames:
+        for length in sorted(lines, reverse=True):
+            (keep, size), considered = lines[length], 1.0
+            if isinstance(keep, list):
+                keep, considered = keep
+            is_image, wants_image = source.num_frames == 1, length == 1
+            if is_image != wants_image or source.num_frames < length:
                 continue
-            if buckets._draw("length", option, content) >= option.length_prob:
+            if considered < 1 and generator(seed, "bucket", "length", name, length, content).random() >= considered:
                 continue
-            if buckets._draw("keep", option, content) < option.keep_prob:
-                ratios = [abs(h / w - source.height / source.width) for h, w in resolution_shapes(name)]
-                return Bucket(option.num_frames, *resolution_shapes(name)[int(np.argmin(ratios))])
-            break
+            if keep < 1 and generator(seed, "bucket", "keep", name, length, content).random() >= keep:
+                break  # down to the next smaller resolution
+            ratio = source.height / source.width
+            best = min(oracle_shapes(name), key=lambda shape: abs(shape[0] / shape[1] - ratio))
+            return Bucket(length, *best), size
     return None
 
 
-def _area(buckets, name):
-    return next(o.num_pixels for o in buckets.options if o.resolution == name)
+def test_the_shapes_of_a_resolution_are_those_of_its_area():
+    for name in AREAS:
+        assert list(resolution_shapes(name)) == oracle_shapes(name)
 
 
 def test_ten_thousand_clips_go_where_the_rules_say(listed):
+    table = yaml.safe_load(FILE)["bucket_config"]
     found = {}
     for index, source in enumerate(random_sources(10_000)):
         content = f"{index:064x}"
-        expected = oracle(listed, content, source)
+        expected = oracle(table, content, source, seed=3)
         if expected is None:
             with pytest.raises(ClipError, match=r"bucket\.none"):
                 listed.choose(content, source)
         else:
-            assert listed.choose(content, source) == expected, source
+            assert listed.choose(content, source) == expected[0], source
+            assert listed.batch_size(expected[0]) == expected[1]
         found[content] = expected
     lost = sum(bucket is None for bucket in found.values())
     assert 0 < lost < 2_000
-    assert {bucket.num_frames for bucket in found.values() if bucket} == {1, 9, 49, 77}
+    assert {bucket.num_frames for bucket, _ in filter(None, found.values())} == {1, 9, 49, 77}
+    assert_batches_are_a_walk({content: line for content, line in found.items() if line})
+
+
+def assert_batches_are_a_walk(found):
+    """Two epochs of batches, against clips put one by one into the line of their shape."""
+    sizes = {bucket.key: size for bucket, size in found.values()}
+    shapes = {content: bucket.key for content, (bucket, _) in found.items()}
+    sampler = Sampler(shapes, batch_size=sizes, seed=9, buckets=shapes)
+    lines, step, in_order = {key: [] for key in sizes}, 0, sorted(shapes)
+    for epoch in range(2):
+        for place in generator(9, "epoch order", epoch).permutation(len(in_order)):
+            content = in_order[place]
+            line = lines[shapes[content]]
+            line.append((content, epoch))
+            if len(line) == sizes[shapes[content]]:
+                assert [tuple(pick) for pick in sampler.batch(step)] == line, step
+                step += 1
+                line.clear()
+        assert sampler.waiting(epoch + 1) == {key: len(line) for key, line in sorted(lines.items())}
+    assert sampler.steps_before(2) == step > 2 * len(found) / max(sizes.values())
+    assert sum(Counter(shapes.values()).values()) == len(found)
 
 
 def test_keep_prob_is_a_share_of_the_clips_and_belongs_to_each(listed):
@@ -146,62 +197,3 @@ def test_what_is_no_bucket_file(tmp_path, text, law):
     (tmp_path / "b.yaml").write_text(text)
     with pytest.raises(FactoryError, match=law):
         read_buckets(tmp_path / "b.yaml", seed=0)
-
-
-NATIVE = Bucket(81, 768, 1360)
-SOURCES = st.lists(
-    st.builds(Source, st.integers(1, 300), st.integers(32, 2200), st.integers(32, 2200)), min_size=1, max_size=60
-)
-
-
-@given(SOURCES, st.integers(1, 8))
-@settings(max_examples=150, deadline=None)
-def test_auto_finds_a_place_for_every_clip_that_is_long_enough(sources, max_buckets):
-    buckets = auto_buckets(sources, native=NATIVE, max_buckets=max_buckets)
-    for source in sources:
-        if source.num_frames != 1 and source.num_frames < 17:
-            continue
-        bucket = buckets.choose("x", source)
-        assert bucket in buckets.all
-        assert bucket.num_frames <= source.num_frames
-        assert bucket.num_frames <= NATIVE.num_frames
-        assert bucket.num_frames % 8 == 1
-        assert bucket.height * bucket.width <= source.height * source.width / 0.8 + 1
-        assert bucket.height * bucket.width <= 1.15 * NATIVE.height * NATIVE.width
-        assert bucket.height % 16 == bucket.width % 16 == 0
-
-
-def test_clips_of_almost_one_size_do_not_crowd_one_another_out():
-    sources = [Source(1, 152, 265), Source(1, 216, 233)]
-    buckets = auto_buckets(sources, native=NATIVE, max_buckets=1)
-    assert all(buckets.choose("x", source) in buckets.all for source in sources)
-
-
-def test_auto_keeps_few_shapes_and_the_common_ones():
-    common = [Source(100, 1080, 1920)] * 50 + [Source(60, 1920, 1080)] * 30
-    rare = [Source(100, 1000 + 16 * i, 1900) for i in range(12)]
-    buckets = auto_buckets(common + rare, native=NATIVE, max_buckets=3)
-    assert len(buckets.all) == 3
-    assert Bucket(81, 768, 1360) in buckets.all
-    assert Bucket(57, 1360, 768) in buckets.all
-    assert auto_buckets(reversed(common + rare), native=NATIVE, max_buckets=3) == buckets
-
-
-def test_auto_tells_clips_too_short_for_anything():
-    buckets = auto_buckets([Source(5, 480, 720)], native=NATIVE, max_buckets=4)
-    assert buckets == AutoBuckets(buckets=(), rule=buckets.rule)
-    with pytest.raises(ClipError, match="fit none of 0 buckets"):
-        buckets.choose("x", Source(5, 480, 720))
-
-
-def test_steps_cost_about_the_same_whatever_their_shape():
-    """24 d^2 S + 4 S^2 d, with batches filled up to what the native shape costs."""
-    width, native = 1920, 17_776
-    tokens = {Bucket(9, 480, 16 * i): 300 * i + 226 for i in range(10, 60)}
-    costs = {bucket: step_cost(count, width=width) for bucket, count in tokens.items()}
-    assert costs[Bucket(9, 480, 160)] == 24 * width**2 * 3226 + 4 * 3226**2 * width
-    budget = 8 * step_cost(native, width=width)
-    sizes = balanced_batches(costs, batch_size=8, native_cost=step_cost(native, width=width))
-    for bucket, size in sizes.items():
-        assert size == math.floor(budget / costs[bucket])
-        assert budget - costs[bucket] < size * costs[bucket] <= budget

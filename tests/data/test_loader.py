@@ -122,6 +122,22 @@ def test_ranks_and_accumulation_see_the_numbers_of_one_rank(index):
         assert np.array_equal(np.concatenate([part["noise"] for part in parts]), whole["noise"])
 
 
+def test_entries_are_read_once_and_a_batch_of_one_is_not_copied(index, monkeypatch):
+    """Bytes counted: what is read is what the files hold, and the arrays of the batch lie in what was read."""
+    read, real = [], np.fromfile
+    monkeypatch.setattr(np, "fromfile", lambda *given, **named: (read.append(real(*given, **named)), read[-1])[1])
+    source = CacheSource(index)
+    files = {clip.id: (clip.clip_file, clip.text_file) for clip in index.clips}
+    for step, batch in enumerate(loader(source, batch_size=1, num_workers=0).batches(0, 6)):
+        sizes = sorted(path.stat().st_size for path in files[batch["clip_ids"][0]])
+        assert sorted(data.nbytes for data in (read if step else read[1:])) == sizes  # first the empty caption's
+        for key in ("mean", "logvar", "image_mean", "image_logvar", "prompt_embeds"):
+            assert any(np.shares_memory(batch[key], data) for data in read), key
+        read.clear()
+    batch = loader(source, batch_size=2, num_workers=0).batch(0)
+    assert not any(np.shares_memory(batch["mean"], data) for data in read)  # two become one: a copy, and only one
+
+
 def test_accumulation_steps_come_in_turn(index):
     steps = loader(CacheSource(index), batch_size=4, num_micros=2)
     stream = steps.batches(0)

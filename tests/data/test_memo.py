@@ -1,5 +1,6 @@
 """The memo of a survey: the same answers, no second look, and a look whenever the file may be another one."""
 
+import json
 import os
 from dataclasses import asdict
 
@@ -7,7 +8,9 @@ import pytest
 
 from cogvideox_factory.data import memo as memo_module
 from cogvideox_factory.data import survey as survey_module
-from cogvideox_factory.data.buckets import Bucket, auto_buckets
+from cogvideox_factory.data.auto_buckets import auto_buckets
+from cogvideox_factory.data.buckets import Bucket
+from cogvideox_factory.data.fingerprint import hash_folder
 from cogvideox_factory.data.manifest import read_manifest
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.survey import measure, survey
@@ -80,6 +83,59 @@ def test_another_question_is_asked_anew_and_both_answers_stay(old, tmp_path, loo
     ask(old, file)
     ask(old, file, ClipSpec(num_frames=5, height=32, width=48, fps=8))
     assert not looks
+
+
+def paths_in(file):
+    return {json.loads(line[memo_module._SEAL :])[1]["path"] for line in file.read_text().splitlines()}
+
+
+def test_what_is_gone_or_changed_is_forgotten_when_the_memo_is_written_next(old, tmp_path):
+    file = tmp_path / "memo.jsonl"
+    ask(old, file)
+    ask(old, file, ClipSpec(num_frames=5, height=32, width=48, fps=8))
+    assert len(file.read_text().splitlines()) == 6
+    gone, edited = old / "videos/0.mp4", old / "videos/1.mp4"
+    gone.unlink()
+    edited.write_bytes(edited.read_bytes() + b"\0")
+    ask(old, file)
+    assert paths_in(file) == {str(old / "videos/1.mp4"), str(old / "videos/2.mp4")}
+    assert len(file.read_text().splitlines()) == 3  # two answers about 2.mp4, one about what 1.mp4 is now
+
+
+def test_without_new_answers_nothing_is_written(old, tmp_path):
+    file = tmp_path / "memo.jsonl"
+    ask(old, file)
+    before = file.stat()
+    ask(old, file)
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_model_file_is_hashed_once_a_state(old, tmp_path, monkeypatch):
+    hashed, real = [], memo_module.sha256_file
+    monkeypatch.setattr(memo_module, "sha256_file", lambda path: (hashed.append(path.name), real(path))[1])
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"0123")
+
+    def digest():
+        memo = Memo(tmp_path / "memo.jsonl")
+        found = hash_folder(folder, hash_file=memo.sha256)
+        memo.save()
+        return found
+
+    first = digest()
+    assert first == digest() == hash_folder(folder)
+    assert hashed == ["config.json", "model.safetensors"]
+    status = weights.stat()
+    weights.write_bytes(b"0124")
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert digest() == hash_folder(folder) != first
+    assert hashed[2:] == ["model.safetensors"]
+    (folder / "more.json").write_text("{}")
+    assert digest() == hash_folder(folder)
+    assert hashed[3:] == ["more.json"]
 
 
 def test_with_buckets_too(old, tmp_path, looks):

@@ -122,3 +122,45 @@ def test_compact_frame_numbers_can_be_read_back(steps):
         assert list(range(first, last + 1, step)) == indices.tolist()
     else:
         assert [int(part) for part in text.split(",")] == indices.tolist()
+
+
+@given(st.integers(1, 60), st.integers(2, 60), st.sampled_from([4.0, 8.0, 25.0]), st.floats(1, 8))
+@settings(max_examples=300, deadline=None)
+def test_slowing_fills_the_clip_with_the_whole_source_within_its_bound(num_source, wanted, rate, bound):
+    info = source(np.arange(num_source) / rate)
+    slow = spec(wanted, short_policy="slow", max_slowdown=bound)
+    needed = wanted / 8 / info.duration_seconds
+    try:
+        plan = plan_frames(info, slow)
+    except ClipError as error:
+        assert error.code == "video.too_short"  # noqa: PT017
+        assert needed > bound - 1e-9
+        asked = float(error.message.split("slowed ")[1].split(" times")[0])
+        assert needed - 1e-9 <= asked <= needed + 0.011
+        assert f"max_slowdown is {bound:g}." in error.message  # noqa: PT017
+        return
+    try:
+        enough = plan_frames(info, spec(wanted))
+    except ClipError:
+        assert needed <= bound + 1e-9
+        assert plan.speed == pytest.approx(1 / needed)
+        assert plan.state == "retimed"
+        assert plan.unused_seconds == plan.num_padded == 0
+        # Frame k of the clip is the one on screen k / wanted of the way through the source.
+        way = np.arange(wanted) * (num_source / wanted)
+        assert (np.abs(plan.indices - np.floor(way + 1e-3)) <= (np.abs(way - np.round(way)) < 2e-3)).all()
+    else:
+        assert (plan.indices == enough.indices).all()
+        assert plan.speed == 1
+
+
+def test_slowing_does_not_change_what_is_long_enough_and_says_what_is_needed():
+    info = source(np.arange(10) / 8)
+    assert plan_frames(info, spec(9, short_policy="slow")).to_json() == plan_frames(info, spec(9)).to_json()
+    slowed = plan_frames(info, spec(20, short_policy="slow"))
+    assert slowed.indices.tolist() == [i // 2 for i in range(20)]
+    assert (slowed.state, slowed.speed, slowed.num_repeated) == ("retimed", 0.5, 10)
+    with pytest.raises(
+        ClipError, match=r"lasts 1\.250 s, which gives 10 frames.*slowed 2\.1 times, and max_slowdown is 2\."
+    ):
+        plan_frames(info, spec(21, short_policy="slow"))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cogvideox_factory.data import container
 from cogvideox_factory.data.container import probe
 from cogvideox_factory.data.export import write_png
 from cogvideox_factory.data.image import read_image
@@ -132,14 +133,32 @@ def test_odd_sizes_and_formats_keep_their_colours(tmp_path, make_video, codec, p
     assert clip.facts.get("bit_depth") == (10 if "10" in pix_fmt else None)
 
 
-def test_transparency_is_laid_on_black(tmp_path, make_video):
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt", "off"),
+    [
+        ("a.mov", "qtrle", "argb", 1),
+        ("a.mkv", "ffv1", "yuva420p", 2),
+        ("a.webm", "libvpx-vp9", "yuva420p", 3),
+    ],
+)
+def test_transparency_is_laid_on_black(tmp_path, make_video, name, codec, pix_fmt, off):
     picture = np.full((32, 48, 4), 200, np.uint8)
     picture[:, :24, 3] = 255
     picture[:, 24:, 3] = 51
-    clip = read_clip(make_video(tmp_path / "a.mov", pictures=[picture] * 9, codec="qtrle", pix_fmt="argb"), spec())
-    assert clip.facts["alpha"] is True
-    assert clip.pixels[:, :, :24].mean() == pytest.approx(200, abs=1)
-    assert clip.pixels[:, :, 24:].mean() == pytest.approx(40, abs=1)
+    path = make_video(tmp_path / name, pictures=[picture] * 20, codec=codec, pix_fmt=pix_fmt)
+    for start in (0, 7):
+        clip = read_clip(path, spec(start=start))
+        assert clip.facts["alpha"] is True
+        assert clip.pixels[:, :, :23].mean() == pytest.approx(200, abs=off)
+        assert clip.pixels[:, :, 25:].mean() == pytest.approx(40, abs=off)
+
+
+def test_transparency_that_no_decoder_keeps_is_refused(tmp_path, make_video, monkeypatch):
+    picture = np.full((32, 48, 4), 200, np.uint8)
+    path = make_video(tmp_path / "a.webm", pictures=[picture] * 9, codec="libvpx-vp9", pix_fmt="yuva420p")
+    monkeypatch.setattr(container, "codecs_available", {"vp9"})
+    with pytest.raises(ClipError, match="transparency that its decoder drops"):
+        read_clip(path, spec())
 
 
 def test_flipped_bits_are_refused_or_change_nothing(tmp_path, make_video):

@@ -90,7 +90,7 @@ def _decode(number: int, seed: int, work: Path, clip: Clip, pixels: np.ndarray) 
 
 def _looked_and_read(path: Path, data: bytes) -> tuple[Clip, np.ndarray]:
     path.write_bytes(data)
-    clip = look_at(Clip(row=1, name=path.name, caption="x", path=Path(os.path.realpath(path))), _FRAMES)
+    clip = look_at(Clip(row=1, name=path.name, caption="x", path=Path(os.path.realpath(path))), _FRAMES)[0]
     if clip.reason:
         raise ClipError(clip.reason, clip.detail)
     assert clip.path is not None
@@ -178,7 +178,7 @@ def _through_swapped(root: Path, swap) -> tuple[Clip, ...]:
     """Swap between reading the list and the first look at clips."""
     manifest = read_manifest(root)
     swap(root)
-    return manifest.map_usable(lambda clip: look_at(clip, SPEC)).clips
+    return manifest.map_usable(lambda clip: look_at(clip, SPEC)[0]).clips
 
 
 def _swap(root: Path, outside: Path, number: int) -> None:

@@ -9,7 +9,7 @@ from cogvideox_factory.data.glimpse import look_closer, thumbnails
 from cogvideox_factory.data.manifest import Clip, Manifest, read_manifest
 from cogvideox_factory.data.survey import survey
 from cogvideox_factory.data.timing import ClipSpec
-from cogvideox_factory.report.doctor_page import MAX_PICTURES, Findings, render, rows_to_show
+from cogvideox_factory.report.doctor_page import MAX_PICTURES, Findings, numbers_to_show, render
 from cogvideox_factory.tiny.world import random_scene
 from cogvideox_factory.tiny.world import render as render_scene
 
@@ -68,14 +68,14 @@ def test_text_cannot_become_markup(parse_page):
 def test_pictures_are_bounded_and_what_was_remarked_on_comes_first(count):
     manifest = crowd(count)
     census = take_census(manifest)
-    rows = rows_to_show(manifest, census)
+    rows = numbers_to_show(manifest, census)
     assert len(rows) == len(set(rows)) == min(count, MAX_PICTURES)
     if count == 1000:
         census = replace(census, near_duplicates=[[400, 900], [5, 6]], cut=[777], black=[1000])
-        rows = rows_to_show(manifest, census)
+        rows = numbers_to_show(manifest, census)
         assert rows[:6] == [400, 900, 5, 6, 777, 1000]
         assert len(rows) == len(set(rows)) == MAX_PICTURES
-        assert rows_to_show(manifest, replace(census, cut=list(range(1, 1001))))[:5] == [400, 900, 5, 6, 1]
+        assert numbers_to_show(manifest, replace(census, cut=list(range(1, 1001))))[:5] == [400, 900, 5, 6, 1]
 
 
 def test_the_page_of_a_large_set_is_small_and_counts_what_it_leaves_out(parse_page):
@@ -84,7 +84,7 @@ def test_the_page_of_a_large_set_is_small_and_counts_what_it_leaves_out(parse_pa
     bad_clips = [replace(clip, row=clip.row + 3000, **lost) for clip in bad.clips]
     manifest = Manifest(source="here", clips=(*good.clips, *bad_clips))
     census = replace(take_census(manifest), near_duplicates=[[2 * i + 1, 2 * i + 2] for i in range(500)])
-    pictures = dict.fromkeys(rows_to_show(manifest, census), b"x" * 8000)
+    pictures = dict.fromkeys(numbers_to_show(manifest, census), b"x" * 8000)
     page = render(Findings(manifest=manifest, census=census, spec=SPEC, pictures=pictures))
     assert len(page) < 2_000_000
     found = parse_page(page)

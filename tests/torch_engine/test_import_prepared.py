@@ -14,6 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from cogvideox_factory import intake
 from cogvideox_factory.data import manifest as manifests
 from cogvideox_factory.data.cache import open_cache, verify_cache
 from cogvideox_factory.data.entry import read_entry
@@ -266,10 +267,10 @@ def test_settings_that_the_folder_cannot_follow(tiny_model, clips, encoded, tmp_
 def prepare_settings(config, tiny_model):
     """What a run at another height would want."""
     folder = tiny_model(VARIANT["i2v"])
-    model = prepare.transformer_config(config, folder)
-    spec = prepare.clip_spec(config, prepare.training_shape(config, model))
+    model = intake.transformer_config(config, folder)
+    spec = intake.clip_spec(config, intake.training_shape(config, model))
     other = ClipSpec(num_frames=9, height=32, width=spec.width, fps=8)
-    return prepare.cache_settings(config, folder, model, other, "float32").as_imported()
+    return intake.cache_settings(config, folder, model, other, "float32").as_imported()
 
 
 class Evil:
