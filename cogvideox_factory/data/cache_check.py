@@ -38,7 +38,8 @@ ASIDE = "set-aside"
 """Folder of the cache that bad files are moved to; it is not looked into."""
 _LISTS = ("cache.json", "clips.jsonl")
 _BOOKKEEPING = (".lock", "survey.jsonl")  # neither can make a result wrong: a lock is empty, the memo only saves time
-_ENTRY = re.compile(r"(clips|text)/([0-9a-f]{2})/\2[0-9a-f]{62}\.safetensors")
+_ENTRY = re.compile(r"(clips|images|text)/([0-9a-f]{2})/\2[0-9a-f]{62}\.safetensors")
+_ARRAYS = {"clips": {"mean", "logvar"}, "images": {"image_mean", "image_logvar"}, "text": {"prompt_embeds"}}
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -85,7 +86,8 @@ class _Expected:
     """What the list says of an entry."""
 
     checksum: str
-    content: str
+    content: str | None
+    """What it must have been made of; None for an image, of which a row keeps no hash of that kind."""
     shapes: dict[str, tuple[int, ...]] | None = None
     bucket: str | None = None
     rows: list[int] = field(default_factory=list)
@@ -94,7 +96,7 @@ class _Expected:
 def is_cache(folder: Path) -> bool:
     """Tell whether a folder is a cache, finished or not."""
     has_list = any((folder / name).is_file() for name in _LISTS)
-    return has_list or any(next(folder.glob(f"{part}/??/*.safetensors"), None) for part in ("clips", "text"))
+    return has_list or any(next(folder.glob(f"{part}/??/*.safetensors"), None) for part in ("clips", "images", "text"))
 
 
 def audit_cache(folder: Path, *, num_workers: int = 2, on_file: Callable[[], None] | None = None) -> Audit:
@@ -153,7 +155,7 @@ def _expected(index: CacheIndex) -> dict[str, _Expected]:
     for row in index.rows:
         footage = f"{row['content']}{window_of(row['id'] or '')}"
         for part, content, bucket in (
-            ("clip", footage, row.get("bucket")), ("text", text_hash(row["caption"]), None),
+            ("clip", footage, row.get("bucket")), ("text", text_hash(row["caption"]), None), ("image", None, None),
         ):  # fmt: skip
             if part in row:
                 shapes = {name: tuple(shape) for name, shape in row[part]["shapes"].items()}
@@ -212,7 +214,7 @@ def _problem(file: str, arrays: Mapping[str, np.ndarray], header: Header) -> str
             return f"{name} is {array.dtype}, not bfloat16"
         if not np.isfinite(array).all():
             return f"{name} holds values that are not finite"
-    wanted = {"mean", "logvar"} if file.startswith("clips/") else {"prompt_embeds"}
+    wanted = _ARRAYS[file.split("/")[0]]
     if not wanted <= arrays.keys():
         return f"it has no {' and no '.join(sorted(wanted - arrays.keys()))}"
     return None
@@ -222,7 +224,7 @@ def _difference(header: Header, wanted: _Expected) -> str | None:
     """Return how an entry differs from what is listed."""
     if header.checksum != wanted.checksum:
         return "it is not the entry that was listed: its checksum differs"
-    if header.metadata.get("content") != wanted.content:
+    if wanted.content is not None and header.metadata.get("content") != wanted.content:
         return "it was made of another clip or caption than the row that names it"
     if wanted.shapes is not None and header.shapes != wanted.shapes:
         return f"its shapes are {header.shapes}, listed are {wanted.shapes}"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cogvideox_factory.data.cache import Cache, open_cache
+from cogvideox_factory.data.cache_check import audit_cache
 from cogvideox_factory.data.clean_list import write_clean_list
 from cogvideox_factory.data.condition import read_condition
 from cogvideox_factory.data.export import write_png
@@ -97,6 +98,20 @@ def test_every_table_has_the_column(table, suffix):
         (table / f"table.{suffix}").write_text("\n".join(lines))
     found, wanted = read(table, table=f"table.{suffix}"), read(table)
     assert [clip.id for clip in found.clips] == [clip.id for clip in wanted.clips]
+
+
+def test_doctor_reads_the_entries_of_images(table, tmp_path):
+    manifest = read(table)
+    cache = Cache(tmp_path / "cache", cache_settings())
+    fill(cache, manifest)
+    cache.publish(manifest)
+    assert set(audit_cache(cache.folder).counts().items()) >= {("missing", 0), ("damaged", 0), ("foreign", 0)}
+    file = cache.folder / cache.image_file(manifest.clips[0])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert [f.file for f in audit_cache(cache.folder).of("damaged")] == [cache.image_file(manifest.clips[0])]
+    file.unlink()
+    assert [f.rows for f in audit_cache(cache.folder).of("missing")] == [(1,)]
 
 
 def test_a_column_that_is_named_must_be_there(table):
