@@ -33,9 +33,12 @@ def run(argv: list[str]) -> None:
     config, ask = parse_with("prepare", argv, sections=sections, description=DESCRIPTION, own=Flags)
     from cogvideox_factory import preparation
 
-    gc.disable()  # rows and entries by the thousand, none in cycles: collecting takes a tenth of a run that ends here
     shard = preparation.Shard.parse(ask.prepare.shard) if ask.prepare.shard is not None else None
-    preparation.run(config, _engine, shard=shard)
+    gc.disable()  # rows and entries by the thousand, none in cycles: collecting takes a tenth of a run that ends here
+    try:
+        preparation.run(config, _engine, shard=shard)
+    finally:
+        gc.enable()
 
 
 def _engine():
