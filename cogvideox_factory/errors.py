@@ -9,6 +9,8 @@ class FactoryError(ValueError):
     """A setting or request that cannot be carried out (exit code 2)."""
 
     exit_code = 2
+    echoed = False
+    """Raised here because another process of the run raised it, and tells the user."""
 
 
 class DataError(FactoryError):
@@ -39,12 +41,6 @@ class NonFiniteError(FactoryError):
     """Training or sampling produced NaN or Inf (exit code 7)."""
 
     exit_code = 7
-
-
-class PeerError(FactoryError):
-    """Another process of the same run failed (exit code 8); that one says why."""
-
-    exit_code = 8
 
 
 def nearest(name: str, choices: list[str]) -> str:

@@ -27,8 +27,7 @@ A recipe comes first, flags override single settings of it:
 `cogvideox COMMAND --help` lists every setting of a command with its default and unit.
 
 Exit codes: 0 done, 1 our bug, 2 usage or setting, 3 data rejected, 4 missing dependency, model or device,
-5 cache or checkpoint unfit, 6 storage, 7 non-finite numbers, 8 another process of the run failed,
-75 stopped on request (run again to go on), 130 Ctrl-C."""
+5 cache or checkpoint unfit, 6 storage, 7 non-finite numbers, 75 stopped on request (run again to go on), 130 Ctrl-C."""
 
 
 def usage() -> str:
@@ -58,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         return import_module(f"cogvideox_factory.cli.{name.replace('-', '_')}").run(argv[1:]) or 0
     except FactoryError as error:
         who = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
-        print("\n  ".join([f"{who}error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        if not error.echoed:
+            print("\n  ".join([f"{who}error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

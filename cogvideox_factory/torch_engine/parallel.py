@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from cogvideox_factory.errors import FactoryError, PeerError
+from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.torch_engine.sequence_parallel import SequenceGroup, ulysses_degree
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 
@@ -122,23 +122,22 @@ class Ranks:
         """Return what `function()` returns in the leading process, in all.
 
         Raises:
-            FactoryError: what it raises there; in the others `PeerError`.
+            FactoryError: what it raises there, in all; the others' is `echoed`, so that one tells the user.
         """
         if self.mesh is None:
             return function()
         box: list[Any] = [None, None]
-        error = None
         if self.leads:
             try:
                 box[0] = function()
-            except FactoryError as raised:
-                error, box[1] = raised, str(raised)
+            except FactoryError as error:
+                box[1] = error
         dist.broadcast_object_list(box, src=0, group=self.talk)
+        result, error = box
         if error is not None:
+            error.echoed = not self.leads
             raise error
-        if box[1] is not None:
-            raise PeerError(f"process 0 stopped: {box[1]}")
-        return box[0]
+        return result
 
 
 def num_processes() -> int:

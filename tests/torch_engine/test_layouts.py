@@ -8,9 +8,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.errors import StorageError
 from cogvideox_factory.recipe import check
 from cogvideox_factory.tiny.world import random_scene, render
-from cogvideox_factory.torch_engine import prepare, train
+from cogvideox_factory.torch_engine import checkpoint, prepare, train
 from tests.torch_engine.processes import run_in
 
 SHAPES = {"wide": (17, 64, 96), "square": (9, 64, 64)}
@@ -137,3 +138,28 @@ def test_a_batch_that_processes_cannot_share_is_refused(folder, tmp_path):
     with pytest.raises(AssertionError, match=r"a global batch of 3.* does not divide over 2 ranks"):
         run_in(2, train_each, [config], folder=tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_videos_are_made_and_a_full_disk_survived_by_all_alike(folder, tmp_path):
+    """Sample videos come from divided weights; a checkpoint that does not fit on the disk is missed by all together."""
+    config = settings(
+        folder, dir=str(tmp_path / "run"), parallel={"zero": 3, "sequence": 2}, steps=4, save_every=2,
+        validation={"every": 4, "num_clips": 2, "prompts": ["a red circle"]},
+    )  # fmt: skip
+    run_in(2, train_with_a_full_disk, config, folder=tmp_path)
+    assert len(list((tmp_path / "run" / "samples").glob("*.mp4"))) == 2
+    assert [path.name for path in sorted((tmp_path / "run").glob("checkpoint-*"))] == ["checkpoint-000004"]
+
+
+def train_with_a_full_disk(config):
+    """Train, with no room for the first checkpoint."""
+    real, calls = checkpoint.require_room, []
+
+    def no_room(folder, num_bytes, *, what):
+        calls.append(what)
+        if len(calls) == 1:
+            raise StorageError("no room")
+        real(folder, num_bytes, what=what)
+
+    checkpoint.require_room = no_room
+    train.run(config)
