@@ -1,6 +1,7 @@
 """The older trainers' prepared folders: written here as they document it, imported, trained on."""
 
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from cogvideox_factory import intake
-from cogvideox_factory.data import manifest as manifests
+from cogvideox_factory.data import clip as naming
 from cogvideox_factory.data.cache import open_cache, verify_cache
 from cogvideox_factory.data.entry import read_entry
 from cogvideox_factory.data.export import export_to_video
@@ -127,9 +128,7 @@ def losses(run):
 def named_by_caption(monkeypatch):
     """Draws are keyed by what a clip is called, which is the hash of its bytes: here its caption alone, so that the
     same clip draws the same numbers whether its video or its latents were hashed."""
-    monkeypatch.setattr(
-        manifests, "clip_id", lambda content, caption: manifests.hashlib.sha256(caption.encode()).hexdigest()
-    )
+    monkeypatch.setattr(naming, "clip_id", lambda content, caption: hashlib.sha256(caption.encode()).hexdigest())
 
 
 @pytest.mark.parametrize(("task", "suffix"), [("t2v", ".npy"), ("t2v", ".pt"), ("i2v", ".npy"), ("i2v", ".pt")])
