@@ -40,3 +40,10 @@ def to_array(tensor: torch.Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(_BFLOAT16)
     return tensor.numpy()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all of `tensor`, which processes may divide among them (see `parallel`); then all must call this."""
+    # Told by its method: importing DTensor to ask takes a second, which a command of one process need not pay.
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()

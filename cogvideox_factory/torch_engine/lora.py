@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from cogvideox_factory import draws
 from cogvideox_factory.errors import FactoryError, nearest
 from cogvideox_factory.lora_check import check_lora
 from cogvideox_factory.lora_files import LoraFile
 from cogvideox_factory.models import TransformerConfig
-from cogvideox_factory.torch_engine.border import to_array, to_tensor
+from cogvideox_factory.torch_engine.border import to_array, to_tensor, whole
 from cogvideox_factory.torch_engine.lora_linear import LoraFactors, LoraLinear
 from cogvideox_factory.torch_engine.lora_targets import (
     ATTENTION,
@@ -182,11 +181,7 @@ def lora_arrays(transformer: CogVideoXTransformer, adapter_name: str = "default"
         tensors[f"{name}.lora_B.weight"] = part.lora_B
         if part.magnitude is not None:
             tensors[f"{name}.lora_magnitude_vector"] = part.magnitude
-    return {name: to_array(_whole(tensor.detach()).float().clone()) for name, tensor in tensors.items()}
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return {name: to_array(whole(tensor.detach()).float().clone()) for name, tensor in tensors.items()}
 
 
 def lora_settings(transformer: CogVideoXTransformer, adapter_name: str = "default") -> dict[str, Any]:

@@ -14,7 +14,6 @@ them, on a grid (replicas, shards): every replica is a whole model, divided amon
 Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., FSDP (arXiv 2304.11277).
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.torch_engine.sequence_parallel import SequenceGroup, ulysses_degree
@@ -239,11 +238,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of `tensor`; every process must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def like(part: Tensor, tensor: Tensor) -> Tensor:
     """Return `part`, which goes with `local(tensor)`, as a tensor divided as `tensor` is."""
     if not isinstance(tensor, DTensor) or part.shape != local(tensor).shape:
@@ -251,26 +245,6 @@ def like(part: Tensor, tensor: Tensor) -> Tensor:
     return DTensor.from_local(
         part, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride(), run_check=False
     )
-
-
-def write_rows(target: Tensor, start: int, stop: int, values: Tensor) -> None:
-    """Copy `values` into rows `start` to `stop` of `target`, as far as this process holds them."""
-    offset, held = _rows_held(target)
-    first, last = max(start, offset), min(stop, offset + held)
-    if first < last:
-        values = values.reshape(stop - start, *target.shape[1:])
-        local(target)[first - offset : last - offset].copy_(values[first - start : last - start])
-
-
-def _rows_held(tensor: Tensor) -> tuple[int, int]:
-    """Return the first row of `tensor` that this process holds, and how many."""
-    if not isinstance(tensor, DTensor):
-        return 0, tensor.shape[0]
-    mesh, (placement,) = tensor.device_mesh, [p for p in tensor.placements if isinstance(p, Shard)]
-    assert placement.dim == 0, tensor.placements
-    axis = tensor.placements.index(placement)
-    chunk = math.ceil(tensor.shape[0] / mesh.size(axis))
-    return min(chunk * mesh.get_local_rank(axis), tensor.shape[0]), local(tensor).shape[0]
 
 
 def total_norm(grads: Iterable[Tensor], ranks: Ranks) -> Tensor:

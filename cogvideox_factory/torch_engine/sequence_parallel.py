@@ -9,7 +9,8 @@ also travel a ring (Liu et al. 2023, arXiv 2310.01889): `ulysses * ring` ranks, 
 Gradients: each rank's are of its own rows, so a parameter's gradient is the *sum* over the sequence group. Reduction
 over ranks averages; `gather_rows` makes up for it by the factor that its backward pass multiplies with.
 
-Legend: B batch, S joint tokens, R rows of one rank, P ranks of the sequence group, L heads, K head size, D width.
+Legend: B batch, S joint tokens, R rows of one rank, P ranks of the sequence group, U of them that
+divide the heads, L heads, K head size, D width.
 """
 
 from dataclasses import dataclass
@@ -110,9 +111,12 @@ def sequence_attention(q: Tensor, k: Tensor, v: Tensor, share: Share) -> Tensor:
     """
     sequence = share.sequence
     packed = torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2)  # [B, R, 3, L, K]
-    packed = _RowsForHeads.apply(packed, sequence.ulysses)  # [B, R * ulysses, 3, L / ulysses, K]
-    out = _RingAttention.apply(packed, share)  # [B, R * ulysses, L / ulysses, K]
-    return _HeadsForRows.apply(out, sequence.ulysses).flatten(2)  # pyright: ignore[reportOptionalMemberAccess]
+    packed = _Exchange.apply(
+        packed, sequence.ulysses, _rows_for_heads, _heads_for_rows
+    )  # [B, R * ulysses, 3, L / ulysses, K]
+    out = _RingAttention.apply(packed, share)  # [B, R * U, L / U, K]
+    out = _Exchange.apply(out, sequence.ulysses, _heads_for_rows, _rows_for_heads)
+    return out.flatten(2)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def gather_rows(x: Tensor, share: Share) -> Tensor:
@@ -143,28 +147,18 @@ def _heads_for_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _exchange(parts, group).movedim(0, -3).flatten(-3, -2)
 
 
-class _RowsForHeads(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """`_rows_for_heads` or `_heads_for_rows`; the gradient takes the other way."""
+
     @staticmethod
-    def forward(ctx: Any, x, group):
-        ctx.group = group
-        return _rows_for_heads(x, group)
+    def forward(ctx: Any, x, group, there, back):
+        ctx.group, ctx.back = group, back
+        return there(x, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads):
-        return _heads_for_rows(grads[0], ctx.group), None
-
-
-class _HeadsForRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x, group):
-        ctx.group = group
-        return _heads_for_rows(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads):
-        return _rows_for_heads(grads[0], ctx.group), None
+        return ctx.back(grads[0], ctx.group), None, None, None
 
 
 class _Gather(torch.autograd.Function):

@@ -23,14 +23,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from cogvideox_factory import draws, weights
 from cogvideox_factory.diffusion.positions import sincos_table
 from cogvideox_factory.errors import FactoryError, UnfitError
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.torch_engine.block import VECTORS_PER_BLOCK, Block, Modulation
-from cogvideox_factory.torch_engine.border import to_array, to_tensor
+from cogvideox_factory.torch_engine.border import to_array, to_tensor, whole
 from cogvideox_factory.torch_engine.checkpointing import Checkpointing
 from cogvideox_factory.torch_engine.layout import diffusers_names, num_native_tokens
 from cogvideox_factory.torch_engine.linear import Linear
@@ -260,8 +259,7 @@ class CogVideoXTransformer(nn.Module):
         for name, slot in names.items():
             slots.setdefault(slot.name, []).append(name)
         for parameter, parts in slots.items():
-            tensor = own[parameter]
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            tensor = whole(own[parameter])
             for name in parts:
                 slot = names[name]
                 yield name, to_array(tensor[slot.start : slot.stop]).reshape(slot.shape)

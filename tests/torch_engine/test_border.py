@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -50,3 +53,12 @@ def test_gradients_and_strides_do_not_stop_an_export():
 
 def test_dtype_is_converted():
     assert to_tensor(np.ones(2, np.float32), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_one_process_does_not_pay_for_many():
+    """Importing torch's DTensor takes a second; loading a model and making a video need none of it."""
+    code = (
+        "import sys; import cogvideox_factory.torch_engine.generate; "
+        "sys.exit('torch.distributed.tensor' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,13 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.errors import DataError, FactoryError, UnfitError
 from cogvideox_factory.recipe import check
 from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import prepare, train
+from tests.torch_engine.runs import assert_same, losses
 
 VARIANT = {"t2v": "cogvideox1.5-5b", "i2v": "cogvideox1.5-5b-i2v"}
 SHAPES = {"wide": (17, 64, 96), "tall": (9, 96, 64), "square": (9, 64, 64)}
@@ -62,22 +62,6 @@ def settings(roomy_model, clips, *, task="t2v", method="lora", data=None, cache=
         },
         source="test",
     )  # fmt: skip
-
-
-def losses(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
-
-
-def weights_of(run):
-    files = sorted((run / "final").rglob("*.safetensors"))
-    return {f"{file.name}/{key}": value for file in files for key, value in load_file(file).items()}
-
-
-def assert_same(one, other):
-    ours, theirs = weights_of(one), weights_of(other)
-    assert ours.keys() == theirs.keys()
-    assert all(np.array_equal(value, theirs[name]) for name, value in ours.items())
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

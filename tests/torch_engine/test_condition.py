@@ -14,6 +14,7 @@ from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.recipe import check
 from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import prepare, train
+from tests.torch_engine.runs import losses
 
 SIZE = {"num_frames": 9, "height": 64, "width": 96}
 
@@ -49,11 +50,6 @@ def settings(tiny_model, clips, table, *, cache=None, task="i2v", data=None, **t
         } | ({"image_noise": False} if task == "i2v" else {}) | training,
     }  # fmt: skip
     return check(values, source="test")
-
-
-def losses(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 @pytest.mark.parametrize("kind", ["cached", "raw"])

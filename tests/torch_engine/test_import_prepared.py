@@ -30,6 +30,7 @@ from cogvideox_factory.torch_engine.border import to_tensor
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
+from tests.torch_engine.runs import losses
 
 VARIANT = {"t2v": "cogvideox1.5-5b", "i2v": "cogvideox-5b-i2v"}
 SIZE = {"num_frames": 9, "height": 64, "width": 96}
@@ -117,11 +118,6 @@ def settings(tiny_model, root, cache, *, task="t2v", data=None, text=None, **tra
         } | ({"image_noise": False} if task == "i2v" else {}) | training,
     }  # fmt: skip
     return check(values, source="test")
-
-
-def losses(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.errors import StorageError
@@ -13,6 +12,7 @@ from cogvideox_factory.recipe import check
 from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import checkpoint, prepare, train
 from tests.torch_engine.processes import run_in
+from tests.torch_engine.runs import losses, weights_of
 
 SHAPES = {"wide": (17, 64, 96), "square": (9, 64, 64)}
 
@@ -64,10 +64,10 @@ def train_each(configs):
         train.run(config)
 
 
-def losses(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21))
-    return np.array([row["loss"] for row in rows if "loss" in row])
+def curve(run):
+    """Return the losses of all twenty steps."""
+    assert len(losses(run)) == 20
+    return np.array(losses(run))
 
 
 def assert_close(one, other):
@@ -76,11 +76,6 @@ def assert_close(one, other):
     for name, weight in theirs.items():
         if "norm_k.bias" not in name:  # softmax does not see it: its gradient is rounding, which Adam makes steps of
             assert np.linalg.norm(ours[name] - weight) <= 1e-5 * np.linalg.norm(weight), name
-
-
-def weights_of(run):
-    files = sorted((run / "final").rglob("*.safetensors"))
-    return {key: value for file in files for key, value in load_file(file).items()}
 
 
 LAYOUTS = {
@@ -104,7 +99,7 @@ def test_twenty_steps_go_the_way_of_one_process(folder, size, tmp_path):
     for number, case in enumerate(LAYOUTS[size]):
         alone = {key: value for key, value in case.items() if key != "parallel"}
         train.run(settings(folder, dir=str(tmp_path / f"one-{number}"), **alone))
-        np.testing.assert_allclose(losses(tmp_path / f"many-{number}"), losses(tmp_path / f"one-{number}"), rtol=1e-5)
+        np.testing.assert_allclose(curve(tmp_path / f"many-{number}"), curve(tmp_path / f"one-{number}"), rtol=1e-5)
         assert_close(tmp_path / f"many-{number}", tmp_path / f"one-{number}")
 
 
@@ -119,7 +114,7 @@ def test_a_run_goes_on_with_other_processes(folder, tmp_path):
             train.run(config)
         else:
             run_in(size, train_each, [config], folder=tmp_path)
-    np.testing.assert_allclose(losses(tmp_path / "moved"), losses(tmp_path / "one"), rtol=1e-6)
+    np.testing.assert_allclose(curve(tmp_path / "moved"), curve(tmp_path / "one"), rtol=1e-6)
     assert_close(tmp_path / "moved", tmp_path / "one")
 
 
@@ -130,7 +125,7 @@ def test_a_stopped_run_of_many_goes_on_exactly(folder, tmp_path):
     run_in(4, train_each, [*configs, settings(folder, **parts)], folder=tmp_path)
     whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
     assert all(np.array_equal(value, resumed[name]) for name, value in whole.items())
-    assert np.array_equal(losses(tmp_path / "whole"), losses(tmp_path / "parts"))
+    assert np.array_equal(curve(tmp_path / "whole"), curve(tmp_path / "parts"))
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(folder, tmp_path):

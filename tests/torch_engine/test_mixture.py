@@ -12,6 +12,7 @@ from cogvideox_factory.recipe import check, read_recipe
 from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import prepare, train
 from cogvideox_factory.torch_engine.loop import Loop
+from tests.torch_engine.runs import losses
 
 SIZE = {"num_frames": 9, "height": 64, "width": 96}
 
@@ -40,11 +41,6 @@ def settings(tiny_model, roots, *, cache=None, weights=(2.0, 0.5), data=None, **
         } | training,
     }  # fmt: skip
     return check(values, source="test")
-
-
-def losses(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 def test_one_cache_exact_resume_and_raw_alike(tiny_model, roots, tmp_path, capsys):

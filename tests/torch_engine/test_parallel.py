@@ -8,6 +8,7 @@ import torch
 
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.torch_engine import lora
+from cogvideox_factory.torch_engine.border import whole
 from cogvideox_factory.torch_engine.parallel import (
     Layout,
     Ranks,
@@ -15,7 +16,6 @@ from cogvideox_factory.torch_engine.parallel import (
     make_ranks,
     reduce_gradients,
     total_norm,
-    whole,
 )
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.processes import run_in

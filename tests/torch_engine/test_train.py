@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
-from safetensors.numpy import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvideox_factory.data.export import export_to_video
@@ -21,6 +20,7 @@ from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import loop, prepare, train
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline as OurPipeline
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
+from tests.torch_engine.runs import assert_same
 
 VARIANT = {"t2v": "cogvideox1.5-5b", "i2v": "cogvideox-5b-i2v"}
 CALL = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 3}
@@ -82,18 +82,6 @@ def cached(tiny_model, clips, caches, tmp_path, *, task="t2v", train=None, **sec
 def losses(run: Path) -> list[tuple[int, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["loss"]) for row in rows if "loss" in row]
-
-
-def weights_of(run: Path) -> dict[str, np.ndarray]:
-    files = sorted((run / "final").rglob("*.safetensors"))
-    return {f"{file.name}/{k}": v for file in files for k, v in load_file(file).items()}
-
-
-def assert_same(a: Path, b: Path) -> None:
-    ours, theirs = weights_of(a), weights_of(b)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert np.array_equal(value, theirs[name]), name
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

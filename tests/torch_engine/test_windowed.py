@@ -1,10 +1,7 @@
 """Windows of long videos from the list to the weights: cached, raw, from text, from an image, stopped and resumed."""
 
-import json
-
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from cogvideox_factory.data.cache_check import audit_cache
 from cogvideox_factory.data.export import export_to_video
@@ -15,6 +12,7 @@ from cogvideox_factory.recipe import check
 from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import prepare, train
 from cogvideox_factory.torch_engine.start import make_plan
+from tests.torch_engine.runs import losses, weights_of
 
 VARIANT = {"t2v": "cogvideox1.5-5b", "i2v": "cogvideox-5b-i2v"}
 
@@ -49,15 +47,6 @@ def settings(tiny_model, clips, *, task="t2v", data=None, cache=None, more=None,
         },
         source="test",
     )  # fmt: skip
-
-
-def losses(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
-
-
-def weights_of(run):
-    return load_file(run / "final" / "pytorch_lora_weights.safetensors")
 
 
 @pytest.mark.parametrize("crop", ["center", "smart"])
