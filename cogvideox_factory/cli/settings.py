@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import TypeVar
 
-import tyro
 from pydantic import BaseModel, create_model
 
 from cogvideox_factory.config import Config
@@ -32,6 +31,10 @@ def parse_with(
         config, argv = read_recipe(Path(argv[0])), argv[1:]
     if stray := next((word for word in argv[:1] if not word.startswith("-")), None):
         raise FactoryError(f"{stray!r} is no flag; usage: cogvideox {command} [RECIPE.yaml] [--section.setting VALUE]")
+    if not argv:  # nothing to parse, so a quarter of a second saved
+        return config, own()
+    import tyro
+
     fields = {name: (Config.model_fields[name].annotation, getattr(config, name)) for name in sections}
     flags = create_model("Flags", __base__=own, **fields)  # type: ignore[call-overload]
     chosen = tyro.cli(

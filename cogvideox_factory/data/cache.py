@@ -129,9 +129,10 @@ class Cache:
 
     def _read_header(self, file: str) -> Header:
         """Return the header of an entry, read again only if the file is another than the one read before."""
-        stamp = _stamp(self.folder / file)
+        path = os.path.join(self.folder, file)
+        stamp = _stamp(path)
         if file not in self._headers or self._headers[file][0] != stamp:
-            self._headers[file] = stamp, read_header(self.folder / file)
+            self._headers[file] = stamp, read_header(Path(path))
         return self._headers[file][1]
 
     def write_clip(
@@ -452,7 +453,7 @@ def _publish_changed(path: Path, text: str) -> None:
     publish_text(path, text)
 
 
-def _stamp(path: Path) -> Stamp:
+def _stamp(path: Path | str) -> Stamp:
     try:
         status = os.stat(path)
     except OSError:

@@ -5,7 +5,7 @@ import numpy as np
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.manifest import Clip
 from cogvideox_factory.data.reasons import ClipError
-from cogvideox_factory.data.video import file_stamp
+from cogvideox_factory.data.video_info import file_stamp
 from cogvideox_factory.errors import DataError
 
 

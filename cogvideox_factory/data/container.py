@@ -9,7 +9,6 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +24,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from cogvideox_factory.data.reasons import ClipError
+from cogvideox_factory.data.video_info import DEFAULT_LIMITS, Limits, VideoInfo
 
 _OPEN = {
     "protocol_whitelist": "file",
@@ -45,53 +45,6 @@ _MP4_BOXES = {
     b"styp",
     b"uuid",
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """How much one clip may ask for; a file beyond is refused from its header and packets."""
-
-    max_pixels: int = 8_847_360
-    """Pixels a frame (4096 x 2160)."""
-    max_frames: int = 10_000
-    max_seconds: float = 600.0
-
-
-DEFAULT_LIMITS = Limits()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VideoInfo:
-    """What a clip is, in display orientation."""
-
-    path: Path
-    codec: str
-    pixel_format: str
-    width: int
-    """Pixels a row after rotation, made square: what a player shows."""
-    height: int
-    fps: float
-    """Measured from the frames' times."""
-    num_frames: int
-    duration_seconds: float
-    """From the first frame to the end of the last."""
-    rotation: int
-    """Degrees, counter-clockwise, that a player turns the coded picture by: 0, 90, 180 or 270."""
-    mirrored: bool
-    sample_aspect_ratio: float
-    """Width of a coded pixel divided by its height."""
-    bit_depth: int
-    has_alpha: bool
-    interlaced: bool
-    variable_rate: bool
-    times: np.ndarray = field(repr=False, compare=False)
-    """Seconds from the first frame to each frame, float64 [num_frames]."""
-    tick_seconds: float = field(repr=False)
-    """Resolution of `times`."""
-    pts: tuple[int, ...] | None = field(repr=False, compare=False)
-    """Presentation stamp of each frame in stream units; None when the container has none and frames count."""
-    still: bool = False
-    """Whether this is a picture: one frame, and no rate or duration that means anything."""
 
 
 @contextmanager

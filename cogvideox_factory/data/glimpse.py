@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from cogvideox_factory.data.container import DEFAULT_LIMITS, Limits
 from cogvideox_factory.data.export import encode_jpeg
 from cogvideox_factory.data.likeness import SIDE, perceptual_hash
 from cogvideox_factory.data.manifest import Clip, Manifest
@@ -19,6 +18,7 @@ from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import read_clip
+from cogvideox_factory.data.video_info import DEFAULT_LIMITS, Limits
 from cogvideox_factory.quality import motion_amount
 
 NUM_HASHED = 3

@@ -12,10 +12,11 @@ import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 
-from cogvideox_factory.data.container import VideoInfo, has_alpha, orientation, refuse_hdr
+from cogvideox_factory.data.container import has_alpha, orientation, refuse_hdr
 from cogvideox_factory.data.reasons import ClipError, printable
 from cogvideox_factory.data.resize import Fit, Resizer
 from cogvideox_factory.data.saliency import smart_fit
+from cogvideox_factory.data.video_info import VideoInfo
 from cogvideox_factory.errors import DataError
 
 _FORMATS = "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"

@@ -308,7 +308,7 @@ def _clip(
         if row.code:
             raise ClipError(row.code, row.detail)
         caption = clean_caption(row.caption, allow_empty=allow_empty)
-        replaced = sum(_is_control(c) for c in row.caption.strip())
+        replaced = 0 if row.caption.isprintable() else sum(_is_control(c) for c in row.caption.strip())
         clip = replace(clip, caption=f"{trigger} {caption}".strip(), facts={"replaced": replaced} if replaced else {})
         clip = replace(clip, path=resolver.resolve(row.video))
         if row.image:
@@ -335,6 +335,8 @@ def clean_caption(text: str, *, allow_empty: bool = False) -> str:
     Raises:
         ClipError: `text.control` for NUL or half a surrogate pair, `text.empty` when nothing visible is left.
     """
+    if text.isprintable() and (plain := text.strip()):  # nearly always; else character by character
+        return plain
     if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
         raise ClipError("text.control", "the caption holds a NUL character or half a surrogate pair")
     caption = "".join(" " if _is_control(c) else c for c in text).strip()

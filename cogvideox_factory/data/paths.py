@@ -28,6 +28,7 @@ class PathResolver:
         self.root = Path(root)
         self._real_root = os.path.realpath(root)
         self._allow_outside = allow_outside
+        self._folders: dict[str, str] = {}
         self._listings: dict[Path, dict[str, str]] = {}
         self._guesses = 0
 
@@ -46,7 +47,7 @@ class PathResolver:
             entry.encode()
         except UnicodeEncodeError:
             raise ClipError("row.malformed", f"{shown} is not valid UTF-8; rename the file") from None
-        real = os.path.realpath(self.root / entry)
+        real = self._real(os.path.join(self.root, entry))
         if not self._allow_outside and not self._inside(real):
             raise ClipError(
                 "path.outside",
@@ -54,6 +55,16 @@ class PathResolver:
             )
         self._check_file(real, entry, shown)
         return Path(real)
+
+    def _real(self, path: str) -> str:
+        """Return `path` without links; each folder is followed once, not for every file in it."""
+        folder, name = os.path.split(path)
+        if name in ("", ".", ".."):
+            return os.path.realpath(path)
+        if folder not in self._folders:
+            self._folders[folder] = os.path.realpath(folder)
+        real = os.path.join(self._folders[folder], name)
+        return os.path.realpath(real) if os.path.islink(real) else real
 
     def _inside(self, real: str) -> bool:
         return os.path.commonpath([real, self._real_root]) == self._real_root

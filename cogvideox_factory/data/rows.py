@@ -9,6 +9,7 @@ after it.
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,7 +297,10 @@ def read_folder(root: Path) -> Rows:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    return (path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
+    for folder, _, names in os.walk(root):  # several times faster than Path.rglob
+        for name in names:
+            if not name.startswith(".") and os.path.isfile(path := os.path.join(folder, name)):
+                yield Path(path)
 
 
 def _folder_row(line: int, name: str, caption_file: Path) -> Row:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from cogvideox_factory.data.container import VideoInfo
 from cogvideox_factory.data.resize import to_rgb
-from cogvideox_factory.data.video import decode_frames, file_stamp
+from cogvideox_factory.data.video import decode_frames
+from cogvideox_factory.data.video_info import VideoInfo, file_stamp
 from cogvideox_factory.errors import MissingError
 
 _LONGER_SIDE = 256

@@ -2,10 +2,10 @@
 
 Each file is hashed, its header and packet times are read, and its frames are chosen; so whatever can be known
 without decoding (missing, cut, too short, too large, a copy of another row) is known for all clips in one
-pass. Here a row becomes several clips where its video is cut into windows.
+pass. Here a row becomes several clips where its video is cut into windows. Files are opened by `look`, which is loaded,
+and the decoder with it, for the first one that is not remembered.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -15,18 +15,13 @@ from typing import Any
 
 from cogvideox_factory.data.auto_buckets import auto_buckets
 from cogvideox_factory.data.buckets import Bucket, Buckets, Source, read_buckets
-from cogvideox_factory.data.container import DEFAULT_LIMITS, Limits, VideoInfo
-from cogvideox_factory.data.image import probe_picture
 from cogvideox_factory.data.manifest import Clip, Manifest
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.ordered import ordered_map
-from cogvideox_factory.data.paths import require_in_place
 from cogvideox_factory.data.reasons import ClipError
-from cogvideox_factory.data.timing import ClipSpec, num_available, plan_frames
-from cogvideox_factory.data.video import file_stamp, probe_clip, require_moving, source_facts
-from cogvideox_factory.data.windows import FIRST, Windows, cut_source, source_parts
-
-_BLOCK = 1 << 20
+from cogvideox_factory.data.timing import ClipSpec
+from cogvideox_factory.data.video_info import DEFAULT_LIMITS, Limits
+from cogvideox_factory.data.windows import FIRST, Windows
 
 
 def survey(
@@ -53,7 +48,7 @@ def survey(
     windows.require()
     firsts: dict[str, Clip] = {}
     surveyed = []
-    look = partial(look_at, spec=spec, windows=windows, buckets=buckets, limits=limits)
+    look = partial(_look_at, spec=spec, windows=windows, buckets=buckets, limits=limits)
     if memo:
         shapes = [buckets.to_json(), buckets.all] if buckets else None
         look = partial(memo.ask, question=["survey", asdict(spec), str(windows), shapes, asdict(limits)], look=look)
@@ -85,23 +80,23 @@ def _with_condition(clip: Clip, *, look: Callable[[Clip], list[Clip]], memo: Mem
         return [first, *later]
     later = [replace(window, image_name="", image_path=None) for window in later]
     picture = Clip(row=clip.row, name=clip.image_name, caption="", path=clip.image_path)
-    (seen,) = memo.ask(picture, ["condition"], look_at_condition) if memo else look_at_condition(picture)
+    (seen,) = memo.ask(picture, ["condition"], _look_at_condition) if memo else _look_at_condition(picture)
     if not seen.usable:
         return [replace(first, state=seen.state, reason=seen.reason, detail=seen.detail), *later]
     facts = {**first.facts, **seen.facts}
     return [replace(first, image_content=seen.content, image_stamp=seen.stamp, facts=facts), *later]
 
 
-def look_at_condition(picture: Clip) -> list[Clip]:
-    """Return the picture a clip starts from (as the only file of one `Clip`) with its hash, size and state."""
-    path = picture.path
-    assert path is not None
-    try:
-        picture = replace(picture, stamp=file_stamp(path), content=hash_file(path))
-        info = probe_picture(path)
-        return [replace(picture, facts={"image_height": info.height, "image_width": info.width})]
-    except ClipError as error:
-        return [picture.rejected(ClipError("image.unreadable", f"its image {path.name}: {error.message}"))]
+def _look_at(clip: Clip, **how: Any) -> list[Clip]:
+    from cogvideox_factory.data.look import look_at
+
+    return look_at(clip, **how)
+
+
+def _look_at_condition(picture: Clip) -> list[Clip]:
+    from cogvideox_factory.data.look import look_at_condition
+
+    return look_at_condition(picture)
 
 
 def find_buckets(
@@ -157,80 +152,12 @@ def measure(
     windows.require()
 
     def look(clip: Clip) -> list[Clip]:
-        assert clip.path is not None
-        try:
-            info = probe_clip(clip.path, limits=limits)
-            found = [_source(info, part) for part in source_parts(info, spec, windows)]
-        except ClipError:
-            found = []  # `survey` will say why
-        return [replace(clip, facts={"measured": source}) for source in found]
+        from cogvideox_factory.data.look import sources_in
+
+        return [replace(clip, facts={"measured": source}) for source in sources_in(clip, spec, windows, limits)]
 
     if memo:
         parts = windows.policy == "scenes"
         look = partial(memo.ask, question=["measure", asdict(spec), parts, asdict(limits)], look=look)
     looked = ordered_map(look, clips, num_workers=num_workers)
     return [Source(*clip.facts["measured"]) for found in looked for clip in found]
-
-
-def look_at(
-    clip: Clip,
-    spec: ClipSpec,
-    *,
-    windows: Windows = FIRST,
-    buckets: Buckets | None = None,
-    limits: Limits = DEFAULT_LIMITS,
-) -> list[Clip]:
-    """Return each window of `clip` with its content hash, facts and state; one clip where there is nothing to cut.
-
-    Never raises for what is wrong with the clip.
-    """
-    path = clip.path
-    assert path is not None, f"{clip.name} names no file"
-    try:
-        require_in_place(path)
-        stamp = file_stamp(path)
-        clip = replace(clip, content=hash_file(path), stamp=stamp)
-        info = probe_clip(path, limits=limits)
-        clip = replace(clip, facts={**clip.facts, **source_facts(info)})
-        cut = cut_source(info, spec, windows, shape=partial(_shaped, clip.content or "", info, buckets))
-        return [_planned(clip, info, window, cut.facts, has_buckets=buckets is not None) for window in cut.specs]
-    except ClipError as error:
-        return [clip.rejected(error)]
-
-
-def _shaped(content: str, info: VideoInfo, buckets: Buckets | None, part: ClipSpec) -> ClipSpec:
-    """Return a part of a source with the size and length that its bucket gives it."""
-    if buckets:
-        bucket = buckets.choose(content + part.window, _source(info, part))
-        part = replace(part, num_frames=bucket.num_frames, height=bucket.height, width=bucket.width)
-    require_moving(info, part)
-    return part
-
-
-def _planned(clip: Clip, info: VideoInfo, window: ClipSpec, facts: dict[str, Any], *, has_buckets: bool) -> Clip:
-    plan = plan_frames(info, window)
-    if has_buckets:
-        facts = facts | {"bucket": Bucket(window.num_frames, window.height, window.width).key}
-    if window.start:
-        facts = facts | {"start_seconds": round(float(info.times[window.start]), 4)}
-    return replace(clip, state=plan.state, spec=window, facts={**clip.facts, **facts, **plan.to_json()})
-
-
-def _source(info: VideoInfo, spec: ClipSpec) -> Source:
-    return Source(num_available(info, spec), info.height, info.width)
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes.
-
-    Raises:
-        ClipError: `path.denied`, it cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise ClipError("path.denied", f"{path} cannot be read: {error.strerror}") from error
-    return digest.hexdigest()

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cogvideox_factory.data.container import VideoInfo
 from cogvideox_factory.data.reasons import ClipError
+from cogvideox_factory.data.video_info import VideoInfo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

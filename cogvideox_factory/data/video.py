@@ -6,7 +6,6 @@ broken data, frames it marks corrupt are refused, and every chosen frame must ar
 file is reached by a jump to the key frame before it; where that leads elsewhere, the file is decoded from its start.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,7 @@ import av.error
 import numpy as np
 from av.video.frame import VideoFrame
 
-from cogvideox_factory.data.container import (
-    DEFAULT_LIMITS,
-    Limits,
-    VideoInfo,
-    decoder,
-    open_video,
-    orientation,
-    probe,
-)
+from cogvideox_factory.data.container import decoder, open_video, orientation, probe
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.image import is_picture, load_picture, probe_picture
 from cogvideox_factory.data.paths import require_in_place
@@ -32,6 +23,14 @@ from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.resize import Fit, Resizer
 from cogvideox_factory.data.saliency import smart_fit
 from cogvideox_factory.data.timing import ClipSpec, FramePlan, plan_frames
+from cogvideox_factory.data.video_info import (
+    DEFAULT_LIMITS,
+    Limits,
+    VideoInfo,
+    file_stamp,
+    require_moving,
+    source_facts,
+)
 
 __all__ = ["ClipSpec", "DecodedClip", "VideoInfo", "export_to_video", "probe", "read_clip"]
 
@@ -67,43 +66,6 @@ def probe_clip(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> VideoInfo:
     return probe_picture(path) if is_picture(path) else probe(path, limits=limits)
 
 
-def require_moving(info: VideoInfo, spec: ClipSpec) -> None:
-    """Refuse a picture where clips have more than one frame.
-
-    Raises:
-        ClipError: `image.still`.
-    """
-    if info.still and spec.num_frames > 1:  # also where short clips are padded: it would teach stillness
-        raise ClipError(
-            "image.still",
-            f"{info.path.name} is a picture and clips have {spec.num_frames} frames; pictures are for runs of one "
-            "frame (data.num_frames=1) and for buckets of one",
-        )
-
-
-def source_facts(info: VideoInfo) -> dict[str, Any]:
-    """Return the facts of a source that a report keeps."""
-    facts: dict[str, Any] = {
-        "source_frames": info.num_frames,
-        "source_fps": round(info.fps, 4),
-        "source_height": info.height,
-        "source_width": info.width,
-        "codec": info.codec,
-    }
-    if info.still:  # it has no rate, and 1 would be taken for one
-        del facts["source_fps"]
-    notes = {
-        "rotation": info.rotation,
-        "mirrored": info.mirrored,
-        "variable_rate": info.variable_rate,
-        "interlaced": info.interlaced,
-        "alpha": info.has_alpha,
-        "bit_depth": info.bit_depth if info.bit_depth > 8 else 0,
-        "sample_aspect_ratio": 0 if info.sample_aspect_ratio == 1 else round(info.sample_aspect_ratio, 4),
-    }
-    return facts | {name: value for name, value in notes.items() if value}
-
-
 def read_clip(
     path: Path,
     spec: ClipSpec,
@@ -132,7 +94,7 @@ def read_clip(
         require_in_place(path)
         _require_unchanged(path, stamp)  # before it is opened: it may be another file by now
     info = info or probe_clip(path, limits=limits)
-    require_moving(info, spec)
+    require_moving(info, spec.num_frames)
     plan = plan_frames(info, spec)
     fit = Fit.of(info.height, info.width, spec.height, spec.width, crop=spec.crop, rng=rng)
     if spec.crop == "smart":  # decoded twice, so that a wide source takes no more memory than the result
@@ -153,19 +115,6 @@ def read_clip(
 def _require_unchanged(path: Path, stamp: tuple[int, int]) -> None:
     if file_stamp(path) != stamp:
         raise ClipError("video.changed", f"{path.name} changed while it was read; leave the clips alone and run again")
-
-
-def file_stamp(path: Path) -> tuple[int, int]:
-    """Return (size, mtime in ns) of a file.
-
-    Raises:
-        ClipError: `path.missing`.
-    """
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise ClipError("path.missing", f"{path} is gone: {error.strerror}") from error
-    return status.st_size, status.st_mtime_ns
 
 
 def decode_frames(info: VideoInfo, indices: np.ndarray) -> Iterator[tuple[int, VideoFrame]]:

@@ -10,10 +10,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cogvideox_factory.data.container import VideoInfo
 from cogvideox_factory.data.reasons import ClipError
-from cogvideox_factory.data.scenes import find_scenes, require_detector
 from cogvideox_factory.data.timing import ClipSpec, first_frame_from, is_long_enough, plan_frames
+from cogvideox_factory.data.video_info import VideoInfo
 
 Policy = Literal["first", "uniform", "all", "scenes"]
 
@@ -50,6 +49,8 @@ class Windows:
             MissingError: "scenes" without PySceneDetect.
         """
         if self.policy == "scenes":
+            from cogvideox_factory.data.scenes import require_detector
+
             require_detector()
 
 
@@ -103,6 +104,8 @@ def source_parts(info: VideoInfo, spec: ClipSpec, windows: Windows) -> list[Clip
     """
     if windows.policy != "scenes" or info.still:
         return [spec]
+    from cogvideox_factory.data.scenes import find_scenes  # with the decoder, for this policy alone
+
     scenes = find_scenes(info)
     return [replace(spec, start=start, stop=stop if len(scenes) > 1 else None) for start, stop in scenes]
 

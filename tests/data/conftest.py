@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogvideox_factory.data.container import VideoInfo
+from cogvideox_factory.data.video_info import VideoInfo
 from tests.faults import makers
 from tests.faults.makers import STEP, grey
 

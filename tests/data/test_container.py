@@ -5,8 +5,9 @@ import av
 import numpy as np
 import pytest
 
-from cogvideox_factory.data.container import Limits, missing_end, probe, upright
+from cogvideox_factory.data.container import missing_end, probe, upright
 from cogvideox_factory.data.reasons import ClipError
+from cogvideox_factory.data.video_info import Limits
 
 
 def reason(path: Path, **more) -> str:

@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 import pytest
 
+from cogvideox_factory.data import look as look_module
 from cogvideox_factory.data import memo as memo_module
-from cogvideox_factory.data import survey as survey_module
 from cogvideox_factory.data.auto_buckets import auto_buckets
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.fingerprint import hash_folder
@@ -23,13 +23,13 @@ SPEC = ClipSpec(num_frames=9, height=32, width=48, fps=8)
 def looks(monkeypatch):
     """Names of the files that are opened."""
     seen = []
-    original = survey_module.probe_clip
+    original = look_module.probe_clip
 
     def probe(path, **more):
         seen.append(path.name)
         return original(path, **more)
 
-    monkeypatch.setattr(survey_module, "probe_clip", probe)
+    monkeypatch.setattr(look_module, "probe_clip", probe)
     return seen
 
 

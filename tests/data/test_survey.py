@@ -3,11 +3,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from cogvideox_factory.data.container import Limits
 from cogvideox_factory.data.export import write_png
 from cogvideox_factory.data.manifest import read_manifest
 from cogvideox_factory.data.survey import survey
 from cogvideox_factory.data.timing import ClipSpec
+from cogvideox_factory.data.video_info import Limits
 
 SPEC = ClipSpec(num_frames=9, height=32, width=48, fps=8)
 

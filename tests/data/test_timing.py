@@ -5,9 +5,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cogvideox_factory.data.container import VideoInfo
 from cogvideox_factory.data.reasons import USABLE, ClipError
 from cogvideox_factory.data.timing import ClipSpec, compact, plan_frames
+from cogvideox_factory.data.video_info import VideoInfo
 
 
 def source(times, *, tick=1e-4, last=None) -> VideoInfo:

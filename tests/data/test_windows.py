@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cogvideox_factory.data import look as look_module
 from cogvideox_factory.data import memo as memo_module
-from cogvideox_factory.data import survey as survey_module
+from cogvideox_factory.data import scenes as scenes_module
 from cogvideox_factory.data import video as video_module
-from cogvideox_factory.data import windows as windows_module
 from cogvideox_factory.data.auto_buckets import auto_buckets
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.container import open_video, probe
@@ -130,7 +130,7 @@ def test_no_window_crosses_a_cut_and_every_scene_is_counted(source, lengths, rat
     info = source(np.arange(borders[-1]) / rate)
     spec = replace(SPEC, short_policy=short)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows_module, "find_scenes", lambda _: scenes)
+        patch.setattr(scenes_module, "find_scenes", lambda _: scenes)
         try:
             found = cut_source(info, spec, SCENES, shape=lambda part: part)
         except ClipError as error:
@@ -154,7 +154,7 @@ def test_no_window_crosses_a_cut_and_every_scene_is_counted(source, lengths, rat
 
 
 def test_the_end_of_a_scene_is_part_of_a_window_only_where_it_decides(source, monkeypatch):
-    monkeypatch.setattr(windows_module, "find_scenes", lambda _: [(0, 12), (12, 20), (20, 40)])
+    monkeypatch.setattr(scenes_module, "find_scenes", lambda _: [(0, 12), (12, 20), (20, 40)])
     info = source(np.arange(40) / 8)
     slow = replace(SPEC, short_policy="slow")
     assert [window.window for window in cut(info, slow, SCENES)] == ["", "@12-20", "@20", "@29"]
@@ -266,7 +266,7 @@ def test_a_memo_recalls_every_window(long_and_short, tmp_path, monkeypatch):
 
     first, plain = ask(ALL), ask(FIRST)
     assert len(first) > len(plain)
-    monkeypatch.setattr(survey_module, "probe_clip", lambda *_, **__: pytest.fail("looked again"))
+    monkeypatch.setattr(look_module, "probe_clip", lambda *_, **__: pytest.fail("looked again"))
     assert ask(ALL) == first
     assert ask(FIRST) == plain
 

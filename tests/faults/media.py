@@ -12,9 +12,9 @@ import numpy as np
 
 from cogvideox_factory import draws
 from cogvideox_factory.data.cache import Cache
+from cogvideox_factory.data.look import look_at
 from cogvideox_factory.data.manifest import Clip, read_manifest
 from cogvideox_factory.data.reasons import ClipError
-from cogvideox_factory.data.survey import look_at
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import read_clip
 from tests.faults.caches import settings
