@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from cogvideox_factory import intake, weights
-from cogvideox_factory.config import Config
+from cogvideox_factory.config import Config, Data
 from cogvideox_factory.data.buckets import Bucket, read_buckets
 from cogvideox_factory.data.cache import EMPTY_CAPTION, Cache, CacheIndex
 from cogvideox_factory.data.manifest import Clip, Manifest, Source
@@ -59,6 +59,7 @@ def run(config: Config) -> CacheIndex:
         FactoryError: settings, folder, model, cache or disk unfit; see the classes in `errors`.
     """
     _check_settings(config)
+    _say_unused(config)
     folder = weights.resolve_model(config.model.path, revision=config.model.revision)
     model = intake.transformer_config(config, folder)
     check_task(config.task, model, source=str(folder))
@@ -115,6 +116,16 @@ def _check_settings(config: Config) -> None:
             "first frame, and noise cannot be added to a latent. Set --cache.image-noise-variants 0, and train with "
             "--train.image-noise False; or run `cogvideox prepare` on the clips."
         )
+
+
+def _say_unused(config: Config) -> None:
+    """Name the settings that were decided when the folder was prepared."""
+    data, usual = config.data, Data()
+    names = ("fps", "fps_policy", "crop", "short_clips", "max_slowdown", "windows", "max_windows", "window_stride")
+    unused = [name for name in (*names, "vae_tiling") if getattr(data, name) != getattr(usual, name)]
+    if unused:
+        given = ", ".join(f"data.{name}={getattr(data, name)}" for name in unused)
+        say(f"without effect, because the clips were cut and encoded already: {given}")
 
 
 def _source(config: Config) -> Source:

@@ -19,6 +19,7 @@ from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.cache import is_imported, open_cache, recorded_dtype
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.loader import CacheSource, Draws, Loader, RawSource
+from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.sampler import Sampler, hold_out
 from cogvideox_factory.diffusion.schedule import alphas_cumprod
 from cogvideox_factory.errors import FactoryError
@@ -111,7 +112,8 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str, dict[str, flo
     if config.cache.dir:
         # What the encoders ran in is the cache's affair: float32 latents feed a bfloat16 run as well.
         dtype = recorded_dtype(Path(config.cache.dir)) or str(plan.dtype).removeprefix("torch.")
-        settings = intake.cache_settings(config, plan.folder, plan.model, spec, dtype)
+        memo = Memo(Path(config.cache.dir) / "survey.jsonl")  # knows what unchanged weights hash to
+        settings = intake.cache_settings(config, plan.folder, plan.model, spec, dtype, memo=memo)
         verb = "prepare"
         if is_imported(Path(config.cache.dir)):
             settings, verb = settings.as_imported(), "import-prepared"

@@ -273,6 +273,14 @@ class Evil:
         return (print, ("executed",))
 
 
+def test_settings_without_effect_are_named(tiny_model, clips, encoded, tmp_path, capsys):
+    write_original(tmp_path / "theirs", clips, encoded("t2v"))
+    asked = {"crop": "random", "windows": "all"}
+    import_prepared.run(settings(tiny_model, tmp_path / "theirs", tmp_path / "cache", data=asked))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "without effect" in line]
+    assert line.endswith(": data.fps=8.0, data.crop=random, data.windows=all")
+
+
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
     for name, value in (("evil", Evil()), ("dict", {"a": torch.zeros(2)}), ("list", [1])):
         torch.save(value, tmp_path / f"{name}.pt")
