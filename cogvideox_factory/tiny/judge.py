@@ -28,7 +28,7 @@ from cogvideox_factory.tiny.world import (
 PALETTE = COLOURS | RESERVED_COLOURS
 ATTRIBUTES = ("colour", "shape", "motion", "background", "size", "count")
 _SHAPES = (*SHAPES, "star")
-_AREA = {"circle": np.pi, "square": 4 * 0.87**2, "triangle": 3 * 3**0.5 * 0.62**2,
+_AREA = {"circle": np.pi, "square": 4 * 1.05**2, "triangle": 3 * 3**0.5 * 0.62**2,
          "ring": np.pi * 4 * 0.79 * 0.26, "star": 5 * 1.25**2 * 0.45 * np.sin(np.pi / 5)}  # fmt: skip
 """Area of each shape of radius 1, as `world.distance` draws it."""
 _SIZE_LIMIT = float(np.sqrt(SIZES["small"] * SIZES["large"]))

@@ -192,13 +192,14 @@ def _pose(thing: Thing, progress: float, reach: float) -> tuple[tuple[float, flo
 def distance(shape: str, y: np.ndarray, x: np.ndarray, radius: float) -> np.ndarray:
     """Return the signed distance to the edge of a shape at the origin, negative inside; all in one unit.
 
-    The sizes are such that shapes of one radius look equally large.
+    Shapes of one radius look about equally large, but for the square: one of the circle's area would differ from it, in
+    latents eight pixels wide, by a quarter of what other shapes differ by.
     """
     match shape:
         case "circle":
             return np.hypot(y, x) - radius
         case "square":
-            return np.maximum(abs(y), abs(x)) - 0.87 * radius
+            return np.maximum(abs(y), abs(x)) - 1.05 * radius
         case "triangle":
             return np.maximum(0.866 * abs(x) - 0.5 * y, y) - 0.62 * radius
         case "ring":
