@@ -12,6 +12,10 @@ from cogvideox_factory.recipe import check, read_recipe
 Own = TypeVar("Own", bound=BaseModel)
 
 
+class _NoOwn(BaseModel):
+    """No flags beside the recipe's."""
+
+
 def parse(command: str, argv: list[str], *, sections: tuple[str, ...], description: str) -> Config:
     """Return the settings of `command`; only the flags of `sections` exist, because others would do nothing.
 
@@ -19,7 +23,7 @@ def parse(command: str, argv: list[str], *, sections: tuple[str, ...], descripti
         FactoryError: an unreadable recipe or a setting that is unknown, out of range or contradictory.
         SystemExit: `--help` (0), or a flag this command does not have (2), with the nearest ones.
     """
-    return parse_with(command, argv, sections=sections, description=description, own=BaseModel)[0]
+    return parse_with(command, argv, sections=sections, description=description, own=_NoOwn)[0]
 
 
 def parse_with(

@@ -1,0 +1,51 @@
+"""Settings of how noise becomes video, and of which videos to make."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cogvideox_factory.config.section import Positive, Section
+
+
+class Sampling(Section):
+    """How noise becomes video; used by `generate` and by the sample videos of a run."""
+
+    negative_prompt: str = ""
+    """What to steer away from."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 6.0
+    """Classifier-free guidance; 1 turns it off and halves the work."""
+    dynamic_guidance: bool = False
+    """Let guidance rise steeply towards the end of the steps, from 1 to 1 + guidance_scale."""
+    steps: Positive = 50
+    """Denoising steps."""
+    sampler: Literal["auto", "ddim", "dpm"] = "auto"
+    """auto: ddim for 2B, dpm for the others, as their authors sample."""
+    tiling: bool = True
+    """Decode in overlapping tiles: less memory, slightly more work."""
+
+
+class Generate(Section):
+    """Which videos to make."""
+
+    prompt: list[str] = []
+    """What to show; several prompts give several videos."""
+    prompt_file: str | None = None
+    """Text file with one prompt a line."""
+    image: list[str] = []
+    """Image-to-video: one image for all prompts, or one a prompt."""
+    num_frames: Positive | None = None
+    """Frames; 8k+1 comes out as asked. Default: the model's."""
+    height: Positive | None = None
+    """Pixels, a multiple of 16. Default: the model's."""
+    width: Positive | None = None
+    """Pixels, a multiple of 16. Default: the model's."""
+    fps: Annotated[float, Field(gt=0)] | None = None
+    """Frame rate of the mp4. Default: the model's."""
+    lora: list[str] = []
+    """LoRA files or run folders, added together."""
+    lora_weight: list[float] = []
+    """One weight a LoRA; 1.0 is always the strength it was trained at."""
+    out: str = "videos"
+    """Folder (or, for one video, file name) of the result."""
+    overwrite: bool = False
+    """Replace existing videos."""

@@ -1,0 +1,129 @@
+"""What settings of several sections must have in common; every contradiction is told at once."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cogvideox_factory.config.data import Data
+
+if TYPE_CHECKING:
+    from cogvideox_factory.config import Config
+
+
+def problems_of(config: "Config") -> list[str]:
+    """Return one line for each law that `config` breaks."""
+    problems = _problems_of_sets(config.data, config.task)
+    if (config.data.captions is None) != (config.data.videos is None):
+        problems.append("data.captions and data.videos belong together; give both or neither")
+    if config.data.table and config.data.captions:
+        problems.append("data.table and data.captions both name the captions; give one of them")
+    if config.train.warmup_steps >= config.train.steps and config.train.warmup_steps > 0:
+        problems.append(
+            f"train.warmup_steps={config.train.warmup_steps} must be below train.steps={config.train.steps}, "
+            "or the learning rate never reaches its peak"
+        )
+    if config.model.transformer and config.model.transformer_config:
+        problems.append("model.transformer and model.transformer_config both name the transformer; give one")
+    if config.model.transformer_config and config.train.method == "lora":
+        problems.append(
+            "model.transformer_config starts from random weights, and a LoRA over those learns nothing; "
+            "set train.method to full"
+        )
+    if config.vae.config and config.vae.start:
+        problems.append("vae.config starts from random weights and vae.start from given ones; give one")
+    if config.vae.config and config.vae.parts == "decoder":
+        problems.append("vae.parts=decoder keeps an encoder that vae.config has yet to draw; use both")
+    if config.vae.balance and config.vae.parts == "decoder":
+        problems.append("vae.balance changes the latents and vae.parts=decoder keeps them; choose one")
+    if not config.vae.steps and not config.vae.balance:
+        problems.append("vae.steps=0 trains nothing and vae.balance=0 balances nothing; set one of them")
+    if config.vae.crop and config.vae.crop % 8:
+        problems.append(
+            f"vae.crop={config.vae.crop} is no multiple of 8; the nearest is {config.vae.crop // 8 * 8 or 8}"
+        )
+    for name, value, fits in (
+        ("windows", config.data.windows, ("first",)),
+        ("short_clips", config.data.short_clips, ("reject", "repeat_last")),
+    ):
+        if config.data.fps_policy == "stretch" and value not in fits:
+            problems.append(
+                f"data.{name}={value} counts in the source's time, which data.fps_policy=stretch gives up; use "
+                f"data.{name}={' or '.join(fits)}, or data.fps_policy=resample"
+            )
+    if config.cache.dir and config.data.flip_probability:
+        problems.append("data.flip_probability has no effect on cached latents; set it to 0 or train without cache.dir")
+    for applies, why, names in _WITHOUT_EFFECT:
+        if applies(config):
+            problems += [f"{name} has no effect with {why}; remove it" for name in names if _is_set(config, name)]
+    if config.generate.lora_weight and len(config.generate.lora_weight) != len(config.generate.lora):
+        problems.append(
+            f"generate.lora_weight has {len(config.generate.lora_weight)} values for "
+            f"{len(config.generate.lora)} LoRAs; give one each, or none for 1.0"
+        )
+    return problems
+
+
+def _is_set(config: "Config", name: str) -> bool:
+    section, field = name.split(".")
+    values = getattr(config, section)
+    return getattr(values, field) != type(values).model_fields[field].default
+
+
+def _problems_of_sets(data: Data, task: str) -> list[str]:
+    if not data.sets:
+        return []
+    problems = [problem for part in data.sets for problem in part.problems()]
+    for name in ("root", "table", "captions", "videos"):
+        if getattr(data, name):
+            problems.append(
+                f"data.{name} and data.sets both name the clips; each set has its own, so remove data.{name}"
+            )
+    names = [part.called for part in data.sets]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"data.sets: {', '.join(map(repr, twice))} is there twice; give each set a name of its own")
+    if task == "t2v" and any(part.image_column for part in data.sets):
+        problems.append("image_column of data.sets has no effect with task=t2v; remove it")
+    return problems
+
+
+# Settings that would be read by nobody, and when: setting one away from its default is a mistake worth a line.
+_WITHOUT_EFFECT: tuple[tuple[Callable[["Config"], bool], str, tuple[str, ...]], ...] = (
+    (
+        lambda config: config.task == "t2v",
+        "task=t2v",
+        (
+            "data.image_column", "generate.image", "validation.images", "cache.image_noise_variants",
+            "train.image_dropout", "train.image_noise", "train.image_scale",
+        ),
+    ),
+    (
+        lambda config: config.train.method == "full",
+        "train.method=full",
+        ("lora.rank", "lora.alpha", "lora.use_rslora", "lora.use_dora", "lora.target_modules"),
+    ),
+    (
+        lambda config: config.train.method == "lora",
+        "train.method=lora",
+        ("train.master_weights",),
+    ),
+    (lambda config: config.train.schedule != "cosine_with_restarts", "this schedule", ("train.num_cycles",)),
+    (lambda config: config.train.schedule != "polynomial", "this schedule", ("train.power",)),
+    (lambda config: config.data.buckets != "auto", "data.buckets other than auto", ("data.max_buckets",)),
+    (lambda config: config.data.windows != "uniform", "data.windows other than uniform", ("data.max_windows",)),
+    (
+        lambda config: config.data.windows not in ("all", "scenes"),
+        "data.windows other than all and scenes",
+        ("data.window_stride",),
+    ),
+    (lambda config: config.data.short_clips != "slow", "data.short_clips other than slow", ("data.max_slowdown",)),
+    (
+        lambda config: config.data.buckets is not None,
+        "data.buckets, which give a clip no more frames than it has",
+        ("data.short_clips",),
+    ),
+    (
+        lambda config: config.data.buckets not in (None, "auto"),
+        "a bucket file, which says how many clips of each shape a step has",
+        ("train.batch_size",),
+    ),
+    (lambda config: not config.validation.every, "validation.every=0", ("validation.prompts", "validation.images")),
+)  # fmt: skip

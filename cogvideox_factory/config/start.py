@@ -1,0 +1,33 @@
+"""Settings of where a run starts: the checkpoint, the machine, the seed."""
+
+from typing import Literal
+
+from cogvideox_factory.config.section import NotNegative, Section
+
+
+class Model(Section):
+    """Which checkpoint to start from."""
+
+    path: str = ""
+    """Model folder in the diffusers layout, or a hub id such as THUDM/CogVideoX-5b; tiny-t2v and tiny-i2v are small
+    models of moving shapes that come with this package."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); only for hub ids."""
+    transformer: str | None = None
+    """Folder of a fine-tuned transformer to use in place of the model's own."""
+    transformer_config: str | None = None
+    """config.json of a transformer of any size, to train from random weights (train.method full)."""
+
+
+class Run(Section):
+    """On what, and from which seed."""
+
+    seed: NotNegative = 42
+    """Every random number of a run follows from it."""
+    device: str = "auto"
+    """auto, cpu, cuda, npu, or cuda:1 and so on."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the model. auto: the published one on an accelerator, float32 on a CPU; `prepare` goes on with what
+    a finished cache was made in."""
+    deterministic: bool = True
+    """Use only kernels that repeat bit for bit."""
