@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from cogvideox_factory.cli import main
-from cogvideox_factory.data.export import export_to_video, write_png
+from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.tiny.world import random_scene, render
 
 REAL_CLIPS = os.environ.get("COGVIDEOX_REAL_CLIPS", "")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from cogvideox_factory import preparation
 from cogvideox_factory.data import memo as memo_module
-from cogvideox_factory.data.export import export_to_video, write_png
+from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.preparation import Shard

@@ -66,7 +66,7 @@ def run(argv: list[str]) -> None:
 
 def _run_stages(ask: Demo, out: Path) -> dict[str, dict[str, float]]:
     from cogvideox_factory.cli import doctor
-    from cogvideox_factory.data.export import write_png
+    from cogvideox_factory.data.picture import write_png
     from cogvideox_factory.publish import publish_text
     from cogvideox_factory.report import demo_page, strip
     from cogvideox_factory.tiny import lesson

@@ -1,8 +1,12 @@
-"""Writing pictures and clips: H.264 MP4 that plays everywhere, and PNG."""
+"""Writing clips: MP4 that plays everywhere, GIF, WebP, a folder of PNG, or the bare array.
+
+A text (`note`) can go into an MP4, GIF or WebP, so that a video says how it was made; `read_note` finds it again.
+"""
 
 import logging
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +15,55 @@ import av.error
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
-from cogvideox_factory.errors import FactoryError, StorageError
-from cogvideox_factory.publish import publish_file
+from cogvideox_factory.data.picture import encode_png, to_uint8
+from cogvideox_factory.errors import FactoryError, MissingError, StorageError
+from cogvideox_factory.publish import publish_file, replace_folder
 
 log = logging.getLogger(__name__)
+
+FORMATS = ("mp4", "gif", "webp", "npy", "png")
+"""By the ending of the name; a name without an ending is a folder of PNG."""
+CODECS = {"h264": "libx264", "h265": "libx265"}
 # swscale averages chroma over 2 x 2 pixels, so it sits in their centre; decoders assume the left edge if
 # not told (worth 1.6 dB on a real clip and 2.8 dB on a gradient).
-_ENCODER = {"crf": "17", "preset": "medium", "chroma_sample_location": "center"}
+_ENCODER = {
+    "h264": {"crf": "17", "preset": "medium", "chroma_sample_location": "center"},
+    "h265": {"crf": "19", "preset": "medium", "chroma_sample_location": "center", "x265-params": "log-level=error"},
+}
 _FILTER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 _BT709 = 1  # AVCOL_SPC_BT709
+_H265_LEAST = 64
+"""x265 4.2 writes past its buffers where a picture is smaller than its largest block."""
 
 
-def export_to_video(frames: Any, path: Path | str, fps: float = 8) -> Path:
-    """Write `frames` as H.264 (yuv420p, BT.709) MP4 and return its path.
+def export_to_video(
+    frames: Any, path: Path | str, fps: float = 8, *, codec: str = "h264", note: str | None = None
+) -> Path:
+    """Write `frames` in the format that the name's ending says, and return the path; complete or not at all.
 
-    A picture of odd height or width is padded by one row or column, which H.264 in 4:2:0 needs; a line in the
-    log says so. The file appears complete or not at all.
+    .mp4 is H.264 or H.265 (yuv420p, BT.709); a picture of odd height or width is padded by one row or column there,
+    which 4:2:0 needs, and a line in the log says so. .webp is lossless. .gif has 256 colours a frame and times in
+    hundredths of a second. .npy is the array, exact. A name without an ending is a folder of PNG, exact.
 
     Args:
         frames: uint8 [F, H, W, 3], or floats in [0, 1] of that shape, or a list of arrays or PIL images.
-        path: ends in .mp4.
+        path: of the file or folder.
         fps: frames a second.
+        codec: of an .mp4, "h264" or "h265" (half the size, slower, plays in fewer places).
+        note: text to put into the file (.mp4, .gif, .webp); see `read_note`.
 
     Raises:
         FactoryError: no frames, other shapes or values, or another ending.
+        MissingError: the codec is not in this build of PyAV.
         StorageError: the disk is full or cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() != ".mp4":
-        raise FactoryError(f"{path}: videos are written as .mp4; end the name so.")
+    kind = path.suffix.lower().removeprefix(".") or "png"
+    if kind not in FORMATS or (kind == "png" and path.suffix):
+        raise FactoryError(
+            f"{path}: videos are written as .mp4, .gif, .webp or .npy, or into a folder of PNG (a name without an "
+            "ending); end the name so."
+        )
     if not 0 < fps <= 1000:
         raise FactoryError(f"fps={fps:g}: a frame rate is above 0 and at most 1000.")
     pictures = [to_uint8(picture) for picture in frames]
@@ -48,27 +72,100 @@ def export_to_video(frames: Any, path: Path | str, fps: float = 8) -> Path:
     shapes = {picture.shape for picture in pictures}
     if len(shapes) > 1:
         raise FactoryError(f"{path}: frames of one video have one size; these have {sorted(shapes)}.")
+    if kind == "png":
+        _write_folder(pictures, path)
+    elif kind == "npy":
+        with publish_file(path) as temporary, temporary.open("wb") as file:
+            np.save(file, np.stack(pictures), allow_pickle=False)
+    elif kind == "mp4":
+        _write_mp4(pictures, path, Fraction(fps).limit_denominator(1001), codec, note)
+    else:
+        _write_animation(pictures, path, kind, fps, note)
+    return path
+
+
+def read_note(path: Path) -> str | None:
+    """Return the text that `export_to_video` put into an .mp4, .gif or .webp, or None.
+
+    Raises:
+        FactoryError: the file cannot be read as what its ending says.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    try:
+        if kind == ".mp4":
+            with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+                return container.metadata.get("comment")
+        if kind in (".gif", ".webp"):
+            from PIL import Image
+
+            with Image.open(path) as image:
+                found = image.info.get("comment") if kind == ".gif" else image.info.get("xmp")
+            return found.decode("utf-8") if found else None
+    except (av.error.FFmpegError, OSError, UnicodeDecodeError) as error:
+        raise FactoryError(f"{path} cannot be read: {error}. Give a video made by `cogvideox generate`.") from error
+    return None
+
+
+def _write_folder(pictures: Sequence[np.ndarray], path: Path) -> None:
+    with replace_folder(path) as folder:
+        for number, picture in enumerate(pictures):
+            (folder / f"{number:05}.png").write_bytes(encode_png(picture))
+
+
+def _write_animation(pictures: Sequence[np.ndarray], path: Path, kind: str, fps: float, note: str | None) -> None:
+    from PIL import Image
+
+    text = (note or "").encode("utf-8")
+    options: dict[str, Any] = {"lossless": True, "xmp": text} if kind == "webp" else {"comment": text, "disposal": 1}
+    first, *rest = [Image.fromarray(picture) for picture in pictures]
+    # Times are whole milliseconds (GIF: hundredths of a second), so each is the difference of two rounded moments.
+    unit = 1000 if kind == "webp" else 100
+    moments = [round(unit * number / fps) for number in range(len(pictures) + 1)]
+    duration = [(b - a) * 1000 // unit for a, b in pairwise(moments)]
+    try:
+        with publish_file(path) as temporary:
+            first.save(
+                temporary, format=kind, save_all=True, append_images=rest, duration=duration, loop=0, **options
+            )  # fmt: skip
+    except OSError as error:
+        raise StorageError(f"could not write {path}: {error}. Make room or choose another folder.") from error
+
+
+def _write_mp4(pictures: Sequence[np.ndarray], path: Path, rate: Fraction, codec: str, note: str | None) -> None:
+    if codec not in CODECS or CODECS[codec] not in av.codecs_available:
+        here = [name for name, encoder in CODECS.items() if encoder in av.codecs_available]
+        raise MissingError(f"codec {codec!r} cannot be written here; this build of PyAV has {', '.join(here)}.")
     height, width, _ = pictures[0].shape
+    if codec == "h265" and min(height, width) < _H265_LEAST:
+        raise FactoryError(
+            f"{path}: {height}x{width} is too small for h265, which takes {_H265_LEAST} pixels a side or more. "
+            "Use h264."
+        )
     if height % 2 or width % 2:
-        log.warning("%s: %dx%d padded to %dx%d, H.264 needs even sizes", path, height, width, *_even(height, width))
+        log.warning("%s: %dx%d padded to %dx%d, 4:2:0 needs even sizes", path, height, width, *_even(height, width))
     with publish_file(path) as temporary:
         try:
-            _encode(pictures, temporary, Fraction(fps).limit_denominator(1001))
+            _encode(pictures, temporary, rate, codec, note)
         except av.error.FFmpegError as error:
             raise StorageError(f"could not write {path}: {error}. Make room or choose another folder.") from error
-    return path
 
 
 def _even(height: int, width: int) -> tuple[int, int]:
     return height + height % 2, width + width % 2
 
 
-def _encode(pictures: Sequence[np.ndarray], path: Path, rate: Fraction) -> None:
+def _encode(pictures: Sequence[np.ndarray], path: Path, rate: Fraction, codec: str, note: str | None) -> None:
     height, width = _even(*pictures[0].shape[:2])
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=rate, options=_ENCODER)
+        if note is not None:
+            container.metadata["comment"] = note
+        stream = container.add_stream(CODECS[codec], rate=rate, options=_ENCODER[codec])
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
+        if codec == "h265":
+            context.codec_tag = "hvc1"  # without it Apple's players show nothing
         context.colorspace, context.color_range = _BT709, ColorRange.MPEG
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         for frame in _frames(pictures, height, width):
@@ -90,51 +187,3 @@ def _frames(pictures: Sequence[np.ndarray], height: int, width: int) -> Iterator
         )
         frame.pts = number
         yield frame
-
-
-def to_uint8(picture: Any) -> np.ndarray:
-    """Return a picture (PIL image, or array of uint8 or of floats in [0, 1]) as uint8 [H, W, 3].
-
-    Raises:
-        FactoryError: another shape, or floats out of range.
-    """
-    array = np.asarray(picture.convert("RGB") if hasattr(picture, "convert") else picture)
-    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise FactoryError(f"a frame has shape {array.shape}; it must be [height, width, 3].")
-    if array.dtype == np.uint8:
-        return array
-    if not np.issubdtype(array.dtype, np.floating):
-        raise FactoryError(f"a frame holds {array.dtype}; it must be uint8, or floats in [0, 1].")
-    low, high = float(array.min()), float(array.max())
-    if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails this too
-        raise FactoryError(f"frame values go from {low:g} to {high:g}; floats must be in [0, 1].")
-    return (array.clip(0, 1) * 255).round().astype(np.uint8)
-
-
-def write_png(path: Path | str, pixels: np.ndarray) -> Path:
-    """Write uint8 [H, W, 3] (or floats in [0, 1]) as PNG and return the path."""
-    path = Path(path)
-    data = _encode_picture(to_uint8(pixels), "png", "rgb24", {})
-    with publish_file(path) as temporary:
-        temporary.write_bytes(data)
-    return path
-
-
-def encode_jpeg(pixels: np.ndarray) -> bytes:
-    """Return uint8 [H, W, 3] (or floats in [0, 1]) as a JPEG of middling quality, for thumbnails."""
-    return _encode_picture(to_uint8(pixels), "mjpeg", "yuvj420p", {"qmin": "5", "qmax": "5"})
-
-
-def _encode_picture(picture: np.ndarray, codec: str, pixel_format: str, options: dict[str, str]) -> bytes:
-    encoder = av.CodecContext.create(codec, "w")
-    assert isinstance(encoder, av.VideoCodecContext)
-    encoder.width, encoder.height, encoder.pix_fmt = picture.shape[1], picture.shape[0], pixel_format
-    encoder.time_base, encoder.options = Fraction(1), options
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-    if pixel_format != "rgb24":  # a JPEG without a profile is BT.601 at full range
-        frame = frame.reformat(
-            format=pixel_format, dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.JPEG,
-            interpolation=_FILTER, threads=1,
-        )  # fmt: skip
-        frame.pts = 0
-    return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from cogvideox_factory.data.export import encode_jpeg
 from cogvideox_factory.data.likeness import SIDE, perceptual_hash
 from cogvideox_factory.data.manifest import Clip, Manifest
 from cogvideox_factory.data.ordered import ordered_map
+from cogvideox_factory.data.picture import encode_jpeg
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import read_clip

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cogvideox_factory.data.export import export_to_video, write_png
+from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.publish import publish_text
 from cogvideox_factory.tiny.judge import score
 from cogvideox_factory.tiny.world import Scene, concept_scene, random_scene, render

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from cogvideox_factory.cli import main
-from cogvideox_factory.data.export import export_to_video, write_png
+from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.tiny.world import random_scene, render
 
 SIZE = ("--data.num-frames", "9", "--data.height", "32", "--data.width", "32", "--data.fps", "8")

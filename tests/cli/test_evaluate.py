@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from cogvideox_factory.cli import main
-from cogvideox_factory.data.export import export_to_video, write_png
+from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.tiny.world import random_scene, render
 
 SCENES = [random_scene(4, index, num_things=1) for index in range(3)]

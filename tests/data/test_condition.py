@@ -10,11 +10,11 @@ from cogvideox_factory.data.cache import Cache, open_cache
 from cogvideox_factory.data.cache_check import audit_cache
 from cogvideox_factory.data.clean_list import write_clean_list
 from cogvideox_factory.data.condition import read_condition
-from cogvideox_factory.data.export import write_png
 from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings
 from cogvideox_factory.data.loader import CacheSource, Draws, RawSource
 from cogvideox_factory.data.manifest import Source, read_manifest
 from cogvideox_factory.data.memo import Memo
+from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.sampler import Pick
 from cogvideox_factory.data.survey import survey

@@ -5,8 +5,8 @@ import av
 import numpy as np
 import pytest
 
-from cogvideox_factory.data.export import write_png
 from cogvideox_factory.data.image import exif_orientation, is_picture, probe_picture, read_image
+from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.errors import DataError
 

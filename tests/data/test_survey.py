@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from cogvideox_factory.data.export import write_png
 from cogvideox_factory.data.manifest import read_manifest
+from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.data.survey import survey
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video_info import Limits

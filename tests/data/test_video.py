@@ -8,8 +8,8 @@ import pytest
 
 from cogvideox_factory.data import container
 from cogvideox_factory.data.container import probe
-from cogvideox_factory.data.export import write_png
 from cogvideox_factory.data.image import read_image
+from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.video import ClipSpec, read_clip
 

@@ -17,10 +17,10 @@ from cogvideox_factory.data import video as video_module
 from cogvideox_factory.data.auto_buckets import auto_buckets
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.container import open_video, probe
-from cogvideox_factory.data.export import write_png
 from cogvideox_factory.data.glimpse import look_closer, thumbnails
 from cogvideox_factory.data.manifest import read_manifest
 from cogvideox_factory.data.memo import Memo
+from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.survey import measure, survey
 from cogvideox_factory.data.timing import ClipSpec, plan_frames

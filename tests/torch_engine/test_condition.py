@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from cogvideox_factory.cli import main
-from cogvideox_factory.data.export import export_to_video, write_png
+from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.manifest import Clip
+from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import read_clip
 from cogvideox_factory.errors import FactoryError

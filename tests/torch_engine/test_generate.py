@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from cogvideox_factory.data.export import write_png
+from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.errors import DataError, FactoryError, StorageError
 from cogvideox_factory.lora_files import load_lora, save_lora
 from cogvideox_factory.recipe import check
