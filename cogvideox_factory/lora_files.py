@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from cogvideox_factory.errors import MissingError, UnfitError
+from cogvideox_factory.errors import FactoryError, MissingError, UnfitError
 from cogvideox_factory.publish import publish_file
 from cogvideox_factory.tensors import open_tensors, save_tensors
 
@@ -146,6 +146,27 @@ def load_lora(path: Path) -> LoraFile:
         use_rslora=bool(config.get("use_rslora", False)),
         use_dora=_has_magnitudes(arrays),
         target_modules=_targets(config, ranks),
+    )
+
+
+def resolve_lora(path: str | Path) -> Path:
+    """Return the LoRA file of a file, a folder that holds one, or a run folder.
+
+    Raises:
+        FactoryError: nothing there.
+    """
+    path = Path(path)
+    candidates = [
+        path,
+        path / LORA_FILE_NAME,
+        path / "final" / LORA_FILE_NAME,
+    ]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise FactoryError(
+        f"{path}: no LoRA there. Give a .safetensors file, a folder with {LORA_FILE_NAME}, "
+        "or the folder of a finished LoRA run."
     )
 
 

@@ -102,7 +102,14 @@ def test_clips_become_a_model_and_the_model_makes_video(tiny_model, tmp_path, ca
     assert fps == 8
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["prompt"] == PROMPT
-    assert run("generate", *model, *ask, *trained) == 6, "an existing video is not overwritten"
+    written = (tmp_path / "out.mp4").stat().st_mtime_ns
+    assert run("generate", *model, *ask, *trained) == 0, "it is there already"
+    assert run("generate", *model, *ask, *trained, "--run.seed", "7") == 6, "another is not overwritten"
+    assert (tmp_path / "out.mp4").stat().st_mtime_ns == written
+    again = ["--generate.prompt", PROMPT, "--generate.out", tmp_path / "two.mp4", "--sampling.steps", "2"]
+    again += ["--generate.image", image] if task == "i2v" else []
+    assert run("generate", tmp_path / "run", *again) == 0, "a run folder says model, size and what was learned"
+    assert read(tmp_path / "two.mp4")[0].shape == (9, 64, 96, 3)
 
 
 def test_prepare_again_makes_only_what_is_missing(tiny_model, tmp_path, drawn_clips, capsys):

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "cogvideox_factory"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FRAMEWORKS = {"torch", "mindspore", "transformers", "diffusers", "peft", "accelerate", "torchao"}
-ENTRIES = {"intake.py", "preparation.py"} | {
+ENTRIES = {"intake.py", "preparation.py", "jobs.py"} | {
     f"torch_engine/{name}.py" for name in ("prepare", "import_prepared", "start", "train", "train_vae", "generate")
 }
 
@@ -103,7 +103,7 @@ def test_no_drawer_for_everything():
 
 @pytest.mark.parametrize(
     "module",
-    ["data", "diffusion", "models", "weights", "metrics", "recipe", "draws", "shapes", "intake", "preparation"],
+    ["data", "diffusion", "models", "weights", "metrics", "recipe", "draws", "shapes", "intake", "preparation", "jobs"],
 )
 def test_the_ground_needs_no_framework(module):
     rooms = [f"cogvideox_factory.{module}"]

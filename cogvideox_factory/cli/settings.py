@@ -16,22 +16,32 @@ class _NoOwn(BaseModel):
     """No flags beside the recipe's."""
 
 
-def parse(command: str, argv: list[str], *, sections: tuple[str, ...], description: str) -> Config:
+def parse(
+    command: str, argv: list[str], *, sections: tuple[str, ...], description: str, base: Config | None = None
+) -> Config:
     """Return the settings of `command`; only the flags of `sections` exist, because others would do nothing.
+
+    `base` takes the place of a recipe file.
 
     Raises:
         FactoryError: an unreadable recipe or a setting that is unknown, out of range or contradictory.
         SystemExit: `--help` (0), or a flag this command does not have (2), with the nearest ones.
     """
-    return parse_with(command, argv, sections=sections, description=description, own=_NoOwn)[0]
+    return parse_with(command, argv, sections=sections, description=description, own=_NoOwn, base=base)[0]
 
 
 def parse_with(
-    command: str, argv: list[str], *, sections: tuple[str, ...], description: str, own: type[Own]
+    command: str,
+    argv: list[str],
+    *,
+    sections: tuple[str, ...],
+    description: str,
+    own: type[Own],
+    base: Config | None = None,
 ) -> tuple[Config, Own]:
     """Do as `parse`, with the fields of `own` as further flags that no recipe holds; return those as well."""
-    config = Config()
-    if argv and not argv[0].startswith("-"):
+    config = base or Config()
+    if base is None and argv and not argv[0].startswith("-"):
         config, argv = read_recipe(Path(argv[0])), argv[1:]
     if stray := next((word for word in argv[:1] if not word.startswith("-")), None):
         raise FactoryError(f"{stray!r} is no flag; usage: cogvideox {command} [RECIPE.yaml] [--section.setting VALUE]")

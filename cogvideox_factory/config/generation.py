@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cogvideox_factory.config.section import Positive, Section
+from cogvideox_factory.config.section import NotNegative, Positive, Section
 
 
 class Sampling(Section):
@@ -31,8 +31,18 @@ class Generate(Section):
     """What to show; several prompts give several videos."""
     prompt_file: str | None = None
     """Text file with one prompt a line."""
+    num_videos: Positive = 1
+    """Videos a prompt, from seeds that follow one another."""
+    seeds: list[NotNegative] = []
+    """One seed a prompt. Default: run.seed for all."""
     image: list[str] = []
     """Image-to-video: one image for all prompts, or one a prompt."""
+    video: list[str] = []
+    """Video-to-video (text-to-video models): one video for all prompts, or one a prompt, to be made anew."""
+    strength: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Video-to-video: how much is made anew; at 1 only the prompt counts. That share of the steps is taken."""
+    extend: list[str] = []
+    """Image-to-video models: one video for all prompts, or one a prompt, to be gone on with from its last frame."""
     num_frames: Positive | None = None
     """Frames; 8k+1 comes out as asked. Default: the model's."""
     height: Positive | None = None
@@ -40,12 +50,17 @@ class Generate(Section):
     width: Positive | None = None
     """Pixels, a multiple of 16. Default: the model's."""
     fps: Annotated[float, Field(gt=0)] | None = None
-    """Frame rate of the mp4. Default: the model's."""
+    """Frame rate of the video. Default: the model's."""
     lora: list[str] = []
     """LoRA files or run folders, added together."""
     lora_weight: list[float] = []
     """One weight a LoRA; 1.0 is always the strength it was trained at."""
     out: str = "videos"
     """Folder (or, for one video, file name) of the result."""
+    format: Literal["mp4", "gif", "webp", "png", "npy"] = "mp4"
+    """mp4, gif, webp (lossless), png (a folder of pictures a video) or npy (uint8 frames x height x width x 3)."""
+    codec: Literal["h264", "h265"] = "h264"
+    """Of mp4: h264 plays everywhere, h265 takes half the room."""
     overwrite: bool = False
-    """Replace existing videos."""
+    """Make and replace videos that exist. Without it those made with the same settings count as done, and others are
+    an error."""

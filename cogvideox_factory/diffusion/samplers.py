@@ -56,6 +56,21 @@ class SamplerTable:
         """Tell whether step `index` looks at the x0 of the step before (second order)."""
         return bool(self.coefficients[index, 2] != 0)
 
+    def tail(self, start: int) -> "SamplerTable":
+        """Return the steps from `start` on, for a sample that is noised to there; the first is of first order."""
+        assert 0 <= start < len(self), start
+        coefficients = self.coefficients[start:].copy()
+        coefficients[0, 1] += coefficients[0, 2]  # without an x0 before it, nothing is extrapolated
+        coefficients[0, 2] = 0
+        return SamplerTable(
+            timesteps=self.timesteps[start:], x0_coefficients=self.x0_coefficients[start:], coefficients=coefficients
+        )
+
+    def noised(self, x0: Any, noise: Any) -> Any:
+        """Return `x0` with as much noise as the first step expects."""
+        on_sample, on_v = self.x0_coefficients[0].tolist()
+        return on_sample * x0 - on_v * noise
+
     def step(self, index: int, sample: Any, v: Any, *, previous_x0: Any = None, noise: Any = None) -> tuple[Any, Any]:
         """Return (next sample, x0 prediction), of the arguments' type and shape.
 

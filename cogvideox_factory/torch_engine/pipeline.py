@@ -23,8 +23,8 @@ from cogvideox_factory import draws, weights
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.diffusion.samplers import SamplerTable, dynamic_guidance, sampler_table
 from cogvideox_factory.errors import FactoryError, NonFiniteError
-from cogvideox_factory.lora_files import load_lora
-from cogvideox_factory.models import SchedulerConfig, TransformerConfig, VaeConfig
+from cogvideox_factory.lora_files import load_lora, resolve_lora
+from cogvideox_factory.models import SchedulerConfig, TransformerConfig
 from cogvideox_factory.shapes import ClipShape, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.device import pick_device, pick_dtype
@@ -125,7 +125,9 @@ class CogVideoXPipeline:
         if self.text_encoder is None:
             raise FactoryError("the text encoder was dropped; pass prompt_embeds, or load the pipeline again")
         length = max_sequence_length or self.transformer.config.max_text_seq_length
-        return self.text_encoder.encode(list(prompts), length).to(self.device, self.dtype)
+        # One by one: the last bits of a batch depend on its size, and a video must not depend on the others.
+        embeds = [self.text_encoder.encode([prompt], length) for prompt in prompts]
+        return torch.cat(embeds).to(self.device, self.dtype)
 
     @torch.inference_mode()
     def __call__(
@@ -133,6 +135,8 @@ class CogVideoXPipeline:
         prompt: str | Sequence[str] | None = None,
         image: str | Path | np.ndarray | None = None,
         *,
+        video: np.ndarray | None = None,
+        strength: float = 0.8,
         negative_prompt: str = "",
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -150,9 +154,11 @@ class CogVideoXPipeline:
         """Make one video a prompt; all start from the noise of `seed`.
 
         `image` is a path or uint8 [H, W, 3] of the video's size (image-to-video models only, and needed there).
+        `video` is uint8 [F, H, W, 3] of the size asked for, to be made anew (text-to-video models only): noised as far
+        as `strength` says, of the steps that share is taken.
 
         Raises:
-            FactoryError: a size or frame count the model cannot take, a missing or superfluous image.
+            FactoryError: a size or frame count the model cannot take, a missing or superfluous image or video.
             NonFiniteError: the latents are NaN or Inf, most often from float16 on a bfloat16 model.
         """
         shape = clip_shape(self.transformer.config, num_frames=num_frames, height=height, width=width)
@@ -171,18 +177,24 @@ class CogVideoXPipeline:
             if negative is None:
                 negative = self.encode_prompts([negative_prompt], max_sequence_length=prompt_embeds.shape[1])
         table = self.sampler_table(sampler, num_inference_steps)
+        start = 0
+        if video is not None:
+            start = first_step(num_inference_steps, strength)
+            table, scales = table.tail(start), scales[start:]
+        source = self.video_latents(video, shape, seed=seed) if video is not None else None
         image_latents = self.image_latents(image, shape, seed=seed) if image is not None else None
         frames = []
         for index in range(len(prompt_embeds)):
+            noise = self._noise(shape, seed, "initial noise")
             latents = denoise(
                 self.transformer,
-                self._noise(shape, seed, "initial noise"),
+                noise if source is None else table.noised(source, noise),
                 prompt_embeds[index : index + 1],
                 table=table,
                 guidance=scales,
                 negative_embeds=negative,
                 image_latents=image_latents,
-                step_noise=lambda step: self._noise(shape, seed, "sampler noise", step),
+                step_noise=lambda step: self._noise(shape, seed, "sampler noise", start + step),
                 progress=progress,
             )
             frames.append(self.decode(latents, shape))
@@ -208,6 +220,21 @@ class CogVideoXPipeline:
         latents = sample_posterior(mean, logvar, torch.from_numpy(noise).to(self.device))
         latents = latents.float() * self.vae.config.image_scale
         return pad_image_latents(latents, shape.latent_frames + shape.num_front_padding)
+
+    def video_latents(self, video: np.ndarray, shape: ClipShape, *, seed: int) -> Tensor:
+        """Return a video's latents as the transformer sees them [1, F, C, H, W], front padding included."""
+        if self.transformer.config.is_image_to_video:
+            raise FactoryError("this is an image-to-video model; video-to-video takes a text-to-video model")
+        wanted = (shape.num_frames, shape.height, shape.width, 3)
+        if video.shape != wanted or video.dtype != np.uint8:
+            raise FactoryError(f"video has shape {video.shape} and dtype {video.dtype}; it must be uint8 {wanted}.")
+        pixels = pixels_from_uint8(torch.from_numpy(video)[None].to(self.device))  # [1, 3, F, H, W]
+        mean, logvar = self.vae.encode(pixels.to(self.dtype))
+        noise = draws.normal(seed, "video posterior", shape=tuple(mean.shape))
+        latents = sample_posterior(mean, logvar, torch.from_numpy(noise).to(self.device)).float()
+        latents = latents * self.vae.config.scaling_factor
+        padding = latents[:, :1].expand(-1, shape.num_front_padding, -1, -1, -1)
+        return torch.cat([padding, latents], dim=1)
 
     def decode(self, latents: Tensor, shape: ClipShape) -> np.ndarray:
         """Return the frames uint8 [F, H, W, 3] of `latents` [1, F, C, H, W], front padding dropped."""
@@ -235,27 +262,16 @@ class CogVideoXPipeline:
             )
 
 
-def vae_config(folder: Path) -> VaeConfig:
-    """Return the VAE config of a model folder."""
-    return VaeConfig.from_folder(folder / "vae")
-
-
-def resolve_lora(path: str | Path) -> Path:
-    """Return the LoRA file of a file, a folder that holds one, or a run folder.
+def first_step(num_inference_steps: int, strength: float) -> int:
+    """Return the step at which video-to-video of `strength` begins.
 
     Raises:
-        FactoryError: nothing there.
+        FactoryError: so little strength that no step is left.
     """
-    path = Path(path)
-    candidates = [
-        path,
-        path / "pytorch_lora_weights.safetensors",
-        path / "final/pytorch_lora_weights.safetensors",
-    ]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise FactoryError(
-        f"{path}: no LoRA there. Give a .safetensors file, a folder with pytorch_lora_weights.safetensors, "
-        "or the folder of a finished LoRA run."
-    )
+    taken = min(int(num_inference_steps * strength), num_inference_steps)
+    if taken < 1:
+        raise FactoryError(
+            f"strength={strength:g} of {num_inference_steps} steps leaves none; use a strength of "
+            f"{1 / num_inference_steps:.3g} or more, or more steps."
+        )
+    return num_inference_steps - taken

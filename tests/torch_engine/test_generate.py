@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from cogvideox_factory.cli import main
+from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.errors import DataError, FactoryError, StorageError
+from cogvideox_factory.jobs import read_record
 from cogvideox_factory.lora_files import load_lora, save_lora
 from cogvideox_factory.recipe import check
 from cogvideox_factory.torch_engine import generate, lora
@@ -41,14 +44,89 @@ def test_prompts_come_from_flags_and_file_in_order(tiny_model, tmp_path):
     config = settings(tiny_model, tmp_path, prompt=["The First!"], prompt_file=str(tmp_path / "prompts.txt"))
     paths = generate.run(config)
     assert [p.name for p in paths] == ["000-the-first.mp4", "001-the-second-n-code-more.mp4", "002-the-third.mp4"]
-    assert [json.loads(p.with_suffix(".json").read_text())["prompt"] for p in paths] == [
-        "The First!", "the second: Ünïcode & more", "the third"
-    ]  # fmt: skip
+    prompts = [read_record(path)["settings"]["generate"]["prompt"] for path in paths]
+    assert prompts == [["The First!"], ["the second: Ünïcode & more"], ["the third"]]
+    assert [json.loads(path.with_suffix(".json").read_text()) for path in paths] == [read_record(p) for p in paths]
+
+
+def test_the_same_command_again_makes_only_what_is_missing(tiny_model, tmp_path, capsys):
+    config = settings(tiny_model, tmp_path, prompt=["a", "b", "c"])
+    paths = generate.run(config)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+    paths[1].unlink()
+    assert generate.run(config) == paths
+    assert "2 of 3 video(s) are there already" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in paths} == {path: data for path, (data, _) in before.items()}
+    assert [path.stat().st_mtime_ns == before[path][1] for path in paths] == [True, False, True]
+    other = settings(tiny_model, tmp_path, prompt=["a"], sampling={"guidance_scale": 2.0})
+    with pytest.raises(StorageError, match=r"000-a\.mp4 exist.*other settings"):
+        generate.run(other)
+    (tmp_path / "out" / "000-a.json").unlink()
+    (tmp_path / "out" / "000-a.mp4").write_bytes(b"somebody else's")
     with pytest.raises(StorageError, match="exist"):
         generate.run(config)
-    again = settings(tiny_model, tmp_path, prompt=["The First!"], overwrite=True)
-    before = paths[0].read_bytes()
-    assert generate.run(again)[0].read_bytes() == before, "the same seed and settings give the same file"
+    assert (tmp_path / "out" / "000-a.mp4").read_bytes() == b"somebody else's"
+    generate.run(settings(tiny_model, tmp_path, prompt=["a"], overwrite=True))
+    assert paths[0].read_bytes() == before[paths[0]][0]
+
+
+@pytest.mark.parametrize("ending", ["mp4", "webp", "npy"])
+def test_a_video_like_another_is_the_same_to_the_bit(tiny_model, tmp_path, ending, monkeypatch):
+    file = make_lora(tiny_model, tmp_path / "lora.safetensors", seed=1)
+    config = settings(
+        tiny_model, tmp_path, prompt=["x", "y"], seeds=[5, 6], num_videos=2, format=ending, lora=[str(file)],
+        lora_weight=[0.5], sampling={"steps": 3, "negative_prompt": "z", "dynamic_guidance": True},
+    )  # fmt: skip
+    made = generate.run(config)
+    assert [path.name for path in made] == [f"{i:03}-{p}-{s}.{ending}" for i, (p, s) in enumerate(
+        [("x", 5), ("x", 6), ("y", 6), ("y", 7)])]  # fmt: skip
+    copy = tmp_path / f"elsewhere.{ending}"
+    made[2].rename(copy)
+    if ending == "npy":
+        made[2].with_suffix(".json").rename(copy.with_suffix(".json"))
+    words = ["--like", str(copy), "--generate.out", str(tmp_path / f"again.{ending}")]
+    assert main(["generate", *words]) == 0
+    assert (tmp_path / f"again.{ending}").read_bytes() == copy.read_bytes()
+    make_lora(tiny_model, file, seed=2)
+    assert main(["generate", *words]) == 5
+
+
+def test_a_video_that_says_nothing_is_like_none(tmp_path, capsys):
+    path = export_to_video(np.zeros((3, 16, 16, 3), np.uint8), tmp_path / "v.mp4")
+    for words, says in (([str(path)], "does not say how"), ([str(tmp_path / "w.mp4")], "no such video"), ([], "which")):
+        assert main(["generate", "--like", *words]) == 2
+        assert says in capsys.readouterr().err
+    assert main(["generate", "recipe.yaml", "--like", str(path)]) == 2
+    assert "comes first" in capsys.readouterr().err
+
+
+def test_a_video_is_made_anew_and_another_gone_on_with(tiny_model, tmp_path):
+    source = tmp_path / "source.mp4"
+    ramp = np.linspace(30, 200, 12 * 64 * 96 * 3).reshape(12, 64, 96, 3).astype(np.uint8)
+    export_to_video(ramp, source, fps=8)
+    size = {"num_frames": 9, "height": 64, "width": 96, "fps": 8.0, "format": "npy"}
+
+    def frames(variant="cogvideox-2b", **ask):
+        name = "-".join(map(str, [variant, *ask.values()])).replace("/", "_")
+        out = {"out": str(tmp_path / f"{name}.npy")}
+        return np.load(
+            generate.run(settings(tiny_model, tmp_path, variant=variant, prompt=["x"], **size | ask | out))[0]
+        )
+
+    little, much = (frames(video=[str(source)], strength=strength) for strength in (0.5, 1.0))
+    assert little.shape == much.shape == (9, 64, 96, 3)
+    assert not np.array_equal(little, much)
+    longer = frames("cogvideox1.5-5b-i2v", extend=[str(source)])
+    assert longer.shape == (12 + 9 - 1, 64, 96, 3)
+    assert np.abs(longer[:12].astype(int) - ramp).mean() < 3, "the video it goes on with comes first, as it is"
+    with pytest.raises(DataError, match=r"fewer --generate\.num-frames"):
+        frames(video=[str(source)], num_frames=17)
+    with pytest.raises(FactoryError, match="leaves none"):
+        frames(video=[str(source)], strength=0.3)
+    with pytest.raises(FactoryError, match=r"generate\.extend has no effect with task=t2v"):
+        settings(tiny_model, tmp_path, prompt=["x"], extend=[str(source)])
+    with pytest.raises(DataError, match="no such video"):
+        frames(video=[str(tmp_path / "gone.mp4")])
 
 
 def test_loras_add_up_with_their_weights(tiny_model, tmp_path):
@@ -56,7 +134,7 @@ def test_loras_add_up_with_their_weights(tiny_model, tmp_path):
     assert load_lora(files[0]).rank == 4
 
     def video(name: str, **ask) -> bytes:
-        out = str(tmp_path / f"{name}.mp4")
+        out = str(tmp_path / f"{name}.npy")
         return generate.run(settings(tiny_model, tmp_path, prompt=["x"], **ask | {"out": out}))[0].read_bytes()
 
     base, both = video("base"), video("both", lora=[str(f) for f in files])
@@ -110,5 +188,5 @@ def test_frames_the_vae_adds_are_cut_with_a_word(tiny_model, tmp_path, capsys):
 
 
 def test_one_file_for_many_prompts_is_refused(tiny_model, tmp_path):
-    with pytest.raises(FactoryError, match="one file for 2 prompts"):
+    with pytest.raises(FactoryError, match="one file for 2 videos"):
         generate.run(settings(tiny_model, tmp_path, prompt=["a", "b"], out=str(tmp_path / "x.MP4")))

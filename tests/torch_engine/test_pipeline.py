@@ -8,6 +8,7 @@ from diffusers import (
     CogVideoXDPMScheduler,
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
+    CogVideoXVideoToVideoPipeline,
 )
 from PIL import Image
 
@@ -54,6 +55,7 @@ def same_noise(monkeypatch):
         "diffusers.models.autoencoders.vae.randn_tensor",
         lambda shape, **kwargs: noise_like(shape, "image posterior", frames_first=False),
     )
+    return step
 
 
 def reference(folder, sampler: str, is_i2v: bool) -> np.ndarray:
@@ -88,6 +90,45 @@ def test_frames_equal_diffusers(tiny_model, same_noise, variant, sampler):
     assert video.std() > 5, "a constant picture would prove nothing"
 
 
+def reference_of_video(folder, sampler: str, video: np.ndarray, *, strength: float) -> np.ndarray:
+    pipe = CogVideoXVideoToVideoPipeline.from_pretrained(folder)
+    scheduler = CogVideoXDDIMScheduler if sampler == "ddim" else CogVideoXDPMScheduler
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    call = {key: value for key, value in CALL.items() if key != "num_frames"}
+    length = pipe.transformer.config.max_text_seq_length
+    result = pipe(
+        [Image.fromarray(frame) for frame in video], prompt=PROMPT, negative_prompt=NEGATIVE, strength=strength,
+        output_type="np", max_sequence_length=length, **call,
+    )  # fmt: skip
+    return result.frames[0]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+@pytest.mark.parametrize(("variant", "num_frames"), [("cogvideox-2b", 9), ("cogvideox-5b", 9), ("cogvideox1.5-5b", 13)])
+def test_video_to_video_equals_diffusers(tiny_model, same_noise, monkeypatch, variant, num_frames, sampler):
+    """Counts that fill whole temporal patches: diffusers refuses others here, ours pads them as in training."""
+    folder = tiny_model(variant)
+    wave = np.sin(np.arange(num_frames)[:, None, None, None] / 3 + picture() / 40.0)
+    video = ((wave + 1) * 120).astype(np.uint8)
+    monkeypatch.setattr(
+        "diffusers.pipelines.cogvideo.pipeline_cogvideox_video2video.randn_tensor",
+        lambda shape, **kwargs: noise_like(shape, "initial noise"),
+    )
+    monkeypatch.setattr(
+        "diffusers.models.autoencoders.vae.randn_tensor",
+        lambda shape, **kwargs: noise_like(shape, "video posterior", frames_first=False),
+    )
+    same_noise["index"] += 1  # of four steps the first is not taken
+    theirs = reference_of_video(folder, sampler, video, strength=0.75)
+    pipe = ours.CogVideoXPipeline.from_pretrained(folder, device="cpu", tiling=False)
+    call = CALL | {"num_frames": num_frames, "sampler": sampler, "seed": SEED, "negative_prompt": NEGATIVE}
+    made = pipe(PROMPT, video=video, strength=0.75, **call)[0][0]
+    assert np.abs(np.rint(theirs * 255) - made.astype(np.float64)).max() <= 1
+    assert made.std() > 5
+    assert not np.array_equal(made, pipe(PROMPT, video=video[::-1].copy(), strength=0.75, **call)[0][0])
+
+
 def test_repeats_bit_for_bit_and_depends_on_seed_and_prompt(tiny_model):
     pipe = ours.CogVideoXPipeline.from_pretrained(tiny_model("cogvideox-5b"), device="cpu")
     first, again = pipe([PROMPT, NEGATIVE], **CALL).frames, pipe([NEGATIVE, PROMPT], **CALL).frames
@@ -119,6 +160,10 @@ def test_wrong_use_says_what_is_right(tiny_model):
         i2v(PROMPT, picture(), **CALL | {"height": 32})
     with pytest.raises(FactoryError, match=r"uint8 \(64, 96, 3\)"):
         i2v(PROMPT, picture()[:32], **CALL)
+    with pytest.raises(FactoryError, match="takes a text-to-video model"):
+        i2v(PROMPT, picture(), video=np.zeros((9, 64, 96, 3), np.uint8), **CALL)
+    with pytest.raises(FactoryError, match=r"uint8 \(9, 64, 96, 3\)"):
+        t2v(PROMPT, video=np.zeros((9, 32, 96, 3), np.uint8), **CALL)
     with pytest.raises(FactoryError, match="give a prompt"):
         t2v(**CALL)
     with pytest.raises(FactoryError, match="no LoRA there"):
