@@ -1,13 +1,13 @@
 """`cpu.train.tiny*`: whole training loops of 50 steps, ours against one on diffusers, accelerate and peft.
 
-Two layers of width 128, 128 video + 32 text tokens, batch 1, float32, no checkpointing: what is measured is all that
+Two layers of width 128, 128 video + 32 text tokens, batch 1, float32, no checkpointing: what is measured is mostly what
 is not arithmetic. Ours is `train` itself, from a cache that `prepare` made, with its loader, its draws and its log at
 the first and the last step; only the checkpoint at the end is left out, on both sides. The baseline is written as the
-older trainers are: `Accelerator`, a `DataLoader` over `.pt` files of moments and embeddings, the scheduler's `add_noise`
-and `get_velocity`, rotary tables and the weighted loss made at each step, clipping, a learning rate scheduler, `.item()`
-at each step. Left out, in its favour: progress bar, trackers, and the norms of all gradients some of them fetch one by
-one. Both read with no process of their own (files this small are read faster than handed over). One torch thread,
-because two on shapes this small mostly wait for one another.
+older trainers are: `Accelerator`, a `DataLoader` over `.pt` files of moments and embeddings, the scheduler's
+`add_noise` and `get_velocity`, rotary tables and the weighted loss made at each step, clipping, a learning rate
+scheduler, `.item()` at each step. Left out, in its favour: progress bar, trackers, and the norms of all gradients some
+of them fetch one by one. Both read with no thread or process of their own. One torch thread, because two on shapes
+this small mostly wait for one another.
 """
 
 import json
