@@ -40,4 +40,14 @@ def run() -> list[Ratio]:
 
     error = (baseline() - candidate()).abs().max().item()
     assert error < 2e-3, f"latents differ by {error:.1e}"
-    return [interleave("cpu.denoise.mid", baseline, candidate, target=1.15, num_rounds=3, note="f32, 10 DDIM steps")]
+    return [
+        interleave(
+            "cpu.denoise.mid",
+            baseline,
+            candidate,
+            target=1.15,
+            num_rounds=3,
+            note="f32, 10 DDIM steps",
+            with_ceiling=True,
+        )
+    ]

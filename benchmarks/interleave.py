@@ -11,6 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+SHARED = {
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+}  # fmt: skip
+"""What both sides call the same library for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
@@ -23,6 +29,8 @@ class Ratio:
     target: float | None
     """What the project promises; None reports only."""
     note: str = ""
+    ceiling: float | None = None
+    """The ratio if all of the baseline but its matrix products and its attention kernel took no time."""
 
     @property
     def met(self) -> bool:
@@ -33,7 +41,9 @@ class Ratio:
     def row(self) -> str:
         """One line of the table in README.md."""
         target = "" if self.target is None else f">= {self.target:g}"
-        return f"| `{self.name}` | {self.median:.2f} | {self.low:.2f} – {self.high:.2f} | {target} | {self.note} |"
+        ceiling = "" if self.ceiling is None else f"{self.ceiling:.2f}"
+        spread = f"{self.low:.2f} – {self.high:.2f}"
+        return f"| `{self.name}` | {self.median:.2f} | {spread} | {ceiling} | {target} | {self.note} |"
 
 
 def interleave(
@@ -45,11 +55,13 @@ def interleave(
     num_rounds: int = 7,
     num_threads: int = 2,
     note: str = "",
+    with_ceiling: bool = False,
 ) -> Ratio:
     """Return the ratio of the two, after one unmeasured run of each; torch computes with `num_threads`."""
     torch.set_num_threads(num_threads)
     baseline()
     ours()
+    ceiling = ceiling_of(baseline) if with_ceiling else None
     ratios = []
     for index in range(num_rounds):
         order = (baseline, ours) if index % 2 == 0 else (ours, baseline)
@@ -62,7 +74,17 @@ def interleave(
         high=max(ratios),
         target=target,
         note=note,
+        ceiling=ceiling,
     )
+
+
+def ceiling_of(function: Callable[[], object]) -> float:
+    """Return the time of `function` over that which it spends in `SHARED` operations."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    events = profile.key_averages()
+    shared = sum(event.self_cpu_time_total for event in events if event.key in SHARED)
+    return sum(event.self_cpu_time_total for event in events) / shared
 
 
 def _seconds(function: Callable[[], object]) -> float:

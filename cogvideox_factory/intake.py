@@ -32,8 +32,7 @@ def transformer_folder(config: Config, folder: Path) -> Path:
 def transformer_config(config: Config, folder: Path) -> TransformerConfig:
     """Return the config of the transformer these settings name: a file's, or that of `transformer_folder`."""
     if config.model.transformer_config:
-        file = Path(config.model.transformer_config)
-        return TransformerConfig.from_folder(file.parent, filename=file.name)
+        return TransformerConfig.from_file(Path(config.model.transformer_config))
     return TransformerConfig.from_folder(transformer_folder(config, folder))
 
 

@@ -106,8 +106,9 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         text_length: int,
         share: Share | None = None,
+        video_only: bool = False,
     ) -> Tensor:
-        """Return the stream after this block.
+        """Return the stream after this block, [B, S, D] or its video rows.
 
         Args:
             x: [B, S, D], its first `text_length` rows text.
@@ -115,9 +116,10 @@ class Block(nn.Module):
             rotary: (cos, sin), each float32 [S, 1, head_dim / 2], or None.
             text_length: number of text rows.
             share: which rows of the stream `x`, `rotary` and `text_length` are of, where ranks divide it.
+            video_only: leave out the text rows, and all work on them behind attention; not with a `share`.
         """
         # Checkpointing is inside the module, so that hooks on it (sharding, compilation) see one call, not two.
-        return checkpointing.run(self.checkpointing, self._forward, x, vectors, rotary, text_length, share)
+        return checkpointing.run(self.checkpointing, self._forward, x, vectors, rotary, text_length, share, video_only)
 
     def _forward(
         self,
@@ -126,9 +128,12 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         text_length: int,
         share: Share | None,
+        video_only: bool,
     ) -> Tensor:
         scale, shift, gate, text_scale, text_shift, text_gate, *of_feed_forward = vectors
         normed = modulated_norm(x, scale, shift, text_scale, text_shift, text_length=text_length, eps=self.eps)
         attended = self.attn(normed, rotary, share)
+        if video_only:
+            x, attended, text_length = x[:, text_length:], attended[:, text_length:], 0
         x = gated_linear(x, attended, self.attn.out, gate, text_gate, text_length=text_length)
         return self.ff(x, tuple(of_feed_forward), text_length)

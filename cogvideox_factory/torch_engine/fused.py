@@ -158,6 +158,9 @@ def gated_linear_backward(grad, a, weight, bias, gate, text_gate, text_length: i
     gates = torch.stack([text_gate.reshape(-1, grad.shape[-1]), gate.reshape(-1, grad.shape[-1])], 1)  # [B, 2, D]
     for sample in range(grad.shape[0]):
         for part, rows in enumerate((slice(0, text_length), slice(text_length, None))):
+            if part == 0 and not text_length:
+                d_gates.append(torch.zeros_like(gates[sample, part]))
+                continue
             g = product(grad[sample, rows].T, a[sample, rows])  # [O, I]
             total = grad[sample, rows].sum(0)  # [O]
             d_gate = torch.linalg.vecdot(g, weight)

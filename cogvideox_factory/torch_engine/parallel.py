@@ -220,11 +220,13 @@ def distribute(transformer: CogVideoXTransformer, ranks: Ranks, *, dtype: torch.
         param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32), cast_forward_inputs=False
     )
     drops = ranks.layout.zero == 3
+    # Between replicas torch holds a second, float32 copy of all gradients until the last is there, be it only one.
+    mesh = ranks.mesh if ranks.layout.grid[0] > 1 else ranks.mesh["shards"]
     blocks = list(transformer.transformer_blocks)
     for unit in [transformer.modulation, *blocks]:
         # The last block's backward comes right after its forward: dropping its weights would be for nothing.
-        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=drops and unit is not blocks[-1])
-    fully_shard(transformer, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=drops and unit is not blocks[-1])
+    fully_shard(transformer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 def reduce_gradients(transformer: nn.Module, layout: Layout, *, last: bool) -> None:

@@ -98,9 +98,9 @@ class CogVideoXTransformer(nn.Module):
         x = self.patch_embed(latents, prompt_embeds, positions, share)  # [B, S, D]
         for index, block in enumerate(self.transformer_blocks):
             own = vectors[index * VECTORS_PER_BLOCK : (index + 1) * VECTORS_PER_BLOCK]
-            x = block(x, own, rotary, text_length, share)
-        # Ranks keep equal numbers of rows to the end, text and all: few, and then one all-gather does.
-        x = x[:, text_length:] if share is None else x
+            # Nobody reads the text behind the last attention. But ranks that divide the stream keep equal numbers of
+            # rows to the end, text and all: few, and then one all-gather does.
+            x = block(x, own, rotary, text_length, share, share is None and block is self.transformer_blocks[-1])
         x = self.proj_out(self.norm_out(self.norm_final(x), conditioning))  # [B, N, P]
         x = x if share is None else gather_rows(x, share)[:, positions.text_length :]
         return self._unpatchify(x, latents.shape)

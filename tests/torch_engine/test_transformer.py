@@ -9,7 +9,9 @@ import torch
 
 from cogvideox_factory.errors import FactoryError, UnfitError
 from cogvideox_factory.models import LARGER, PUBLISHED, TransformerConfig, tiny_facts
+from cogvideox_factory.torch_engine.block import Block
 from cogvideox_factory.torch_engine.border import to_array
+from cogvideox_factory.torch_engine.lora import add_lora, lora_parameters
 from cogvideox_factory.torch_engine.positions import make_positions
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer, diffusers_names
 
@@ -321,3 +323,40 @@ def test_drawn_weights_are_sane(variant):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
     other.initialize(seed=1)
     assert not torch.equal(model.proj_out.weight, other.proj_out.weight)
+
+
+# --- what nobody reads ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("mode", ["none", "full", "save_attention"])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_leaving_out_the_last_text_rows_changes_no_gradient(adapters, mode, batch, monkeypatch):
+    """Against the same model that works on them to the end and drops them then."""
+    config = config_of("cogvideox-5b")
+    latents, prompt, timesteps, _ = example(config, batch=batch)
+    results = []
+    whole = Block._forward
+
+    def to_the_end(self, x, vectors, rotary, text_length, share, video_only):
+        out = whole(self, x, vectors, rotary, text_length, share, False)
+        return out[:, text_length:] if video_only else out
+
+    for forward in (whole, to_the_end):
+        monkeypatch.setattr(Block, "_forward", forward)
+        model = CogVideoXTransformer(config)
+        model.set_checkpointing(mode)
+        if adapters:
+            add_lora(model, rank=2, alpha=2, target_modules=["to_q", "to_out.0", "ff.net.2"], seed=0)
+            for parameter in lora_parameters(model):
+                parameter.data.add_(0.1)
+        out = model(latents, prompt, timesteps, positions=positions_for(model, latents, prompt))
+        out.square().mean().backward()
+        results.append((out.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    (out, grads), (expected_out, expected) = results
+    torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-6)
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        assert grad is not None
+        assert expected[name] is not None
+        assert (grad - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-9, name

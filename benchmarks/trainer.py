@@ -1,0 +1,250 @@
+"""`cpu.train.tiny*`: whole training loops of 50 steps, ours against one on diffusers, accelerate and peft.
+
+Two layers of width 128, 128 video + 32 text tokens, batch 1, float32, no checkpointing: what is measured is mostly what
+is not arithmetic. Ours is `train` itself, from a cache that `prepare` made, with its loader, its draws and its log at
+the first and the last step; only the checkpoint at the end is left out, on both sides. The baseline is written as the
+older trainers are: `Accelerator`, a `DataLoader` over `.pt` files of moments and embeddings, the scheduler's
+`add_noise` and `get_velocity`, rotary tables and the weighted loss made at each step, clipping, a learning rate
+scheduler, `.item()` at each step. Left out, in its favour: progress bar, trackers, and the norms of all gradients some
+of them fetch one by one. Both read with no thread or process of their own. One torch thread, because two on shapes
+this small mostly wait for one another.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.optimization import get_scheduler
+from peft import LoraConfig
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.interleave import Ratio, interleave
+from cogvideox_factory.config import Config
+from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.metrics import console
+from cogvideox_factory.models import PUBLISHED
+from cogvideox_factory.recipe import check
+from cogvideox_factory.tiny.world import random_scene, render
+from cogvideox_factory.torch_engine import prepare, train
+from cogvideox_factory.torch_engine.loop import Loop
+from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
+from cogvideox_factory.torch_engine.watch import to_device
+from cogvideox_factory.weights import resolve_model
+
+NUM_CLIPS, NUM_STEPS, NUM_COMPARED = 8, 50, 4
+FRAMES, SIZE, TEXT = 5, 128, 32
+CPU = torch.device("cpu")
+Draw = dict[str, Tensor]
+
+
+def make_model(folder: Path) -> None:
+    """Put a transformer of random weights into a copy of the package's model folder."""
+    embedded = resolve_model("tiny-t2v")
+    shutil.copytree(embedded, folder)
+    text_width = json.loads((embedded / "transformer" / "config.json").read_text())["text_embed_dim"]
+    config = replace(
+        PUBLISHED["cogvideox-5b"].transformer, num_attention_heads=2, num_layers=2, time_embed_dim=128,
+        text_embed_dim=text_width, max_text_seq_length=TEXT, sample_height=SIZE // 8, sample_width=SIZE // 8,
+        sample_frames=FRAMES,
+    )  # fmt: skip
+    shutil.rmtree(folder / "transformer")
+    CogVideoXTransformer(config).save(folder / "transformer")
+
+
+def make_clips(folder: Path) -> None:
+    """Write clips with captions beside them."""
+    folder.mkdir()
+    for index in range(NUM_CLIPS):
+        scene = random_scene(1, index)
+        export_to_video(
+            render(scene, num_frames=FRAMES, height=SIZE, width=SIZE, fps=8), folder / f"{index}.mp4", fps=8
+        )
+        (folder / f"{index}.txt").write_text(f"{scene.caption}, clip {index}")
+
+
+def recipe(folder: Path, method: str) -> Config:
+    """Return the settings of a run that does what the baseline does."""
+    values = {
+        "model": {"path": str(folder / "model")},
+        "data": {"root": str(folder / "clips"), "num_frames": FRAMES, "height": SIZE, "width": SIZE, "fps": 8.0},
+        "cache": {"dir": str(folder / "cache")},
+        "run": {"device": "cpu", "dtype": "float32", "deterministic": False},
+        "train": {
+            "dir": str(folder / f"run-{method}"), "method": method, "steps": NUM_STEPS, "log_every": NUM_STEPS,
+            "checkpointing": "none", "caption_dropout": 0.0, "num_workers": 0,
+        },
+    }  # fmt: skip
+    return check(values, source="benchmark")
+
+
+def our_loop(config: Config) -> Loop:
+    """Return the loop `train` sets up, before its first step."""
+    taken: list[Loop] = []
+    whole = Loop.run
+    try:
+        Loop.run = lambda self, start: taken.append(self)
+        train.run(config)
+    finally:
+        Loop.run = whole
+    return taken[0]
+
+
+class TheirFiles(Dataset):
+    """Moments [2C, F, h, w] and text [S, E] in float32, a `.pt` file each."""
+
+    def __init__(self, folder: Path, loop: Loop) -> None:
+        self.folder, self.names = folder, sorted(loop.sampler.clip_ids)
+        folder.mkdir(exist_ok=True)
+        for batch in loop.loader.batches(0, NUM_CLIPS):  # an epoch: every clip once
+            tensors = to_device(batch, CPU)
+            moments = torch.cat([tensors[key].float().transpose(1, 2) for key in ("mean", "logvar")], dim=1)
+            torch.save(moments[0].clone(), folder / f"{batch['clip_ids'][0]}.video.pt")
+            torch.save(tensors["prompt_embeds"][0].float(), folder / f"{batch['clip_ids'][0]}.text.pt")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        parts = {"moments": "video", "prompt_embeds": "text"}
+        name = self.names[place]
+        return {
+            key: torch.load(self.folder / f"{name}.{part}.pt", map_location="cpu", weights_only=True)
+            for key, part in parts.items()
+        }
+
+
+class TheirTrainer:
+    """A training loop as the older scripts have it."""
+
+    def __init__(self, config: Config, data: Dataset) -> None:
+        settings, folder = config.train, Path(config.model.path)
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=1)
+        self.scheduler = CogVideoXDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        self.alphas_cumprod = self.scheduler.alphas_cumprod
+        self.scale = json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"]
+        model = CogVideoXTransformer3DModel.from_pretrained(folder / "transformer")
+        assert isinstance(model, CogVideoXTransformer3DModel)
+        if settings.method == "lora":
+            model.requires_grad_(False)
+            model.add_adapter(
+                LoraConfig(
+                    r=config.lora.rank, lora_alpha=config.lora.alpha, init_lora_weights=True,
+                    target_modules=config.lora.target_modules,
+                )
+            )  # fmt: skip
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+        )  # fmt: skip
+        rates = get_scheduler("constant", optimizer=optimizer, num_warmup_steps=0, num_training_steps=NUM_STEPS)
+        loader = DataLoader(data, batch_size=1, shuffle=True, num_workers=0)
+        self.model, self.optimizer, self.loader, self.rates = self.accelerator.prepare(model, optimizer, loader, rates)
+        self.model.train()
+        self.max_grad_norm = settings.max_grad_norm
+
+    def run(self) -> None:
+        """Take `NUM_STEPS` steps."""
+        step = 0
+        while step < NUM_STEPS:
+            for batch in self.loader:
+                with self.accelerator.accumulate(self.model):
+                    self.step(batch["moments"], batch["prompt_embeds"])
+                step += 1
+                if step >= NUM_STEPS:
+                    break
+
+    def step(self, moments: Tensor, prompt_embeds: Tensor, drawn: Draw | None = None) -> float:
+        """Take one step on `moments` [B, 2C, F, h, w] and `prompt_embeds` [B, S, E]; the draws may be given."""
+        mean, logvar = (part.permute(0, 2, 1, 3, 4) for part in moments.chunk(2, dim=1))  # [B, F, C, h, w]
+        drawn = drawn or {
+            "posterior_noise": torch.randn_like(mean), "noise": torch.randn_like(mean),
+            "timesteps": torch.randint(0, self.scheduler.config["num_train_timesteps"], (len(mean),)),
+        }  # fmt: skip
+        latents = (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * drawn["posterior_noise"]) * self.scale
+        latents = latents.contiguous()
+        noise, timesteps = drawn["noise"], drawn["timesteps"]
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        output = self.model(
+            hidden_states=noisy, encoder_hidden_states=prompt_embeds, timestep=timesteps,
+            image_rotary_emb=self._rotary(latents), return_dict=False,
+        )[0]  # fmt: skip
+        prediction = self.scheduler.get_velocity(output, noisy, timesteps)
+        weights = 1 / (1 - self.alphas_cumprod[timesteps])
+        while weights.dim() < prediction.dim():
+            weights = weights.unsqueeze(-1)
+        loss = torch.mean((weights * (prediction - latents) ** 2).reshape(len(latents), -1), dim=1).mean()
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.rates.step()
+        self.optimizer.zero_grad()
+        return loss.detach().item()
+
+    def _rotary(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.accelerator.unwrap_model(self.model).config
+        grid = (latents.shape[3] // config.patch_size, latents.shape[4] // config.patch_size)
+        return get_3d_rotary_pos_embed(
+            embed_dim=config.attention_head_dim, crops_coords=((0, 0), grid), grid_size=grid,
+            temporal_size=latents.shape[1], device=latents.device,
+        )  # fmt: skip
+
+
+def require_equal_losses(loop: Loop, theirs: TheirTrainer) -> None:
+    """Take a few steps of both on the same clips and draws; their losses agree, so their updates do too."""
+    batches = loop.loader.batches(0, NUM_COMPARED)
+    for step in range(1, NUM_COMPARED + 1):
+        batch = next(batches)
+        tensors = to_device(batch, CPU)
+        with torch.no_grad():
+            ours = loop.objective(tensors).mean().item()
+        loop._step(step, iter([batch]))
+        moments = torch.cat([tensors[key].float().transpose(1, 2) for key in ("mean", "logvar")], dim=1)
+        drawn = {key: tensors[key] for key in ("posterior_noise", "noise", "timesteps")}
+        other = theirs.step(moments, tensors["prompt_embeds"].float(), drawn)
+        assert abs(ours - other) < 2e-4 * abs(other), f"step {step}: losses {ours:.6f} and {other:.6f}"
+    loop._pending.clear()
+
+
+def tiny_ratio(name: str, config: Config, folder: Path, *, target: float | None) -> Ratio:
+    """Hold the two to equal losses, then time them turn by turn."""
+    loop = our_loop(config)
+    theirs = TheirTrainer(config, TheirFiles(folder / "theirs", loop))
+    require_equal_losses(loop, theirs)
+    return interleave(
+        name, theirs.run, lambda: loop.run(None), target=target, num_rounds=7, num_threads=1,
+        note=f"{NUM_STEPS} steps, f32, {config.train.method}",
+    )  # fmt: skip
+
+
+def without_saving(run: Callable[[], Ratio]) -> Ratio:
+    """Return `run()` with loops that save no checkpoint."""
+    save = Loop._save
+    try:
+        Loop._save = lambda *_args, **_settings: None
+        return run()
+    finally:
+        Loop._save = save
+
+
+def run() -> Iterator[Ratio]:
+    """Yield both ratios; `lora` trains adapters of rank 64 on attention."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder / "model")
+        make_clips(folder / "clips")
+        console.quiet = True
+        prepare.run(recipe(folder, "full"))
+        for row, method, target in (("cpu.train.tiny", "full", 1.5), ("cpu.train.tiny_lora", "lora", None)):
+            yield without_saving(lambda m=method, r=row, t=target: tiny_ratio(r, recipe(folder, m), folder, target=t))
+        console.quiet = False
