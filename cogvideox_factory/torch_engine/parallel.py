@@ -88,6 +88,8 @@ class Ranks:
     mesh: DeviceMesh | None = None
     """Of the weights, (replicas, shards)."""
     sequence: SequenceGroup | None = None
+    everyone: dist.ProcessGroup | None = None
+    """For what all compute together, on the devices."""
     talk: dist.ProcessGroup | None = None
     """For what is said on the host, beside the devices' traffic."""
 
@@ -176,7 +178,8 @@ def make_ranks(layout: Layout, *, num_heads: int, device_type: str) -> Ranks:
     assert layout.size == dist.get_world_size(), layout
     mesh = init_device_mesh(device_type, layout.grid, mesh_dim_names=("replicas", "shards"))
     return Ranks(
-        layout=layout, rank=dist.get_rank(), mesh=mesh, talk=_new_group(range(layout.size), backend="gloo"),
+        layout=layout, rank=dist.get_rank(), mesh=mesh, everyone=dist.group.WORLD,
+        talk=_new_group(range(layout.size), backend="gloo"),
         sequence=_sequence_group(layout, num_heads) if layout.sequence > 1 else None,
     )  # fmt: skip
 
