@@ -66,6 +66,11 @@ def run(config: Config) -> Path:
     take_card()
     plan = make_plan(config)
     _check_validation(plan)
+    if config.parallel.guidance > 1:
+        raise FactoryError(
+            f"parallel.guidance={config.parallel.guidance} divides what generate does twice a step; training has no "
+            "guidance. Leave it at 1, and raise parallel.sequence if one video is too much for a process."
+        )
     layout = Layout(size=num_processes(), **config.parallel.model_dump(exclude={"timeout_seconds"}))
     heads = plan.model.num_attention_heads
     set_determinism(config.run.deterministic)
@@ -290,7 +295,7 @@ def load_frozen(plan: Plan, source: CacheSource | RawSource, ranks: Ranks) -> Fr
     vae = CogVideoXVAE.from_folder(plan.folder / "vae", dtype=plan.dtype, device=plan.device).requires_grad_(False)
     if config.data.vae_tiling:
         vae.enable_tiling()
-    vae.group = ranks.sequence.group if ranks.sequence else None
+    vae.group = ranks.video
     encoder = None
     if raw:
         captions = source.captions
