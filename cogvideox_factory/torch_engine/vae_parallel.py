@@ -55,9 +55,9 @@ class Rows:
             out.narrow(3, start * scale, height).copy_(part[:, :, :, :height])
 
     def fill_edges(self, x: Tensor, *, above: bool = True) -> None:
-        """Write the neighbours' rows into the last and (if they look `above`) the first row of `x` [B, T, H, W, C].
+        """Write the neighbours' nearest rows into the last and, if `above`, the first row of `x` [B, T, H, W, C].
 
-        Outside the picture there are zeros.
+        At the ends of the picture they are zeros.
         """
         sides = (
             (self.rank - 1, x[:, :, int(above)], x[:, :, 0] if above else None),
