@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from cogvideox_factory.cli.settings import parse
-from cogvideox_factory.config import Config
+from cogvideox_factory.config import Config, Parallel
 from cogvideox_factory.errors import FactoryError
 
 DESCRIPTION = """Make one video a prompt, with the model as published, with LoRAs, or with a transformer you trained.
 In place of a recipe give a run folder (cogvideox generate runs/mine --generate.prompt "...") for what that run
 learned at the size it was trained at, or --like VIDEO for the settings of a video made before. The same settings give
-the same video, and the same command again makes only what is missing."""
-SECTIONS = ("task", "model", "text", "sampling", "generate", "run")
+the same video, on one process or on the many that torchrun starts (parallel.*), and the same command again makes only
+what is missing."""
+SECTIONS = ("task", "model", "text", "sampling", "generate", "parallel", "run")
 
 
 def run(argv: list[str]) -> None:
@@ -67,5 +68,6 @@ def settings_of_run(folder: Path) -> Config:
         update={
             "generate": config.generate.model_copy(update=ask),
             "model": config.model.model_copy(update=model),
+            "parallel": Parallel(),  # how training was divided says nothing about making videos
         }
     )

@@ -134,4 +134,9 @@ _WITHOUT_EFFECT: tuple[tuple[Callable[["Config"], bool], str, tuple[str, ...]], 
         ("train.batch_size",),
     ),
     (lambda config: not config.validation.every, "validation.every=0", ("validation.prompts", "validation.images")),
+    (
+        lambda config: config.sampling.guidance_scale == 1 and not config.sampling.dynamic_guidance,
+        "sampling.guidance_scale=1, which predicts once",
+        ("parallel.guidance",),
+    ),
 )  # fmt: skip

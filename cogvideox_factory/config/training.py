@@ -85,14 +85,17 @@ class Train(Section):
 
 
 class Parallel(Section):
-    """How the processes that torchrun starts divide a training run; one process needs none of it."""
+    """How the processes that torchrun starts divide a training run or the making of videos; one needs none of it."""
 
     sequence: Positive = 1
-    """Processes that divide each video's tokens among them (sequence parallelism); the others take other clips."""
+    """Processes that divide each video's tokens among them (sequence parallelism); others take other clips, prompts."""
     ring: Positive | None = None
     """Of those, the processes along which keys and values travel. Default: as few as the model's heads allow."""
+    guidance: Annotated[int, Field(ge=1, le=2)] = 1
+    """Generation: 2 lets other processes predict with the prompt than with the negative one."""
     zero: Annotated[int, Field(ge=0, le=3)] = 0
-    """What is divided among the processes. 0: nothing. 1: the optimizer. 2: gradients too. 3: weights too."""
+    """What is divided among the processes. 0: nothing. 1: the optimizer. 2: gradients too. 3: weights too. Generation
+    has only weights to divide: 0 or 3."""
     replicas: Positive = 1
     """Whole copies of the model among which zero 1-3 does not divide: one a node, say (hybrid sharding)."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 1800

@@ -19,7 +19,7 @@ _RAW = ("pixels", "captions", "image_pixels", "image_pixel_noise", "image_noise_
 
 
 class Encoder:
-    """The frozen VAE and text encoder."""
+    """The frozen VAE and text encoder; where the VAE has a group, its processes must come with the same clips."""
 
     def __init__(self, vae: CogVideoXVAE, text_encoder: TextEncoder | None, *, max_sequence_length: int) -> None:
         self.vae = vae

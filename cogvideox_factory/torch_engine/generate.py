@@ -14,66 +14,141 @@ from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.video import ClipSpec, probe, read_clip
-from cogvideox_factory.errors import DataError
+from cogvideox_factory.errors import DataError, FactoryError
 from cogvideox_factory.intake import text_length
 from cogvideox_factory.jobs import Job, left_to_make, make_records, plan_jobs, to_note
 from cogvideox_factory.lora_files import load_lora, resolve_lora
-from cogvideox_factory.metrics import duration, progress_bar, say
+from cogvideox_factory.metrics import duration, progress_bar, say, speaking
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.publish import publish_text, require_room
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.attention import backend_name
 from cogvideox_factory.torch_engine.checkpoint import versions
-from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_determinism
+from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_determinism, take_card
+from cogvideox_factory.torch_engine.parallel import Layout, Ranks, joined, num_processes
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline, first_step
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.weights import resolve_transformer
 
+Left = list[tuple[Job, dict[str, Any]]]
+"""Videos that are not there yet, each with its record."""
+
 
 def run(config: Config) -> list[Path]:
-    """Make every video the settings ask for that is not there, and return the paths of all.
+    """Make every video the settings ask for that is not there, with all processes started; return the paths of all.
 
     Everything that can be refused is refused before the model loads.
     """
-    jobs = plan_jobs(config)
+    take_card()
     folder = weights.resolve_model(config.model.path, revision=config.model.revision)
     replaced = resolve_transformer(config.model.transformer) if config.model.transformer else None
-    transformer_config = TransformerConfig.from_folder(replaced or folder / "transformer")
-    check_task(config.task, transformer_config, source=str(replaced or folder))
+    transformer = TransformerConfig.from_folder(replaced or folder / "transformer")
+    check_task(config.task, transformer, source=str(replaced or folder))
     ask = config.generate
-    shape = clip_shape(transformer_config, num_frames=ask.num_frames, height=ask.height, width=ask.width, fps=ask.fps)
-    lora_files = [resolve_lora(path) for path in ask.lora]
-    for file in lora_files:
-        lora.check_fit(load_lora(file), transformer_config)
-    device = pick_device(config.run.device)
-    dtype = pick_dtype(config.run.dtype, device, transformer_config)
+    shape = clip_shape(transformer, num_frames=ask.num_frames, height=ask.height, width=ask.width, fps=ask.fps)
+    layout, device = layout_for(config, num_processes()), pick_device(config.run.device)
+    dtype = pick_dtype(config.run.dtype, device, transformer)
+    set_determinism(config.run.deterministic)
+    seconds, heads = config.parallel.timeout_seconds, transformer.num_attention_heads
+    with joined(layout, num_heads=heads, device=device, timeout_seconds=seconds) as ranks, speaking(ranks.leads):
+        paths, left = ranks.from_lead(lambda: _plan(config, transformer, shape, layout, device, dtype))
+        if left:
+            prompts = [job.prompt for job, _ in left]
+            embeds = ranks.from_lead(lambda: _encode(config, folder, prompts, transformer, device, dtype)).to(device)
+            pipe = _load(config, folder, replaced, ranks)
+            say(
+                f"{len(left)} video(s) of {shape.num_frames} frames {shape.height}x{shape.width} at {shape.fps:g} fps, "
+                f"{config.sampling.steps} steps, {dtype} on {device}, attention: {backend_name(device, dtype)}"
+            )
+            _make_all(config, pipe, left, shape, embeds, ranks)
+    return paths
+
+
+def _make_all(
+    config: Config, pipe: CogVideoXPipeline, left: Left, shape: ClipShape, embeds: torch.Tensor, ranks: Ranks
+) -> None:
+    """Make this process' share of what is `left`; `embeds` [1 + B, S, E] begin with the negative prompt."""
+    if ranks.layout.size > 1:
+        layout = ranks.layout
+        say(
+            f"{layout.size} processes: {layout.num_data_ranks} video(s) at a time; {layout.sequence} share a "
+            f"video's tokens and {layout.guidance} its guidance; {layout.grid[0]} copies of the model in "
+            f"{layout.grid[1]} parts"
+        )
+    started = time.monotonic()
+    share = share_of(len(left), ranks)
+    with progress_bar("denoising", len(share) * _num_steps(config)) as advance:
+        for index, writes in share:
+            job, record = left[index]
+            frames = _make(config, pipe, job, shape, embeds[1 + index : 2 + index], embeds[:1], advance)
+            if writes:
+                _write(config, job, record, frames, shape)
+    ranks.agree(None)  # nobody leaves while another's group is at work
+    named = ", ".join(str(job.path) for job, _ in left[:3])
+    rest = f" and {len(left) - 3} more in {left[0][0].path.parent}" if len(left) > 3 else ""
+    say(f"done in {duration(time.monotonic() - started)}: {named}{rest}")
+
+
+def layout_for(config: Config, size: int) -> Layout:
+    """Return how `size` processes divide the work; a recipe's layout waits until there are some.
+
+    Raises:
+        FactoryError: numbers that do not go together.
+    """
+    if size == 1:
+        if config.parallel != type(config.parallel)():
+            say("one process: parallel.* is for the processes that torchrun starts")
+        return Layout()
+    if config.parallel.zero in (1, 2):
+        raise FactoryError(
+            f"parallel.zero={config.parallel.zero} divides the optimizer or gradients, which generate has not. Use 3 "
+            "to divide the weights, or 0."
+        )
+    return Layout(size=size, **config.parallel.model_dump(exclude={"timeout_seconds"}))
+
+
+def share_of(num_videos: int, ranks: Ranks) -> list[tuple[int, bool]]:
+    """Return the numbers of the videos this process works on, and whether it is the one that writes each.
+
+    Processes that divide the weights must come to the model equally often, so whoever runs out of videos earlier
+    makes the last one along, for nothing.
+    """
+    count = ranks.layout.num_data_ranks
+    share = [(index, ranks.leads_video) for index in range(ranks.data_rank, num_videos, count)]
+    if ranks.layout.zero == 3 and len(share) < -(-num_videos // count):
+        share.append((num_videos - 1, False))
+    return share
+
+
+def _plan(
+    config: Config,
+    transformer: TransformerConfig,
+    shape: ClipShape,
+    layout: Layout,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[list[Path], Left]:
+    """Return the paths of all videos, and those left to make with their records, all checked."""
+    ask = config.generate
+    jobs = plan_jobs(config)
+    if len(jobs) < layout.num_data_ranks:
+        raise FactoryError(
+            f"{len(jobs)} video(s) for {layout.num_data_ranks} groups of processes that each make videos of their own. "
+            "Start fewer processes, or let more share a video: --parallel.guidance 2, a larger --parallel.sequence."
+        )
+    for path in ask.lora:
+        lora.check_fit(load_lora(resolve_lora(path)), transformer)
     records = make_records(
         jobs, config, shape, device=device.type, dtype=str(dtype).removeprefix("torch."), versions=versions()
     )
     left = left_to_make(jobs, records, overwrite=ask.overwrite)
     if left:
-        sources = {job.path: _read_sources(job, config, shape) for job, _ in left}
+        for job, _ in left:
+            _read_source(job, config, shape)
         frame_bytes = shape.num_frames * shape.height * shape.width * (3 if ask.format in ("png", "npy") else 1)
         require_room(left[0][0].path.parent, len(left) * frame_bytes, what="the videos")
-        set_determinism(config.run.deterministic)
-        prompt_embeds, negative_embeds = _encode(
-            config, folder, [job for job, _ in left], transformer_config, device, dtype
-        )
-        pipe = _load(config, folder, replaced, lora_files)
-        say(
-            f"{len(left)} video(s) of {shape.num_frames} frames {shape.height}x{shape.width} at {shape.fps:g} fps, "
-            f"{config.sampling.steps} steps, {dtype} on {device}, attention: {backend_name(device, dtype)}"
-        )
-        started = time.monotonic()
-        with progress_bar("denoising", len(left) * _num_steps(config)) as advance:
-            for index, (job, record) in enumerate(left):
-                embeds = prompt_embeds[index : index + 1]
-                _make(config, pipe, job, record, sources[job.path], shape, embeds, negative_embeds, advance)
-        named = ", ".join(str(job.path) for job, _ in left[:3])
-        rest = f" and {len(left) - 3} more in {left[0][0].path.parent}" if len(left) > 3 else ""
-        say(f"done in {duration(time.monotonic() - started)}: {named}{rest}")
-    return [job.path for job in jobs]
+    return [job.path for job in jobs], left
 
 
 def _num_steps(config: Config) -> int:
@@ -81,21 +156,22 @@ def _num_steps(config: Config) -> int:
     return steps - first_step(steps, ask.strength) if ask.video else steps
 
 
-def _load(config: Config, folder: Path, replaced: Path | None, lora_files: list[Path]) -> CogVideoXPipeline:
-    """Load the model without its text encoder, and its LoRAs."""
+def _load(config: Config, folder: Path, replaced: Path | None, ranks: Ranks) -> CogVideoXPipeline:
+    """Load the model without its text encoder, and its LoRAs, and divide it among the processes."""
     pipe = CogVideoXPipeline.from_pretrained(
         folder, transformer=replaced, dtype=config.run.dtype, device=config.run.device,
         tiling=config.sampling.tiling, text_encoder=False,
     )  # fmt: skip
-    names = [f"lora-{index}" for index in range(len(lora_files))]
-    for name, file in zip(names, lora_files, strict=True):
-        pipe.load_lora_weights(file, adapter_name=name)
+    names = [f"lora-{index}" for index in range(len(config.generate.lora))]
+    for name, path in zip(names, config.generate.lora, strict=True):
+        pipe.load_lora_weights(path, adapter_name=name)
     if names:
         pipe.set_adapters(names, config.generate.lora_weight or None)
+    pipe.share(ranks)
     return pipe
 
 
-def _read_sources(job: Job, config: Config, shape: ClipShape) -> np.ndarray | None:
+def _read_source(job: Job, config: Config, shape: ClipShape) -> np.ndarray | None:
     """Return what the video is made from: an image, or the frames of a video, at the size asked for; None if nothing.
 
     Raises:
@@ -118,35 +194,34 @@ def _read_sources(job: Job, config: Config, shape: ClipShape) -> np.ndarray | No
 def _encode(
     config: Config,
     folder: Path,
-    jobs: list[Job],
+    prompts: list[str],
     transformer: TransformerConfig,
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the embeddings of all prompts [B, S, E] and of the negative one; the encoder is gone afterwards.
+) -> torch.Tensor:
+    """Return the embeddings of the negative prompt and of `prompts` [1 + B, S, E]; the encoder is gone afterwards.
 
     Each is encoded by itself: the last bits of a batch depend on its size, and a video must not depend on the others.
     """
     length = text_length(config, transformer)
     encoder = TextEncoder.from_folder(folder, dtype=dtype, device=device)
-    prompts = [config.sampling.negative_prompt, *(job.prompt for job in jobs)]
-    known = {prompt: encoder.encode([prompt], length).to(dtype) for prompt in dict.fromkeys(prompts)}
-    embeds = torch.cat([known[prompt] for prompt in prompts])
-    return embeds[1:], embeds[:1]
+    prompts = [config.sampling.negative_prompt, *prompts]
+    known = {prompt: encoder.encode([prompt], length).to("cpu", dtype) for prompt in dict.fromkeys(prompts)}
+    return torch.cat([known[prompt] for prompt in prompts])
 
 
 def _make(
     config: Config,
     pipe: CogVideoXPipeline,
     job: Job,
-    record: dict[str, Any],
-    source: np.ndarray | None,
     shape: ClipShape,
     prompt_embeds: torch.Tensor,
     negative_embeds: torch.Tensor,
     advance: Callable[[], None],
-) -> None:
+) -> np.ndarray:
+    """Return the frames of a video, uint8 [F, H, W, 3], made together with the other processes of it."""
     ask, extends = config.generate, bool(config.generate.extend)
+    source = _read_source(job, config, shape)
     frames = pipe(
         prompt_embeds=prompt_embeds,
         negative_prompt_embeds=negative_embeds,
@@ -171,6 +246,10 @@ def _make(
     frames = frames[: shape.num_frames]
     if extends and source is not None:
         frames = np.concatenate([source, frames[1:]])  # the first is the frame it starts from
+    return frames
+
+
+def _write(config: Config, job: Job, record: dict[str, Any], frames: np.ndarray, shape: ClipShape) -> None:
     note = to_note(record)
     publish_text(job.record_path, note)
-    export_to_video(frames, job.path, fps=shape.fps, codec=ask.codec, note=note)
+    export_to_video(frames, job.path, fps=shape.fps, codec=config.generate.codec, note=note)

@@ -1,8 +1,10 @@
 """The processes of a run: who holds which weights, which clips and which rows of the token stream.
 
-`size = data ranks * sequence ranks`; neighbours share a sequence. Data ranks take different clips; the ranks of a
-sequence take the same clips and different tokens (`sequence_parallel`). Weights are kept by torch's FSDP2 over all of
-them, on a grid (replicas, shards): every replica is a whole model, divided among its shards.
+`size = data ranks * guidance ranks * sequence ranks`; neighbours share a sequence. Data ranks take different clips, or
+prompts to make videos of; the ranks of a sequence take the same clips and different tokens (`sequence_parallel`). Two
+neighbouring sequences may share a video that is made: one predicts with its prompt, the other with the negative one.
+Weights are kept by torch's FSDP2 over all ranks, on a grid (replicas, shards): every replica is a whole model, divided
+among its shards.
 
 | `zero` | weights | gradients | optimizer | communication of a step with n forward passes |
 |---|---|---|---|---|
@@ -50,6 +52,8 @@ class Layout:
     """Ranks that divide each token stream."""
     ring: int | None = None
     """Of those, the ranks along which keys and values travel; None: as few as the heads ask for."""
+    guidance: int = 1
+    """2: the two predictions of classifier-free guidance are made by different ranks; generation only."""
     zero: int = 0
     replicas: int = 1
     """Whole copies of the model (hybrid sharding); with `zero` 0 every rank has one."""
@@ -57,10 +61,18 @@ class Layout:
     def __post_init__(self) -> None:
         if self.zero not in ZERO_STAGES:
             raise FactoryError(f"parallel.zero={self.zero}: there are stages 0, 1, 2 and 3.")
-        if self.sequence < 1 or self.size % self.sequence:
-            fitting = [n for n in range(1, self.size + 1) if self.size % n == 0]
+        if self.guidance not in (1, 2) or self.size % self.guidance:
             raise FactoryError(
-                f"parallel.sequence={self.sequence} does not divide the {self.size} processes. Use one of {fitting}."
+                f"parallel.guidance={self.guidance} with {self.size} processes: guidance has two predictions, which an "
+                "even number of processes divides (2) or each makes both of (1)."
+            )
+        halves = self.size // self.guidance
+        if self.sequence < 1 or halves % self.sequence:
+            fitting = [n for n in range(1, halves + 1) if halves % n == 0]
+            also = f" x parallel.guidance={self.guidance}" if self.guidance > 1 else ""
+            raise FactoryError(
+                f"parallel.sequence={self.sequence}{also} does not divide the {self.size} processes. "
+                f"Use one of {fitting}."
             )
         if self.replicas < 1 or self.size % self.replicas or (self.zero == 0 and self.replicas not in (1, self.size)):
             raise FactoryError(
@@ -70,8 +82,13 @@ class Layout:
 
     @property
     def num_data_ranks(self) -> int:
-        """Ranks, or sequence groups, that take clips of their own."""
-        return self.size // self.sequence
+        """Ranks, or groups of them, that take clips or prompts of their own."""
+        return self.size // self.num_video_ranks
+
+    @property
+    def num_video_ranks(self) -> int:
+        """Ranks that have the same clips, or make a video together."""
+        return self.guidance * self.sequence
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -88,6 +105,12 @@ class Ranks:
     mesh: DeviceMesh | None = None
     """Of the weights, (replicas, shards)."""
     sequence: SequenceGroup | None = None
+    guidance: dist.ProcessGroup | None = None
+    """The two ranks that exchange predictions; the first has the negative prompt's."""
+    video: dist.ProcessGroup | None = None
+    """Those that have the same clips, or make a video together."""
+    everyone: dist.ProcessGroup | None = None
+    """For what all compute together, on the devices."""
     talk: dist.ProcessGroup | None = None
     """For what is said on the host, beside the devices' traffic."""
 
@@ -99,7 +122,12 @@ class Ranks:
     @property
     def data_rank(self) -> int:
         """Which share of a batch this process takes, of `layout.num_data_ranks`."""
-        return self.rank // self.layout.sequence
+        return self.rank // self.layout.num_video_ranks
+
+    @property
+    def leads_video(self) -> bool:
+        """Whether this is the one process that writes what it makes with others of its video."""
+        return self.rank % self.layout.num_video_ranks == 0
 
     def mean(self, x: Tensor) -> Tensor:
         """Return the mean of `x` over all processes."""
@@ -175,28 +203,43 @@ def make_ranks(layout: Layout, *, num_heads: int, device_type: str) -> Ranks:
     """Return this process' place; the process group must exist, and every process must call this alike."""
     assert layout.size == dist.get_world_size(), layout
     mesh = init_device_mesh(device_type, layout.grid, mesh_dim_names=("replicas", "shards"))
+    sequence = _sequence_group(layout, num_heads) if layout.sequence > 1 else None
+    guidance, video = None, sequence.group if sequence else None
+    if layout.guidance > 1:
+        videos = _neighbours(layout, layout.num_video_ranks)
+        guidance = _own_group(members[i :: layout.sequence] for members in videos for i in range(layout.sequence))
+        video = _own_group(videos)
     return Ranks(
-        layout=layout, rank=dist.get_rank(), mesh=mesh, talk=_new_group(range(layout.size), backend="gloo"),
-        sequence=_sequence_group(layout, num_heads) if layout.sequence > 1 else None,
+        layout=layout, rank=dist.get_rank(), mesh=mesh, sequence=sequence, guidance=guidance, video=video,
+        everyone=dist.group.WORLD, talk=_new_group(range(layout.size), backend="gloo"),
     )  # fmt: skip
 
 
 def _sequence_group(layout: Layout, num_heads: int) -> SequenceGroup:
     """Make the groups of all sequences, as every process must, and return this one's."""
-    size, own = layout.sequence, dist.get_rank()
+    size = layout.sequence
     ulysses = ulysses_degree(size, num_heads, layout.ring)
-    found: dict[str, dist.ProcessGroup] = {}
-    for first in range(0, layout.size, size):
-        members = list(range(first, first + size))
-        parts = {"group": [members]}
-        parts["ulysses"] = [members[i : i + ulysses] for i in range(0, size, ulysses)]
-        parts["ring"] = [members[i::ulysses] for i in range(ulysses)]
-        for kind, groups in parts.items():
-            for ranks in groups:
-                group = _new_group(ranks)
-                if own in ranks:
-                    found[kind] = group
-    return SequenceGroup(rank=own % size, **found)
+    sequences = _neighbours(layout, size)
+    return SequenceGroup(
+        rank=dist.get_rank() % size,
+        group=_own_group(sequences),
+        ulysses=_own_group([members[i : i + ulysses] for members in sequences for i in range(0, size, ulysses)]),
+        ring=_own_group([members[i::ulysses] for members in sequences for i in range(ulysses)]),
+    )
+
+
+def _neighbours(layout: Layout, count: int) -> list[list[int]]:
+    return [list(range(first, first + count)) for first in range(0, layout.size, count)]
+
+
+def _own_group(groups: Iterable[Iterable[int]]) -> dist.ProcessGroup:
+    """Make all `groups`, which every process is in one of, and return this one's."""
+    found = None
+    for ranks in map(list, groups):
+        group = _new_group(ranks)
+        found = group if dist.get_rank() in ranks else found
+    assert found is not None
+    return found
 
 
 def _new_group(ranks: Iterable[int], backend: str | None = None) -> dist.ProcessGroup:

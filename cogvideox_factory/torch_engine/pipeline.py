@@ -17,6 +17,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cogvideox_factory import draws, weights
@@ -29,6 +30,7 @@ from cogvideox_factory.shapes import ClipShape, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.device import pick_device, pick_dtype
 from cogvideox_factory.torch_engine.objective import pad_image_latents
+from cogvideox_factory.torch_engine.parallel import Ranks, distribute
 from cogvideox_factory.torch_engine.sampling import denoise
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
@@ -66,6 +68,8 @@ class CogVideoXPipeline:
         self.scheduler = scheduler
         self.device = device
         self.dtype = dtype
+        self.halves: dist.ProcessGroup | None = None
+        """Two processes that divide guidance, see `share`."""
 
     @classmethod
     def from_pretrained(
@@ -103,6 +107,18 @@ class CogVideoXPipeline:
             device=place,
             dtype=arithmetic,
         )
+
+    def share(self, ranks: Ranks) -> None:
+        """Make videos together with other processes, all of which are then called alike; LoRAs come before this.
+
+        Tokens, guidance and the VAE's work are divided among the processes of a video, the weights (with `zero` 3)
+        among all. The numbers are those of one process, up to rounding.
+        """
+        if ranks.layout.zero == 3:
+            distribute(self.transformer, ranks, dtype=self.dtype)
+        self.transformer.sequence = ranks.sequence
+        self.halves = ranks.guidance
+        self.vae.group = ranks.video
 
     def load_lora_weights(self, path: str | Path, adapter_name: str | Sequence[str] = "default") -> None:
         """Load a LoRA file, a folder that holds one, or a run folder; weight 1.0 is its trained strength.
@@ -196,6 +212,7 @@ class CogVideoXPipeline:
                 image_latents=image_latents,
                 step_noise=lambda step: self._noise(shape, seed, "sampler noise", start + step),
                 progress=progress,
+                halves=self.halves,
             )
             frames.append(self.decode(latents, shape))
         return Videos(frames)

@@ -66,6 +66,11 @@ def run(config: Config) -> Path:
     take_card()
     plan = make_plan(config)
     _check_validation(plan)
+    if config.parallel.guidance > 1:
+        raise FactoryError(
+            f"parallel.guidance={config.parallel.guidance} divides what generate does twice a step; training has no "
+            "guidance. Leave it at 1, and raise parallel.sequence if one video is too much for a process."
+        )
     layout = Layout(size=num_processes(), **config.parallel.model_dump(exclude={"timeout_seconds"}))
     heads = plan.model.num_attention_heads
     set_determinism(config.run.deterministic)
@@ -161,7 +166,7 @@ def _train(
         num_workers=config.train.num_workers, rank=ranks.data_rank, num_ranks=ranks.layout.num_data_ranks,
     )  # fmt: skip
     # The text encoder is the largest part; it is done with, where it can be, before the transformer is loaded.
-    frozen = load_frozen(plan, source)
+    frozen = load_frozen(plan, source, ranks)
     transformer = load_transformer(plan, ranks)
     update = make_update(plan, transformer, ranks)
     ema = Ema(update, decay=config.train.ema_decay) if config.train.ema_decay else None
@@ -187,7 +192,7 @@ def _train(
         tokens={key: num_tokens(plan, Bucket.parse(key)) + plan.text_length for key in sizes},
         watch=Watch(
             every=config.validation.every, source=source, clip_ids=held_ids, draws=make_draws(plan, quiet=True),
-            samples=make_samples(plan, frozen, transformer),
+            samples=make_samples(plan, frozen, transformer, ranks),
         ),
         ranks=ranks,
     )  # fmt: skip
@@ -273,8 +278,11 @@ class Frozen:
     """Of the negative prompt and the sample videos' prompts [1 + B, S, E]."""
 
 
-def load_frozen(plan: Plan, source: CacheSource | RawSource) -> Frozen:
-    """Load VAE and text encoder where raw clips or sample videos need them, and encode all text that fits."""
+def load_frozen(plan: Plan, source: CacheSource | RawSource, ranks: Ranks) -> Frozen:
+    """Load VAE and text encoder where raw clips or sample videos need them, and encode all text that fits.
+
+    The processes of a sequence have the same clips, so they share the encoding.
+    """
     config = plan.config
     prompts = config.validation.prompts
     raw = isinstance(source, RawSource)
@@ -287,6 +295,7 @@ def load_frozen(plan: Plan, source: CacheSource | RawSource) -> Frozen:
     vae = CogVideoXVAE.from_folder(plan.folder / "vae", dtype=plan.dtype, device=plan.device).requires_grad_(False)
     if config.data.vae_tiling:
         vae.enable_tiling()
+    vae.group = ranks.video
     encoder = None
     if raw:
         captions = source.captions
@@ -296,7 +305,7 @@ def load_frozen(plan: Plan, source: CacheSource | RawSource) -> Frozen:
     return Frozen(encoder=encoder, vae=vae, prompt_embeds=embeds)
 
 
-def make_samples(plan: Plan, frozen: Frozen, transformer: CogVideoXTransformer) -> SampleVideos | None:
+def make_samples(plan: Plan, frozen: Frozen, transformer: CogVideoXTransformer, ranks: Ranks) -> SampleVideos | None:
     """Return what makes the sample videos, if prompts ask for some."""
     if frozen.prompt_embeds is None:
         return None
@@ -312,7 +321,8 @@ def make_samples(plan: Plan, frozen: Frozen, transformer: CogVideoXTransformer) 
         negative_embeds=frozen.prompt_embeds[:1],
         images=[Path(image) for image in plan.config.validation.images],
         shape=plan.shape,
-        tiling=(sampling.tiling, plan.config.data.vae_tiling),
+        tiling=sampling.tiling,
+        group=ranks.everyone,
         call={
             "num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance_scale,
             "use_dynamic_cfg": sampling.dynamic_guidance, "sampler": sampling.sampler, "seed": plan.config.run.seed,

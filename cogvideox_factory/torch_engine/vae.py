@@ -12,13 +12,14 @@ Parameter names are the checkpoint's own. Loaded weights are frozen; `requires_g
 then `encode` and `decode` are differentiable (and slower).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cogvideox_factory import weights
@@ -27,6 +28,7 @@ from cogvideox_factory.models import VaeConfig
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
 from cogvideox_factory.torch_engine.vae_blocks import Coder, Decoder, Encoder, check_config, initialize, num_time_levels
 from cogvideox_factory.torch_engine.vae_layers import Chunk, Kernels, Weights, pointwise
+from cogvideox_factory.torch_engine.vae_parallel import Rows, share_out
 from cogvideox_factory.torch_engine.vae_scratch import Scratch
 from cogvideox_factory.torch_engine.vae_tiling import TileAxis, run_tiled, tile_axis
 
@@ -52,6 +54,8 @@ class CogVideoXVAE(nn.Module):
         self.use_slicing = False
         self.tiles: tuple[TileAxis, TileAxis] | None = None
         self.frame_batch = 2
+        self.group: dist.ProcessGroup | None = None
+        """Processes that share the work (see `vae_parallel`); each codes the same videos and gets all of the result."""
         if not self.encoder.conv_in.conv.weight.is_meta:
             initialize(self, seed)
 
@@ -195,41 +199,58 @@ class CogVideoXVAE(nn.Module):
         return self._run(latents.transpose(1, 2), shape, self.decoder, in_scale=1, out_scale=self.spatial_scale)
 
     def _run(self, video: Tensor, shape: tuple[int, ...], coder: Coder, *, in_scale: int, out_scale: int) -> Tensor:
-        """Code `video` [B, C, F, H, W] to a tensor of `shape`, by slices and tiles as set."""
+        """Code `video` [B, C, F, H, W] to a tensor of `shape`, by slices, tiles and processes as set."""
         trainable = video.requires_grad or any(parameter.requires_grad for parameter in coder.parameters())
         recording = torch.is_grad_enabled() and trainable
+        group = None if self.group is None or self.group.size() == 1 else self.group
+        assert group is None or not recording, "processes share no gradients of the VAE"
         kernels: Kernels = {}
         scratch = Scratch(is_active=not recording)
 
-        def code(part: Tensor, out: Tensor | None = None) -> Tensor:
-            chunks = self._code_chunks(part, coder, recording=recording, kernels=kernels, scratch=scratch)
+        def size_of(part: Tensor) -> tuple[int, ...]:
+            return (len(part), *shape[1:3], *(extent // in_scale * out_scale for extent in part.shape[3:]))
+
+        def code(part: Tensor, out: Tensor | None = None, rows: Rows | None = None) -> Tensor:
+            chunks = self._code_chunks(part, coder, recording=recording, kernels=kernels, scratch=scratch, rows=rows)
             if recording:
                 return torch.cat([*chunks], dim=2)
             if out is None:
-                size = (extent // in_scale * out_scale for extent in part.shape[3:])
-                out = part.new_empty(len(part), *shape[1:3], *size, dtype=self.dtype)
+                out = part.new_empty(size_of(part), dtype=self.dtype)
             start = 0
             for chunk in chunks:
                 out[:, :, start : start + chunk.shape[2]] = chunk
                 start += chunk.shape[2]
             return out
 
-        parts = video.split(1) if self.use_slicing else [video]
+        def code_each(parts: Sequence[Tensor]) -> Iterator[Tensor]:
+            if group is None:
+                return map(code, parts)
+            return share_out(code, parts, [size_of(part) for part in parts], group, dtype=self.dtype)
+
         tiles = self._tiles_for(video, in_scale)
+        at_once = 1 if self.use_slicing else len(video)
         with torch.set_grad_enabled(recording):
             if recording and tiles is None:
-                return torch.cat([code(part) for part in parts])
+                return torch.cat([code(part) for part in video.split(at_once)])
             out = video.new_empty(shape, dtype=self.dtype)
-            for index, part in enumerate(parts):
-                target = out[index * len(part) : (index + 1) * len(part)]
-                if tiles is None:
-                    code(part, target)
+            rows = None
+            if group is not None and tiles is None:
+                if len(video) % group.size() == 0 or video.shape[3] // in_scale < group.size():
+                    parts = video.split(min(at_once, -(-len(video) // group.size())))
+                    return torch.cat([*code_each(parts)], out=out)
+                rows = Rows.divide(video.shape[3] // in_scale, group)
+            for start in range(0, len(video), at_once):
+                part, target = video[start : start + at_once], out[start : start + at_once]
+                if tiles is not None:
+                    run_tiled(code_each, part, target, *tiles, in_scale=in_scale, out_scale=out_scale)
+                elif rows is not None:
+                    rows.join(code(rows.cut(part, in_scale), rows=rows), target)
                 else:
-                    run_tiled(code, part, target, *tiles, in_scale=in_scale, out_scale=out_scale)
+                    code(part, target)
         return out
 
     def _code_chunks(
-        self, video: Tensor, coder: Coder, *, recording: bool, kernels: Kernels, scratch: Scratch
+        self, video: Tensor, coder: Coder, *, recording: bool, kernels: Kernels, scratch: Scratch, rows: Rows | None
     ) -> Iterator[Tensor]:
         """Yield the frame batches of `video` [B, C, F, H, W], coded: [B, C', T, H', W']."""
         is_encoder = coder is self.encoder
@@ -240,7 +261,7 @@ class CogVideoXVAE(nn.Module):
         for start, stop in frame_batches(count, self.frame_batch * (4 if is_encoder else 1)):
             chunk = Chunk(
                 recording=recording, is_first=start == 0, is_last=stop == count,
-                checkpointing=self.checkpointing, tails=tails, kernels=kernels, scratch=scratch,
+                checkpointing=self.checkpointing, tails=tails, kernels=kernels, scratch=scratch, rows=rows,
             )  # fmt: skip
             x = video[:, :, start:stop].permute(0, 2, 3, 4, 1).to(self.dtype)  # [B, T, H, W, C]
             coded = coder(x if before is None else pointwise(x, before), chunk)

@@ -93,9 +93,15 @@ class Upsample(nn.Module):
             out = vae_conv.conv_frames(large, self.conv.weight, self.conv.bias)
             return (double_frames(out) if in_time else out), False
         batch, frames, height, width, channels = x.shape
+        if chunk.rows is not None:
+            padded, inner = chunk.room(x)
+            inner.copy_(x)
+            chunk.rows.fill_edges(padded)
+            chunk.scratch.give(x)
+            x = padded
         kernels = chunk.kernel(vae_conv.subpixel_kernels, self.conv.weight)
         out = chunk.scratch.take(x, batch, frames, 2 * height, 2 * width, channels)
-        vae_conv.subpixel(x, kernels, self.conv.bias, out)
+        vae_conv.subpixel(x, kernels, self.conv.bias, out, padding=chunk.padding)
         chunk.scratch.give(x)
         return out, in_time
 
@@ -124,7 +130,9 @@ class Downsample(nn.Module):
             padded[:, :single, :height, :width] = x[:, :single]
             torch.lerp(early, late, 0.5, out=padded[:, single:, :height, :width])
             chunk.scratch.give(x)
-        out = vae_conv.conv_frames(padded, self.conv.weight, self.conv.bias, stride=2, padding=0)
+            if chunk.rows is not None:
+                chunk.rows.fill_edges(padded, above=False)
+        out = vae_conv.conv_frames(padded, self.conv.weight, self.conv.bias, stride=2, padding=(0, 0))
         chunk.scratch.give(padded)
         return out
 

@@ -10,16 +10,21 @@ convolution is a plain matrix product, and padding in time is two frames in fron
   instead of 36. Each output pixel's 3x3 window covers only 2x2 different small pixels (Shi et al., arXiv 1609.07009).
 - `still`: a single frame, whose causal padding is the frame itself, needs one product.
 
-Half-precision kernels are rearranged in float32 and rounded once.
+Half-precision kernels are rearranged in float32 and rounded once. `padding` says how many rows and columns of zeros
+surround a picture: one of each, or no rows where the input brings the row above and the row below with it.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # Legend: B batch, T frames of a chunk, H W height and width, I O input and output channels.
+
+ALL_AROUND = (1, 1)
+"""Padding in height and width of a whole picture."""
 
 LARGEST = 2**30
 """Input elements one 3-D convolution may take; libraries index with 32 bits, and their workspace grows with it."""
@@ -28,26 +33,33 @@ _WORKING_SET = 2**20
 """Elements that `winograd` transforms at a time, so that intermediate results stay in the CPU's caches."""
 
 
-def conv_frames(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 1) -> Tensor:
+def conv_frames(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: tuple[int, int] = ALL_AROUND,
+) -> Tensor:
     """Convolve each frame of `x` [B, T, H, W, I] with `weight` [O, I, k, k]; return [B, T, H', W', O]."""
     images = x.flatten(0, 1).permute(0, 3, 1, 2)  # [B*T, I, H, W], channels-last in memory
     out = F.conv2d(images, weight, bias, stride=stride, padding=padding)
     return out.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])  # [B, T, H', W', O]
 
 
-def direct(padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def direct(padded: Tensor, weight: Tensor, bias: Tensor, *, padding: tuple[int, int] = ALL_AROUND) -> Tensor:
     """Convolve `padded` [B, 2 + T, H, W, I] with `weight` [O, I, 3, 3, 3]; return [B, T, H, W, O]."""
     frames = padded.shape[1] - 2
     parts = -(-padded.numel() // LARGEST)
     if parts == 1:
-        return _conv3d(padded, weight, bias)
+        return _conv3d(padded, weight, bias, padding)
     step = -(-frames // parts)
-    outs = [_conv3d(padded[:, t : t + step + 2], weight, bias) for t in range(0, frames, step)]
+    outs = [_conv3d(padded[:, t : t + step + 2], weight, bias, padding) for t in range(0, frames, step)]
     return torch.cat(outs, dim=1)
 
 
-def _conv3d(padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    out = F.conv3d(padded.permute(0, 4, 1, 2, 3), weight, bias, padding=(0, 1, 1))
+def _conv3d(padded: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
+    out = F.conv3d(padded.permute(0, 4, 1, 2, 3), weight, bias, padding=(0, *padding))
     return out.permute(0, 2, 3, 4, 1)  # [B, T, H, W, O]
 
 
@@ -63,19 +75,28 @@ def winograd2_kernels(weight: Tensor) -> tuple[Tensor, ...]:
     return tuple(_store(k, weight) for k in (g0, (ends + g1) / 2, (ends - g1) / 2, g2))
 
 
-def winograd2(padded: Tensor, kernels: tuple[Tensor, ...], bias: Tensor, out: Tensor, *, add: bool) -> None:
+def winograd2(
+    padded: Tensor,
+    kernels: tuple[Tensor, ...],
+    bias: Tensor,
+    out: Tensor,
+    *,
+    add: bool,
+    padding: tuple[int, int] = ALL_AROUND,
+) -> None:
     """Convolve `padded` [B, 2 + T, H, W, I], T even, into `out` [B, T, H, W, O], or add to what is there.
 
     F(2, 3): with input frames d0..d3, taps g0..g2 and outputs y0 = d0 g0 + d1 g1 + d2 g2, y1 one frame later,
     m0 = (d0 - d2) g0, m1 = (d1 + d2) (g0 + g1 + g2) / 2, m2 = (d2 - d1) (g0 - g1 + g2) / 2, m3 = (d1 - d3) g2,
     y0 = m0 + m1 + m2, y1 = m1 - m2 - m3.
     """
+    conv = partial(conv_frames, padding=padding)
     for (d0, d1, d2, d3), (y0, y1) in _windows(padded, out, 2):
-        m1 = conv_frames(d1 + d2, kernels[1], bias)
-        m2 = conv_frames(d2 - d1, kernels[2])
+        m1 = conv(d1 + d2, kernels[1], bias)
+        m2 = conv(d2 - d1, kernels[2])
         sum12, difference12 = m1 + m2, m1.sub_(m2)
-        _deliver(sum12, conv_frames(d0 - d2, kernels[0]), y0, add=add)
-        _deliver(difference12, conv_frames(d3 - d1, kernels[3]), y1, add=add)
+        _deliver(sum12, conv(d0 - d2, kernels[0]), y0, add=add)
+        _deliver(difference12, conv(d3 - d1, kernels[3]), y1, add=add)
 
 
 def winograd4_kernels(weight: Tensor) -> tuple[Tensor, ...]:
@@ -86,27 +107,36 @@ def winograd4_kernels(weight: Tensor) -> tuple[Tensor, ...]:
     return tuple(_store(k, weight) for k in (g0 / 4, *middle, g2))
 
 
-def winograd4(padded: Tensor, kernels: tuple[Tensor, ...], bias: Tensor, out: Tensor, *, add: bool) -> None:
+def winograd4(
+    padded: Tensor,
+    kernels: tuple[Tensor, ...],
+    bias: Tensor,
+    out: Tensor,
+    *,
+    add: bool,
+    padding: tuple[int, int] = ALL_AROUND,
+) -> None:
     """Do as `winograd2` for T a multiple of 4, with F(4, 3): six products for four frames.
 
     Lavin & Gray, section 4.3; terms that rows of their transforms share are computed once. The rounding error is
     about three times that of the direct sum.
     """
+    conv = partial(conv_frames, padding=padding)
     for (d0, d1, d2, d3, d4, d5), (y0, y1, y2, y3) in _windows(padded, out, 4):
         even, odd = torch.sub(d4, d2, alpha=4), torch.sub(d3, d1, alpha=4)
-        m1 = conv_frames(even + odd, kernels[1], bias)
-        m2 = conv_frames(even.sub_(odd), kernels[2])
+        m1 = conv(even + odd, kernels[1], bias)
+        m2 = conv(even.sub_(odd), kernels[2])
         sum12, difference12 = m1 + m2, m1.sub_(m2)
         torch.sub(d4, d2, out=even)
         torch.sub(d3, d1, out=odd)
-        m3 = conv_frames(torch.add(even, odd, alpha=2), kernels[3])
-        m4 = conv_frames(torch.sub(even, odd, alpha=2), kernels[4])
+        m3 = conv(torch.add(even, odd, alpha=2), kernels[3])
+        m4 = conv(torch.sub(even, odd, alpha=2), kernels[4])
         sum34, difference34 = torch.add(m3, m4, out=m2), m3.sub_(m4)
         _deliver(difference12, difference34, y1, add=add, alpha=2)
         _deliver(sum12, sum34, y2, add=add, alpha=4)
-        m0 = conv_frames(even.add_(d0, alpha=4).sub_(d2, alpha=4), kernels[0])
+        m0 = conv(even.add_(d0, alpha=4).sub_(d2, alpha=4), kernels[0])
         _deliver(m0, sum12.add_(sum34), y0, add=add)
-        m5 = conv_frames(torch.sub(d5, d3).sub_(odd, alpha=4), kernels[5])
+        m5 = conv(torch.sub(d5, d3).sub_(odd, alpha=4), kernels[5])
         _deliver(m5, difference12.add_(difference34, alpha=8), y3, add=add)
 
 
@@ -136,7 +166,14 @@ def doubled_kernels(weight: Tensor) -> tuple[Tensor, Tensor]:
     return _store(first + middle + last, weight), _store(torch.cat([first + middle, first]), weight)
 
 
-def doubled(padded: Tensor, kernels: tuple[Tensor, Tensor], bias: Tensor, out: Tensor) -> None:
+def doubled(
+    padded: Tensor,
+    kernels: tuple[Tensor, Tensor],
+    bias: Tensor,
+    out: Tensor,
+    *,
+    padding: tuple[int, int] = ALL_AROUND,
+) -> None:
     """Convolve frames that stand for two equal ones each: `padded` [B, 1 + n, H, W, I] into `out` [B, T, H, W, O].
 
     T is 2 n, or 2 n - 1 when the very first frame stands for itself. With frames u, their differences
@@ -144,12 +181,12 @@ def doubled(padded: Tensor, kernels: tuple[Tensor, Tensor], bias: Tensor, out: T
     u[i] (g0 + g1 + g2) - e[i] g0.
     """
     single = out.shape[1] % 2
-    steady = conv_frames(padded[:, 1:], kernels[0], bias)  # [B, n, H, W, O]
+    steady = conv_frames(padded[:, 1:], kernels[0], bias, padding=padding)  # [B, n, H, W, O]
     if single:
         out[:, 0] = steady[:, 0]
         steady = steady[:, 1:]
-    change = conv_frames(padded[:, 1 + single :] - padded[:, single:-1], kernels[1])  # [B, n - single, H, W, 2 * O]
-    early, late = change.chunk(2, dim=-1)
+    change = conv_frames(padded[:, 1 + single :] - padded[:, single:-1], kernels[1], padding=padding)
+    early, late = change.chunk(2, dim=-1)  # [B, n - single, H, W, O] each
     pairs = out[:, single:].unflatten(1, (-1, 2))  # [B, n - single, 2, H, W, O]
     torch.sub(steady, early, out=pairs[:, :, 0])
     torch.sub(steady, late, out=pairs[:, :, 1])
@@ -168,14 +205,19 @@ def subpixel_kernels(weight: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tenso
 
 
 def subpixel(
-    x: Tensor, kernels: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], bias: Tensor, out: Tensor
+    x: Tensor,
+    kernels: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    bias: Tensor,
+    out: Tensor,
+    *,
+    padding: tuple[int, int] = ALL_AROUND,
 ) -> None:
     """Upsample `x` [B, T, H, W, I] two times (nearest) and convolve it 3x3 into `out` [B, T, 2 H, 2 W, O]."""
-    height, width = x.shape[2:4]
+    height, width = out.shape[2] // 2, out.shape[3] // 2
     pixels = out.unflatten(3, (width, 2)).unflatten(2, (height, 2))  # [B, T, H, 2, W, 2, O]
     for row in range(2):
         for column in range(2):
-            part = conv_frames(x, kernels[row][column], bias)  # [B, T, H + 1, W + 1, O]
+            part = conv_frames(x, kernels[row][column], bias, padding=padding)  # [B, T, H + 1, W + 1, O]
             pixels[:, :, :, row, :, column] = part[:, :, row : row + height, column : column + width]
 
 

@@ -7,6 +7,7 @@ convolution in time) lies in a `Chunk`, outside the layers. Every layer runs in 
 - otherwise in place: norm, modulation and SiLU write straight into a buffer that already has room for the two
   earlier frames, residuals are added to their target, and convolutions take the forms of `vae_conv`. Frames
   that upsampling in time would only repeat are carried once (`doubled`) until a convolution tells them apart.
+  Only this way can processes divide the rows of the pictures (`vae_parallel`).
 
 The decoder's norms are modulated by the latents (spatially adaptive norm, arXiv 2209.09002): scale and shift are 1x1
 convolutions of the upsampled latents. Nearest upsampling commutes with those, so they are computed at latent size.
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideox_factory.torch_engine import vae_conv
+from cogvideox_factory.torch_engine.vae_parallel import Rows
 from cogvideox_factory.torch_engine.vae_scratch import Scratch
 
 # Legend: B batch, T frames of a chunk, H W height and width, C channels, F h w Z the chunk's latents, G norm groups.
@@ -47,6 +49,23 @@ class Chunk:
     """Rearranged weights; they live as long as one call, so they are never stale."""
     scratch: Scratch = field(default_factory=Scratch)
     """Where the paths that record nothing get their large buffers."""
+    rows: Rows | None = None
+    """Which rows of the pictures these are, where processes divide them."""
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Zeros that convolutions put around their input: rows of others come with it."""
+        return vae_conv.ALL_AROUND if self.rows is None else (0, 1)
+
+    def room(self, x: Tensor, *, before: int = 0) -> tuple[Tensor, Tensor]:
+        """Return a buffer for `x` [B, T, H, W, C] and what a convolution sees around it, and the part that is for `x`.
+
+        Those are `before` frames, and where processes divide the rows one row above and one below.
+        """
+        edge = 0 if self.rows is None else 1
+        batch, frames, height, width, channels = x.shape
+        padded = self.scratch.take(x, batch, before + frames, height + 2 * edge, width, channels)
+        return padded, padded[:, before:, edge : edge + height]
 
     def kernel(self, make: Callable[[Tensor], Any], weight: Tensor) -> Any:
         """Return `make(weight)`, made once a call."""
@@ -88,13 +107,18 @@ class CausalConv(nn.Module):
             padded = torch.cat([before, x], dim=1)
             self._keep_tail(padded, chunk, 2)
             return padded
-        padded = chunk.scratch.take(x, x.shape[0], 2 + x.shape[1], *x.shape[2:])
-        padded[:, 2:].copy_(x)
+        padded, inner = chunk.room(x, before=2)
+        inner.copy_(x)
         self.fill_halo(padded, chunk, 2)
         return padded
 
     def fill_halo(self, padded: Tensor, chunk: Chunk, size: int) -> None:
-        """Write the `size` frames before the chunk into `padded`, and keep its last ones for the next chunk."""
+        """Write what surrounds the chunk into `padded`: other processes' rows, then the `size` frames before it.
+
+        Its last frames are kept for the next chunk.
+        """
+        if chunk.rows is not None:
+            chunk.rows.fill_edges(padded[:, size:])
         padded[:, :size] = chunk.tails[self] if self in chunk.tails else padded[:, size : size + 1]
         self._keep_tail(padded, chunk, size)
 
@@ -110,13 +134,13 @@ class CausalConv(nn.Module):
         frames = padded.shape[1] - 2
         weight, bias = self.conv.weight, self.conv.bias
         if frames == 1 and chunk.is_first:
-            out = vae_conv.conv_frames(padded[:, 2:], vae_conv.still_kernel(weight), bias)
+            out = vae_conv.conv_frames(padded[:, 2:], vae_conv.still_kernel(weight), bias, padding=chunk.padding)
         elif chunk.recording:
             out = vae_conv.direct(padded, weight, bias)
         elif padded.device.type == "cpu" and padded.dtype == torch.float32:
             return self._winograd(padded, chunk, onto)
         else:
-            out = vae_conv.direct(padded, chunk.kernel(_channels_last, weight), bias)
+            out = vae_conv.direct(padded, chunk.kernel(_channels_last, weight), bias, padding=chunk.padding)
         if onto is None:
             return out
         return onto + out if chunk.recording else onto.add_(out)
@@ -124,30 +148,34 @@ class CausalConv(nn.Module):
     def _winograd(self, padded: Tensor, chunk: Chunk, onto: Tensor | None) -> Tensor:
         weight, bias = self.conv.weight, self.conv.bias
         frames = padded.shape[1] - 2
-        shape = (padded.shape[0], frames, *padded.shape[2:4], len(bias))
-        out = chunk.scratch.take(padded, *shape) if onto is None else onto
+        out = self._room_for(padded, frames, chunk) if onto is None else onto
         odd = frames % 2
         if odd:
             if chunk.is_first:
-                first = vae_conv.conv_frames(padded[:, 2:3], vae_conv.still_kernel(weight), bias)
+                first = vae_conv.conv_frames(padded[:, 2:3], vae_conv.still_kernel(weight), bias, padding=chunk.padding)
             else:
-                first = vae_conv.direct(padded[:, :3], weight, bias)
+                first = vae_conv.direct(padded[:, :3], weight, bias, padding=chunk.padding)
             out[:, :1] = first if onto is None else onto[:, :1] + first
         if frames > odd:
             four = (frames - odd) % 4 == 0
             kernels = chunk.kernel(vae_conv.winograd4_kernels if four else vae_conv.winograd2_kernels, weight)
             run = vae_conv.winograd4 if four else vae_conv.winograd2
-            run(padded[:, odd:], kernels, bias, out[:, odd:], add=onto is not None)
+            run(padded[:, odd:], kernels, bias, out[:, odd:], add=onto is not None, padding=chunk.padding)
         return out
 
     def forward_doubled(self, padded: Tensor, chunk: Chunk) -> Tensor:
         """Convolve frames that stand for two equal ones each, `padded` [B, 1 + n, H, W, C], to all T frames."""
         kernels = chunk.kernel(vae_conv.doubled_kernels, self.conv.weight)
         single = int(chunk.is_first and padded.shape[1] % 2 == 0)
-        shape = (padded.shape[0], 2 * (padded.shape[1] - 1) - single, *padded.shape[2:4], len(self.conv.bias))
-        out = chunk.scratch.take(padded, *shape)
-        vae_conv.doubled(padded, kernels, self.conv.bias, out)
+        out = self._room_for(padded, 2 * (padded.shape[1] - 1) - single, chunk)
+        vae_conv.doubled(padded, kernels, self.conv.bias, out, padding=chunk.padding)
         return out
+
+    def _room_for(self, padded: Tensor, frames: int, chunk: Chunk) -> Tensor:
+        """Return a buffer for so many `frames` of the convolution of `padded`."""
+        batch, _, height, width, _ = padded.shape
+        height += 2 * (chunk.padding[0] - 1)
+        return chunk.scratch.take(padded, batch, frames, height, width, len(self.conv.bias))
 
 
 def _channels_last(weight: Tensor) -> Tensor:
@@ -197,13 +225,13 @@ def norm_silu_pad(
         images = x.permute(0, 4, 1, 2, 3)  # [B, C, T, H, W]
         normed = F.group_norm(images, core.groups, core.weight, core.bias, core.eps).permute(0, 2, 3, 4, 1)
         return conv.pad(F.silu(normed if modulation is None else modulate(normed, *modulation)), chunk)
-    scale, shift = _norm_as_affine(core, x, is_doubled=is_doubled)
+    scale, shift = _norm_as_affine(core, x, is_doubled=is_doubled, rows=chunk.rows)
     if modulation is not None:
         scale, shift = scale * modulation[0], shift * modulation[0] + modulation[1]
     halo = 1 if is_doubled else 2
-    padded = chunk.scratch.take(x, x.shape[0], halo + x.shape[1], *x.shape[2:])
-    modulate(x, scale.to(x.dtype), shift.to(x.dtype), out=padded[:, halo:])
-    F.silu(padded[:, halo:], inplace=True)
+    padded, inner = chunk.room(x, before=halo)
+    modulate(x, scale.to(x.dtype), shift.to(x.dtype), out=inner)
+    F.silu(inner, inplace=True)
     conv.fill_halo(padded, chunk, halo)
     return padded
 
@@ -238,14 +266,20 @@ def _modulate_boxes(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None)
     return result.view(x.shape) if out is None else out
 
 
-def _norm_as_affine(norm: GroupNorm, x: Tensor, *, is_doubled: bool) -> tuple[Tensor, Tensor]:
-    """Return scale and shift [B, 1, 1, 1, C] that normalise `x` [B, T, H, W, C], at least in float32."""
+def _norm_as_affine(norm: GroupNorm, x: Tensor, *, is_doubled: bool, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
+    """Return scale and shift [B, 1, 1, 1, C] that normalise `x` [B, T, H, W, C], at least in float32.
+
+    Mean and variance are those of the group over all frames, and all `rows`: parts are weighed by their size, and the
+    spread of their means adds to the mean of their variances (Chan et al. 1979, eq. 2.1).
+    """
     if is_doubled and x.shape[1] % 2 == 1:  # the first frame stands for itself, the others for two
         parts, counts = x.split([1, x.shape[1] - 1], dim=1), [1, 2 * (x.shape[1] - 1)]
     else:
         parts, counts = [x], [1]
-    shares = [count / sum(counts) for count in counts]
-    moments = [[m.unflatten(1, (norm.groups, -1)) for m in _moments(part)] for part in parts]  # [B, G, C/G] each
+    found, shares = [_moments(part) for part in parts], [count / sum(counts) for count in counts]
+    if rows is not None:
+        found, shares = rows.gather_moments(found, shares)
+    moments = [[m.unflatten(1, (norm.groups, -1)) for m in part] for part in found]  # [B, G, C/G] each
     means = [share * mean.mean(2, keepdim=True) for share, (mean, _) in zip(shares, moments)]
     group_mean = sum(means[1:], means[0])  # [B, G, 1]
     variances = [

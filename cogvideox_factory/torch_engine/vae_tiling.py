@@ -5,8 +5,9 @@ each is blended with its upper and then its left neighbour as those came out of 
 tile only its last rows and columns need to be kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def tile_axis(pixels: int, overlap_factor: float, *, name: str, scale: int) -> T
 
 
 def run_tiled(
-    code: Callable[[Tensor], Tensor],
+    code_each: Callable[[list[Tensor]], Iterator[Tensor]],
     video: Tensor,
     out: Tensor,
     rows: TileAxis,
@@ -63,24 +64,26 @@ def run_tiled(
     in_scale: int,
     out_scale: int,
 ) -> None:
-    """Fill `out` [B, C', F', H', W'] with `code` of each tile of `video` [B, C, F, H, W].
+    """Fill `out` [B, C', F', H', W'] with the coded tiles of `video` [B, C, F, H, W].
 
-    `in_scale` and `out_scale` are the pixels a latent covers on either side: 8 or 1.
+    `code_each` codes a list of tiles and yields them one by one, in order. `in_scale` and `out_scale` are the pixels a
+    latent covers on either side: 8 or 1.
     """
     height, width = (size // in_scale for size in video.shape[3:])
+    corners = list(product(range(0, height, rows.step), range(0, width, columns.step)))
+    tiles = [_cut(video, top, rows.size, left, columns.size, in_scale) for top, left in corners]
     above: dict[int, Tensor] = {}
-    for top in range(0, height, rows.step):
-        left_edge: Tensor | None = None
-        for left in range(0, width, columns.step):
-            tile = code(_cut(video, top, rows.size, left, columns.size, in_scale))
-            if top > 0:
-                tile = _blend(above[left], tile, dim=3)
-            if left_edge is not None:
-                tile = _blend(left_edge, tile, dim=4)
-            above[left] = tile[:, :, :, -rows.overlap * out_scale :].clone()
-            left_edge = tile[..., -columns.overlap * out_scale :].clone()
-            target = _cut(out, top, rows.step, left, columns.step, out_scale)
-            target.copy_(tile[:, :, :, : target.shape[3], : target.shape[4]])
+    left_edge = None
+    for (top, left), tile in zip(corners, code_each(tiles), strict=True):
+        if top > 0:
+            tile = _blend(above[left], tile, dim=3)
+        if left > 0:
+            assert left_edge is not None
+            tile = _blend(left_edge, tile, dim=4)
+        above[left] = tile[:, :, :, -rows.overlap * out_scale :].clone()
+        left_edge = tile[..., -columns.overlap * out_scale :].clone()
+        target = _cut(out, top, rows.step, left, columns.step, out_scale)
+        target.copy_(tile[:, :, :, : target.shape[3], : target.shape[4]])
 
 
 def _cut(video: Tensor, top: int, height: int, left: int, width: int, scale: int) -> Tensor:

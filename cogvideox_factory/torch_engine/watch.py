@@ -4,12 +4,14 @@ A training loss says little, because its spread over timesteps is larger than wh
 the same clips, noise and timesteps every time, so its curve is smooth and two runs can be compared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cogvideox_factory.data.export import export_to_video
@@ -73,16 +75,18 @@ class SampleVideos:
         negative_embeds: Tensor,
         images: Sequence[Path],
         shape: ClipShape,
-        tiling: tuple[bool, bool],
+        tiling: bool,
+        group: dist.ProcessGroup | None,
         call: dict[str, Any],
     ) -> None:
-        """`tiling` says whether to decode the videos in tiles, and whether the run encodes clips in tiles."""
+        """`tiling` says whether to decode in tiles, whatever the run encodes its clips in; `group` shares the work."""
         self.pipeline = pipeline
         self.prompt_embeds = prompt_embeds
         self.negative_embeds = negative_embeds
         self.images = images
         self.shape = shape
         self.tiling = tiling
+        self.group = group
         self.call = call
 
     def make(self, folder: Path, step: int, *, writes: bool = True) -> list[Path]:
@@ -91,23 +95,30 @@ class SampleVideos:
         Processes that share the model must all make them; one of them `writes`.
         """
         paths = []
-        self._tile(self.tiling[0])
-        for index in range(len(self.prompt_embeds)):
-            video = self.pipeline(
-                prompt_embeds=self.prompt_embeds[index : index + 1],
-                negative_prompt_embeds=self.negative_embeds,
-                image=self.images[index] if self.images else None,
-                num_frames=self.shape.num_frames,
-                height=self.shape.height,
-                width=self.shape.width,
-                **self.call,
-            )[0][0]
-            path = folder / f"step-{step:06}-{index:02}.mp4"
-            if writes:
-                paths.append(export_to_video(video[: self.shape.num_frames], path, fps=self.shape.fps))
-        self._tile(self.tiling[1])
+        with self._decoder_set():
+            for index in range(len(self.prompt_embeds)):
+                video = self.pipeline(
+                    prompt_embeds=self.prompt_embeds[index : index + 1],
+                    negative_prompt_embeds=self.negative_embeds,
+                    image=self.images[index] if self.images else None,
+                    num_frames=self.shape.num_frames,
+                    height=self.shape.height,
+                    width=self.shape.width,
+                    **self.call,
+                )[0][0]
+                path = folder / f"step-{step:06}-{index:02}.mp4"
+                if writes:
+                    paths.append(export_to_video(video[: self.shape.num_frames], path, fps=self.shape.fps))
         return paths
 
-    def _tile(self, enabled: bool) -> None:
+    @contextmanager
+    def _decoder_set(self) -> Iterator[None]:
+        """Tile and share the VAE's work as videos ask for, and as the run's clips do afterwards."""
         vae = self.pipeline.vae
-        vae.enable_tiling() if enabled else vae.disable_tiling()
+        kept = vae.tiles, vae.group
+        vae.enable_tiling() if self.tiling else vae.disable_tiling()
+        vae.group = self.group
+        try:
+            yield
+        finally:
+            vae.tiles, vae.group = kept

@@ -28,8 +28,8 @@ def settings(tiny_model, tmp_path, *, variant="cogvideox-2b", sampling=None, **a
     return check(values, source="test")
 
 
-def make_lora(tiny_model, path, *, seed: int, scale: float = 0.5):
-    pipe = CogVideoXPipeline.from_pretrained(tiny_model("cogvideox-2b"), device="cpu", text_encoder=False)
+def make_lora(tiny_model, path, *, seed: int, scale: float = 0.5, variant: str = "cogvideox-2b"):
+    pipe = CogVideoXPipeline.from_pretrained(tiny_model(variant), device="cpu", text_encoder=False)
     lora.add_lora(pipe.transformer, rank=4, alpha=4, seed=seed)
     arrays = lora.lora_arrays(pipe.transformer)
     rng = np.random.default_rng(seed)

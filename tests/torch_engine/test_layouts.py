@@ -1,5 +1,6 @@
 """Whole runs on several processes: the curve of one process, checkpoints that go on in another layout, one writer."""
 
+import hashlib
 import json
 import shutil
 
@@ -10,7 +11,8 @@ from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.errors import StorageError
 from cogvideox_factory.recipe import check
 from cogvideox_factory.tiny.world import random_scene, render
-from cogvideox_factory.torch_engine import checkpoint, prepare, train
+from cogvideox_factory.torch_engine import checkpoint, loop, prepare, train, vae_blocks, watch
+from cogvideox_factory.torch_engine.encode import Encoder
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.runs import losses, weights_of
 
@@ -35,7 +37,7 @@ def folder(tmp_path_factory, tiny_model):
     return root
 
 
-def settings(root, *, task="t2v", method="full", parallel=None, validation=None, **training):
+def settings(root, *, task="t2v", method="full", parallel=None, validation=None, raw=None, **training):
     image = {"image_noise": False} if task == "i2v" else {}
     return check(
         {
@@ -43,10 +45,10 @@ def settings(root, *, task="t2v", method="full", parallel=None, validation=None,
             "model": {"path": str(root / task)},
             "data": {
                 "root": str(root / "clips"), "fps": 8.0, "num_frames": 17, "height": 64, "width": 96,
-                "buckets": "auto",
+                "buckets": "auto", **(raw or {}),
             },
             "run": {"device": "cpu", "dtype": "float32"},
-            "cache": {"dir": str(root / f"cache-{task}")},
+            "cache": {"dir": str(root / f"cache-{task}")} if raw is None else {},
             "lora": {"rank": 4, "alpha": 8.0} if method == "lora" else {},
             "train": {
                 "method": method, "steps": 20, "log_every": 1, "save_every": 10, "learning_rate": 1e-3,
@@ -102,6 +104,68 @@ def test_twenty_steps_go_the_way_of_one_process(folder, size, tmp_path):
         train.run(settings(folder, dir=str(tmp_path / f"one-{number}"), **alone))
         np.testing.assert_allclose(curve(tmp_path / f"many-{number}"), curve(tmp_path / f"one-{number}"), rtol=1e-5)
         assert_close(tmp_path / f"many-{number}", tmp_path / f"one-{number}")
+
+
+RAW = [
+    {"parallel": {"sequence": 4}, "raw": {}},
+    {"task": "i2v", "method": "lora", "parallel": {"sequence": 2, "zero": 3}, "raw": {"vae_tiling": True}},
+]
+
+
+def test_a_sequence_encodes_each_raw_clip_once_and_goes_the_way_of_one_process(folder, tmp_path):
+    watched = {"steps": 3, "batch_size": 2, "validation": {"every": 3, "num_clips": 1}}
+    cases = [case | watched | ({"image_noise": True} if "task" in case else {}) for case in RAW]
+    configs = [settings(folder, dir=str(tmp_path / f"many-{n}"), **case) for n, case in enumerate(cases)]
+    shared = run_in(4, train_each_and_see_latents, configs, folder=tmp_path)
+    for number, case in enumerate(cases):
+        config = settings(folder, dir=str(tmp_path / f"one-{number}"), **{**case, "parallel": {}})
+        (alone,) = train_each_and_see_latents([config])
+        np.testing.assert_allclose(losses(tmp_path / f"many-{number}"), losses(tmp_path / f"one-{number}"), rtol=1e-5)
+        ours, size = [results[number] for results in shared], case["parallel"]["sequence"]
+        for first in range(0, 4, size):
+            assert all(other["latents"] == ours[first]["latents"] for other in ours[first : first + size])
+        groups = [ours[first : first + size] for first in range(0, 4, size)]  # each holds out the same clips
+        assert sum(sum(part["trained"] for part in group) for group in groups) == alone["trained"]
+        for group in groups:
+            assert sum(part["held_out"] for part in group) == alone["held_out"]
+
+
+def train_each_and_see_latents(configs):
+    """Train; return for each run a digest of all latents and how much this process coded, to train on and held out."""
+    seen = []
+    for config in configs:
+        record = {"latents": "", "trained": 0, "held_out": 0}
+        with pytest.MonkeyPatch.context() as patch:
+            watch_latents(patch, record)
+            train.run(config)
+        seen.append(record)
+    return seen
+
+
+def watch_latents(patch, record):
+    batch, code, now = Encoder.batch, vae_blocks.Encoder.forward, ["trained"]
+
+    def seen_batch(self, raw):
+        done = batch(self, raw)
+        parts = [done[key] for key in ("mean", "logvar", "image_mean", "image_logvar") if key in done]
+        content = b"".join(part.numpy().tobytes() for part in parts)
+        record["latents"] = hashlib.sha256(record["latents"].encode() + content).hexdigest()
+        return done
+
+    def counted_code(self, x, chunk):
+        record[now[0]] += x.numel()
+        return code(self, x, chunk)
+
+    def held_out(*arguments, **options):
+        now[0] = "held_out"
+        try:
+            return watch.held_out_loss(*arguments, **options)
+        finally:
+            now[0] = "trained"
+
+    patch.setattr(Encoder, "batch", seen_batch)
+    patch.setattr(vae_blocks.Encoder, "forward", counted_code)
+    patch.setattr(loop, "held_out_loss", held_out)
 
 
 def test_a_run_goes_on_with_other_processes(folder, tmp_path):

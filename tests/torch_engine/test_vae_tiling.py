@@ -36,5 +36,5 @@ def test_tiles_of_a_constant_map_join_without_a_trace(height: int, width: int, s
 
     out = torch.full((1, 2, 1, height * out_scale, width * out_scale), torch.nan, dtype=torch.float64)
     rows, columns = TileAxis(size=6, overlap=2), TileAxis(size=8, overlap=3)
-    run_tiled(code, video, out, rows, columns, in_scale=in_scale, out_scale=out_scale)
+    run_tiled(lambda tiles: map(code, tiles), video, out, rows, columns, in_scale=in_scale, out_scale=out_scale)
     torch.testing.assert_close(out, code(video))
