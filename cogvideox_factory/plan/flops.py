@@ -1,9 +1,9 @@
 """How much arithmetic the transformer is: exact counts of its matrix products, by shape.
 
 Model FLOPs, the convention behind MFU (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B): a multiply-add is 2,
-a backward pass does each product twice more (once for the input's gradient, once for the weight's), and what a run
-computes again to save memory (checkpointing, scores inside flash attention) counts nothing. So the same model on the same
-clips has the same figure under every setting, and a faster run has a higher rate.
+a backward pass does each product twice more (for the input's gradient and for the weight's), and what a run computes
+again to save memory (checkpointing, scores inside flash attention) counts nothing. So the same model on the same clips
+has the same figure under every setting, and a faster run has a higher rate.
 
 T text tokens, N video tokens, S = T + N, D width, L layers.
 """
@@ -22,9 +22,9 @@ def training_flops(
 ) -> int:
     """Return the model FLOPs of one sample's forward and backward pass.
 
-    Full fine-tuning is three forward passes, short of the gradients of what comes in (latents, embeddings, times), which
-    nobody asks for. A LoRA trains no base weight, which saves a third of every linear and nothing of attention; gradients
-    are taken to flow through all blocks.
+    Full fine-tuning is three forward passes, short of the gradients of what comes in (latents, embeddings, times),
+    which nobody asks for. A LoRA trains no base weight, which saves a third of every linear and nothing of attention;
+    gradients are taken to flow through all blocks.
 
     Args:
         config: of the transformer.

@@ -74,9 +74,18 @@ class Layout:
         return self.size // self.sequence
 
     @property
+    def divides_forward(self) -> bool:
+        """Whether a process needs others for a forward pass."""
+        return self.sequence > 1 or (self.zero > 0 and self.grid[1] > 1)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(replicas, shards of each)."""
         return (self.size, 1) if self.zero == 0 else (self.replicas, self.size // self.replicas)
+
+
+class AgreedError(FactoryError):
+    """What failed in one process and was told to all, which are at the same point."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -95,6 +104,11 @@ class Ranks:
     def leads(self) -> bool:
         """Whether this is the process that speaks and writes."""
         return self.rank == 0
+
+    @property
+    def leads_sequence(self) -> bool:
+        """Whether this process writes what those that share a video's tokens all have."""
+        return self.rank % self.layout.sequence == 0
 
     @property
     def data_rank(self) -> int:
@@ -116,6 +130,21 @@ class Ranks:
         values: list[str | None] = [None] * self.layout.size
         dist.all_gather_object(values, value, group=self.talk)
         return next((v for v in values if v is not None), None)
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Return what `function()`, which may not talk to other processes, returns in this one, if it failed in none.
+
+        Raises:
+            AgreedError: in all, after a wrong request or file, a disk or a device's memory failed it in one.
+        """
+        problem, results = None, []
+        try:
+            results.append(function())
+        except (FactoryError, OSError, torch.OutOfMemoryError) as error:
+            problem = str(error)
+        if (problem := self.agree(problem)) is not None:
+            raise AgreedError(problem)
+        return results[0]
 
     def from_lead(self, function: Callable[[], T]) -> T:
         """Return what `function()` returns in the leading process, in all.

@@ -36,7 +36,10 @@ MAPPING = {
 
 def counted(model, config, batch):
     channels = config.in_channels
-    latents, prompt = torch.randn(batch, FRAMES, channels, HEIGHT, WIDTH), torch.randn(batch, TEXT, config.text_embed_dim)
+    latents, prompt = (
+        torch.randn(batch, FRAMES, channels, HEIGHT, WIDTH),
+        torch.randn(batch, TEXT, config.text_embed_dim),
+    )
     timesteps = torch.randint(0, 1000, (batch,))
     with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter, torch.no_grad():
         predict_v(model, latents, prompt, timesteps)

@@ -136,7 +136,7 @@ def test_the_run_folder_reruns_as_it_is(tiny_model, clips, caches, tmp_path):
     again = config.model_copy(update={"train": config.train.model_copy(update={"dir": str(tmp_path / "again")})})
     assert_same(run, train.run(again))
     assert {p.name for p in run.iterdir() if not p.name.startswith(".")} == {
-        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoint-000003", "checkpoint-000006", "final"
+        "config.yaml", "metrics.jsonl", "losses.jsonl", "tensorboard", "checkpoint-000003", "checkpoint-000006", "final"
     }  # fmt: skip
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["tokens_per_second"] > 0
@@ -248,7 +248,10 @@ def test_float16_trains_with_a_loss_scale_and_resumes_exactly(tiny_model, clips,
 
 
 def test_float16_that_only_overflows_is_an_error(tiny_model, clips, caches, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.nn.utils.get_total_norm", lambda grads: torch.tensor(float("inf")))
+    def overflowed(tensors):
+        return torch.tensor(1.0 if tensors[0].requires_grad else float("inf"))  # weights are well
+
+    monkeypatch.setattr("torch.nn.utils.get_total_norm", overflowed)
     config = cached(tiny_model, clips, caches, tmp_path, run={"dtype": "float16"}, train={"steps": 30, "log_every": 30})
     with pytest.raises(NonFiniteError, match="bfloat16"):
         train.run(config)
@@ -422,7 +425,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_used(tiny_model, cli
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(
     tiny_model, clips, caches, tmp_path, monkeypatch
 ):
-    config = cached(tiny_model, clips, caches, tmp_path, train={"log_every": 4, "save_every": 4, "steps": 8})
+    train_options = {"log_every": 4, "save_every": 4, "steps": 8, "on_bad_step": "stop"}
+    config = cached(tiny_model, clips, caches, tmp_path, train=train_options)
     original = loop.Objective.__call__
     calls = []
 
@@ -431,7 +435,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(
         return original(self, batch) * (float("nan") if len(calls) == 6 else 1.0)
 
     monkeypatch.setattr(loop.Objective, "__call__", spoiled)
-    with pytest.raises(NonFiniteError, match=r"step 6 .*checkpoint-000004"):
+    with pytest.raises(NonFiniteError, match=r"step 6: .*checkpoint-000004"):
         train.run(config)
 
 
