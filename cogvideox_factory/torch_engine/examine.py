@@ -4,7 +4,7 @@ This waits for the device after every module, so it is for steps that went wrong
 they are. It is asked by all processes of a run alike, because the model may be divided among them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,13 +30,13 @@ def first_not_finite(
     """
     if found := ranks.agree(next((name for batch in batches if (name := _bad_input(batch))), None)):
         return found
-    with _watched(objective.transformer) as seen, torch.no_grad():
+    with _watched(objective.transformer, _outputs) as seen, torch.no_grad():
         for batch in batches:
             if not objective(dict(batch)).isfinite().all():
                 seen.append("the loss")
     if (found := ranks.agree(next(iter(seen), None))) or update is None:
         return found
-    with _watched(objective.transformer) as seen:
+    with _watched(objective.transformer, _gradients) as seen:
         for index, batch in enumerate(batches):
             reduce_gradients(objective.transformer, ranks.layout, last=index == len(batches) - 1)
             (objective(dict(batch)).mean() * (update.loss_scale.scale / len(batches))).backward()
@@ -53,26 +53,33 @@ def _bad_input(batch: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _outputs(name: str, output: Any, seen: list[str]) -> None:
+    if not seen and any(_is_bad(leaf) for leaf in tree_leaves(output)):
+        seen.append(f"the output of {name}")
+
+
+def _gradients(name: str, output: Any, seen: list[str]) -> None:
+    """Look when the gradient comes by; now nothing may be computed, or checkpointing finds another forward pass."""
+
+    def look(grad: Tensor) -> None:
+        if not seen and _is_bad(grad):
+            seen.append(f"the gradient that comes to the output of {name}")
+
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaf.register_hook(look)
+
+
 @contextmanager
-def _watched(transformer: nn.Module) -> Iterator[list[str]]:
-    """Yield a list to which modules are added, in turn, whose output or output's gradient is not finite."""
+def _watched(transformer: nn.Module, look: Callable[[str, Any, list[str]], None]) -> Iterator[list[str]]:
+    """Yield a list to which `look` adds what it finds at modules' outputs, in turn, while they compute."""
     seen: list[str] = []
 
-    def look(name: str, value: Any) -> None:
-        if not seen and any(_is_bad(leaf) for leaf in tree_leaves(value)):
-            seen.append(name)
-
-    def watch(name: str):
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            look(f"the output of {name}", output)
-            for leaf in tree_leaves(output):
-                if isinstance(leaf, Tensor) and leaf.requires_grad:
-                    leaf.register_hook(lambda grad: look(f"the gradient that comes to the output of {name}", grad))
-
-        return hook
+    def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: look(name, output, seen)
 
     handles = [
-        module.register_forward_hook(watch(name or "the transformer")) for name, module in transformer.named_modules()
+        module.register_forward_hook(hook_of(name or "the transformer")) for name, module in transformer.named_modules()
     ]
     try:
         yield seen

@@ -189,14 +189,7 @@ def _train(
     transformer = load_transformer(plan, ranks)
     update = make_update(plan, transformer, ranks)
     ema = Ema(update, decay=config.train.ema_decay) if config.train.ema_decay else None
-    vae_config = VaeConfig.from_folder(plan.folder / "vae")
-    objective = Objective(
-        transformer,
-        alphas_cumprod=alphas_cumprod(plan.scheduler),
-        scales=Scales(video=vae_config.scaling_factor, image=_image_scale(config, vae_config)),
-        device=plan.device,
-        dtype=plan.dtype,
-    )
+    objective = make_objective(plan, transformer)
     ledger = Ledger(sampler, draws, num_micros=config.train.gradient_accumulation, ranks=ranks)
     peak = peak_tflops(plan)
     if config.train.method == "lora":
@@ -289,6 +282,18 @@ def load_transformer(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
         transformer.requires_grad_(True)
     distribute(transformer, ranks, dtype=plan.dtype)
     return transformer.train()
+
+
+def make_objective(plan: Plan, transformer: CogVideoXTransformer) -> Objective:
+    """Return the loss of the run's transformer."""
+    config = VaeConfig.from_folder(plan.folder / "vae")
+    return Objective(
+        transformer,
+        alphas_cumprod=alphas_cumprod(plan.scheduler),
+        scales=Scales(video=config.scaling_factor, image=_image_scale(plan.config, config)),
+        device=plan.device,
+        dtype=plan.dtype,
+    )
 
 
 def make_update(plan: Plan, transformer: CogVideoXTransformer, ranks: Ranks) -> Update:
