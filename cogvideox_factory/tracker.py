@@ -52,11 +52,11 @@ class Tracker:
         """Send what is left."""
         self._call("finish")
 
-    def _call(self, name: str, *args: Any, **kwargs: Any) -> None:
+    def _call(self, function: str, /, *args: Any, **kwargs: Any) -> None:
         if not self._is_alive:
             return
         try:
-            getattr(self._library, name)(*args, **kwargs)
+            getattr(self._library, function)(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - somebody else's code and network, which no run may depend on
             self._is_alive = False
             say(f"{self.kind} failed ({error}); it gets no more of this run, metrics.jsonl has all")

@@ -235,6 +235,8 @@ def _train(
     if peak:
         say(f"MFU against {peak[0]:g} TFLOP/s a card ({peak[1]})")
     ranks.from_lead(lambda: _make_ready(plan, loop.state_bytes()))
+    if tracker and ranks.leads:
+        tracker.start()
     loop.run(start)
     with loop.averaged_weights():
         export(transformer, plan.run_folder, method=config.train.method, ranks=ranks)
