@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import threading
 from collections import namedtuple
 from pathlib import Path
@@ -13,7 +14,7 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from torch import Tensor
 
 from cogvideox_factory.data.export import export_to_video
-from cogvideox_factory.errors import FactoryError, NonFiniteError, StorageError, UnfitError
+from cogvideox_factory.errors import FactoryError, MissingError, NonFiniteError, StorageError, UnfitError
 from cogvideox_factory.recipe import check, read_recipe
 from cogvideox_factory.run_folder import StoppedError, locked
 from cogvideox_factory.tiny.world import random_scene, render
@@ -129,8 +130,8 @@ def test_a_finished_run_goes_on_when_asked_for_more_steps(tiny_model, clips, cac
     assert losses(short) == losses(long)
 
 
-def test_the_run_folder_reruns_as_it_is(tiny_model, clips, caches, tmp_path):
-    run = train.run(cached(tiny_model, clips, caches, tmp_path))
+def test_the_run_folder_reruns_as_it_is(tiny_model, clips, caches, tmp_path, capsys):
+    run = train.run(cached(tiny_model, clips, caches, tmp_path, run={"peak_tflops": 0.5}))
     config = read_recipe(run / "config.yaml")
     assert (config.data.num_frames, config.data.height, config.data.width) == (9, 64, 96)
     assert config.text.max_sequence_length == 16
@@ -140,8 +141,14 @@ def test_the_run_folder_reruns_as_it_is(tiny_model, clips, caches, tmp_path):
         "config.yaml", "metrics.jsonl", "losses.jsonl", "tensorboard", "checkpoint-000003", "checkpoint-000006", "final"
     }  # fmt: skip
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert row["tokens_per_second"] > 0
-    assert row["memory_gib"] > 0
+    assert all(row[name] > 0 for name in ("tokens_per_second", "memory_gib", "host_memory_gib", "weight_norm"))
+    assert row["mfu"] == pytest.approx(row["tflops_per_card"] / 0.5)
+    assert capsys.readouterr().out.count("MFU against 0.5 TFLOP/s a card (run.peak_tflops)") == 2
+    samples = [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [step for step in range(1, 7) for _ in range(2)]
+    assert [loss for _, loss in losses(run)] == pytest.approx(
+        [(a["loss"] + b["loss"]) / 2 for a, b in zip(samples[::2], samples[1::2], strict=True)]
+    )
 
 
 def test_a_lora_trained_at_rate_zero_changes_no_bit(tiny_model, clips, caches, tmp_path):
@@ -477,10 +484,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(
             "full fine-tuning in bfloat16",
         ),
         ({"validation": {"every": 2, "num_clips": 6}}, FactoryError, "leave none to train on"),
+        ({"train": {"tracker": "trackio"}}, MissingError, "cogvideox-factory[trackio]"),
         ({"model": {"path": "/nowhere/model"}}, FactoryError, "/nowhere/model"),
     ],
 )
-def test_refuses_before_anything_is_trained(tiny_model, clips, caches, tmp_path, change, error, says):
+def test_refuses_before_anything_is_trained(tiny_model, clips, caches, tmp_path, monkeypatch, change, error, says):
+    monkeypatch.setitem(sys.modules, "trackio", None)  # not installed
     values = cached(tiny_model, clips, caches, tmp_path).model_dump()
     for section, fields in change.items():
         values[section] = fields if isinstance(fields, str) else values[section] | fields
