@@ -4,36 +4,84 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from cogvideox_factory.tracker import Tracker
 
 console = Console(highlight=False, soft_wrap=True)
 _QUIET_SECONDS = 30
 
 
-class MetricsLog:
-    """Append-only `metrics.jsonl` and tensorboard events of one run folder.
+class StepRows:
+    """An append-only JSONL file whose rows have a `step`.
 
-    After a resume from step N the rows beyond N, written by the run that died, are removed first, so every step
-    stands in the file once. Of several processes one `writes`.
+    After a resume from step N the rows beyond N, written by the run that died, are removed first, so the file tells of
+    one run. A file that cannot be written is said once, and the run goes on without it.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int | None = None, writes: bool = True) -> None:
+    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
+        self.path = path
+        self._keep_until(-1 if resume_step is None else resume_step)
+        self._is_failing = False
+        self._file: TextIO | None = None
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append `rows`; the file is made with the first."""
+        text = "".join(json.dumps(finite_json(row)) + "\n" for row in rows)
+        if not text:
+            return
+        try:
+            self._file = self._file or self.path.open("a", encoding="utf-8")
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:  # a run is worth more than its log
+            if not self._is_failing:
+                say(f"{self.path} cannot be written ({error.strerror}); training goes on without it")
+            self._is_failing = True
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
+
+    def steps(self) -> list[int]:
+        """Return the steps that have a row, in order, each once."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        return sorted({int(step) for step in map(_step_of, lines) if math.isfinite(step)})
+
+    def _keep_until(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        rows = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        temporary = self.path.with_name(f".tmp-{self.path.stem}-{os.getpid()}")
+        temporary.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+class MetricsLog:
+    """`metrics.jsonl` and tensorboard events of one run folder, and a tracker where one is given.
+
+    Of several processes one `writes`.
+    """
+
+    def __init__(
+        self, folder: Path, *, resume_step: int | None = None, writes: bool = True, tracker: "Tracker | None" = None
+    ) -> None:
         self._writes = writes
         if not writes:
             return
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self.path = Path(folder) / "metrics.jsonl"
-        self._keep_rows_until(-1 if resume_step is None else resume_step)
-        self._is_failing = False
-        self._file = self.path.open("a", encoding="utf-8")
+        self._rows = StepRows(Path(folder) / "metrics.jsonl", resume_step=resume_step)
         self._events = EventFileWriter(str(Path(folder) / "tensorboard"))
+        self._tracker = tracker
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Record `values` (numbers, or lists and strings that only the JSONL row keeps) for `step`."""
@@ -42,45 +90,36 @@ class MetricsLog:
         from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-        try:
-            self._file.write(json.dumps({"step": step, **{k: _finite(v) for k, v in values.items()}}) + "\n")
-            self._file.flush()
-        except OSError as error:  # a run is worth more than its log
-            if not self._is_failing:
-                say(f"{self.path} cannot be written ({error.strerror}); training goes on without it")
-            self._is_failing = True
-        scalars = [
-            Summary.Value(tag=name, simple_value=float(value))
-            for name, value in values.items()
-            if isinstance(value, int | float)
-        ]
+        self._rows.write([{"step": step, **values}])
+        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+        if self._tracker:
+            self._tracker.log(step, numbers)
 
     def close(self) -> None:
-        """Flush and close both files."""
+        """Flush and close all."""
         if not self._writes:
             return
-        self._file.close()
+        self._rows.close()
         self._events.close()
-
-    def _keep_rows_until(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        rows = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        temporary = self.path.with_name(f".tmp-metrics-{os.getpid()}")
-        temporary.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, self.path)
+        if self._tracker:
+            self._tracker.finish()
 
 
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
+    except (json.JSONDecodeError, KeyError, TypeError):
         return math.inf  # the torn last line of a killed writer
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN; write it as a string rather than as an invalid file."""
+def finite_json(value: Any) -> Any:
+    """Return `value` with NaN and infinities as strings, all the way down: JSON has none."""
+    if isinstance(value, Mapping):
+        return {key: finite_json(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite_json(part) for part in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "cogvideox_factory"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FRAMEWORKS = {"torch", "mindspore", "transformers", "diffusers", "peft", "accelerate", "torchao"}
 ENTRIES = {"intake.py", "preparation.py", "jobs.py"} | {
-    f"torch_engine/{name}.py" for name in ("prepare", "import_prepared", "start", "train", "train_vae", "generate")
+    f"torch_engine/{name}.py"
+    for name in ("prepare", "import_prepared", "start", "train", "train_vae", "generate", "replay")
 }
 
 
@@ -103,8 +104,11 @@ def test_no_drawer_for_everything():
 
 @pytest.mark.parametrize(
     "module",
-    ["data", "diffusion", "models", "weights", "metrics", "recipe", "draws", "shapes", "intake", "preparation", "jobs"],
-)
+    [
+        "data", "diffusion", "plan", "models", "weights", "metrics", "tracker", "recipe", "draws", "shapes", "intake",
+        "preparation", "jobs",
+    ],
+)  # fmt: skip
 def test_the_ground_needs_no_framework(module):
     rooms = [f"cogvideox_factory.{module}"]
     if (PACKAGE / module).is_dir():

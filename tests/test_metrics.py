@@ -2,7 +2,7 @@ import json
 
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from cogvideox_factory.metrics import MetricsLog, duration
+from cogvideox_factory.metrics import MetricsLog, StepRows, duration
 
 
 def rows(path):
@@ -31,6 +31,26 @@ def test_resume_drops_the_rows_of_the_run_that_died(tmp_path):
     log.write(4, {"loss": 40.0})
     log.close()
     assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_rows_of_steps_are_made_with_the_first_and_dropped_after_a_resume(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    found = StepRows(file)
+    found.write([])
+    assert not file.exists()
+    found.write([{"step": step, "loss": float("nan")} for step in (1, 2, 2, 3)])
+    found.close()
+    again = StepRows(file, resume_step=2)
+    assert again.steps() == [1, 2]
+    assert len(file.read_text().splitlines()) == 3
+
+
+def test_a_disk_that_is_full_is_told_once(tmp_path, capsys):
+    found = StepRows(tmp_path / "no-folder" / "rows.jsonl")
+    for step in (1, 2):
+        found.write([{"step": step}])
+    found.close()
+    assert capsys.readouterr().out.count("cannot be written") == 1
 
 
 def test_duration():

@@ -15,6 +15,7 @@ COMMANDS = {
     "import-prepared": "a folder the older trainers prepared -> the same cache",
     "train": "cache or raw clips -> run folder with a LoRA or a fine-tuned transformer",
     "generate": "prompts (and images) -> mp4",
+    "replay": "a training step that went wrong, once more, with a look at every module",
     "evaluate": "metrics of a folder of videos; judges of what they show",
     "train-vae": "clips -> a VAE of this architecture, for models of your own",
 }

@@ -133,6 +133,7 @@ _WITHOUT_EFFECT: tuple[tuple[Callable[["Config"], bool], str, tuple[str, ...]], 
         "a bucket file, which says how many clips of each shape a step has",
         ("train.batch_size",),
     ),
+    (lambda config: config.train.tracker == "none", "train.tracker=none", ("train.tracker_project",)),
     (lambda config: not config.validation.every, "validation.every=0", ("validation.prompts", "validation.images")),
     (
         lambda config: config.sampling.guidance_scale == 1 and not config.sampling.dynamic_guidance,

@@ -1,6 +1,8 @@
 """Settings of where a run starts: the checkpoint, the machine, the seed."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from cogvideox_factory.config.section import NotNegative, Section
 
@@ -30,5 +32,7 @@ class Run(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic of the model. auto: the published one on an accelerator, float32 on a CPU; `prepare` goes on with what
     a finished cache was made in."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """TFLOP/s of one card in the run's dtype, dense, for the MFU of a run. Default: the maker's, where it is known."""
     deterministic: bool = True
     """Use only kernels that repeat bit for bit."""

@@ -82,6 +82,19 @@ class Train(Section):
     Or the path of a checkpoint."""
     num_workers: NotNegative = 2
     """Threads that read ahead."""
+    on_bad_step: Literal["skip", "stop"] = "skip"
+    """What follows a step whose loss or gradient is not finite, or a spike; it never updates a weight. skip: its clips
+    are named in quarantine.jsonl and training goes on, until 3 such steps in a row or 10 within 1000. stop: end."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A gradient norm over this many times the median of the last 64 steps is a spike. Default: none is."""
+    exclude: str | None = None
+    """Clips not to train on: the quarantine.jsonl of a run, or any JSONL file with clip ids in a column `clip`."""
+    log_samples: NotNegative = 64
+    """Samples whose loss is written to losses.jsonl with each log line, the last ones (0: none)."""
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """Send what is logged there as well (needs the extra of that name)."""
+    tracker_project: str = "cogvideox-factory"
+    """Project of the tracker; the run is called like the run folder."""
 
 
 class Parallel(Section):

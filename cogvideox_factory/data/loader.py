@@ -69,12 +69,16 @@ class Draws:
         """Return the generator of one purpose at one place of the run."""
         return generator(self.seed, purpose, pick.epoch, pick.clip_id)
 
+    def timestep(self, pick: Pick) -> int:
+        """Return the timestep of one place of the run."""
+        return int(self.generator("timestep", pick).integers(NUM_TRAIN_TIMESTEPS))
+
     def sample(self, pick: Pick, latent_shape: tuple[int, ...]) -> dict[str, Any]:
         """Return the draws both kinds of source share; `latent_shape` is (F, C, h, w) of the clip's moments."""
         frames, *rest = latent_shape
         num_front_padding = -frames % (self.patch_size_t or 1)
         drawn: dict[str, Any] = {
-            "timesteps": np.int64(self.generator("timestep", pick).integers(NUM_TRAIN_TIMESTEPS)),
+            "timesteps": np.int64(self.timestep(pick)),
             "noise": self._normal("noise", pick, (num_front_padding + frames, *rest)),
             "posterior_noise": self._normal("posterior noise", pick, latent_shape),
             "caption_keep": np.bool_(self.generator("caption", pick).random() >= self.caption_dropout),
@@ -243,9 +247,20 @@ class Loader:
         ahead: int | None = None,
     ) -> None:
         self._source, self._sampler, self._draws = source, sampler, draws
-        self._place = {"rank": rank, "num_ranks": num_ranks, "num_micros": num_micros}
-        self._num_micros, self._num_workers, self._ahead = num_micros, num_workers, ahead
-        sampler.share(0, **self._place)  # an uneven batch is known now, not at the first step
+        self.rank, self.num_ranks, self.num_micros = rank, num_ranks, num_micros
+        self._num_workers, self._ahead = num_workers, ahead
+        self.picks(0)  # an uneven batch is known now, not at the first step
+
+    def picks(self, step: int, micro: int = 0, *, rank: int | None = None) -> list[Pick]:
+        """Return which clips this rank (or another) computes in accumulation step `micro` of `step`."""
+        rank = self.rank if rank is None else rank
+        return self._sampler.share(
+            step, rank=rank, num_ranks=self.num_ranks, micro=micro, num_micros=self.num_micros
+        )  # fmt: skip
+
+    def name(self, clip_id: str) -> str:
+        """Return what to call a clip."""
+        return self._source.name(clip_id)
 
     def batch(self, step: int, micro: int = 0) -> Batch:
         """Return the batch of accumulation step `micro` of `step`, made here and now.
@@ -254,7 +269,7 @@ class Loader:
             UnfitError: a damaged cache entry.
             ClipError: a clip that cannot be decoded. Both name the clip.
         """
-        picks = self._sampler.share(step, micro=micro, **self._place)
+        picks = self.picks(step, micro)
         return collate([self._sample(pick, step) for pick in picks], picks)
 
     def _sample(self, pick: Pick, step: int) -> dict[str, Any]:
@@ -270,7 +285,7 @@ class Loader:
 
         An error in a thread is raised here, at its batch's turn.
         """
-        places = ((step, micro) for step in _count(start, stop) for micro in range(self._num_micros))
+        places = ((step, micro) for step in _count(start, stop) for micro in range(self.num_micros))
         make = partial(_call, self.batch)
         return ordered_map(make, places, num_workers=self._num_workers, ahead=self._ahead)
 

@@ -122,7 +122,7 @@ def memory_allocated(device: torch.device) -> int:
     """Return the bytes tensors hold on `device`; on a CPU the resident memory of this process."""
     if device.type != "cpu":
         return torch.accelerator.memory_allocated(device)
-    return _resident("VmRSS")
+    return host_memory()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -130,6 +130,11 @@ def peak_memory(device: torch.device) -> int:
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
     return _resident("VmHWM")
+
+
+def host_memory() -> int:
+    """Return the bytes of memory this process holds on the host now."""
+    return _resident("VmRSS")
 
 
 def reset_peak_memory(device: torch.device) -> None:

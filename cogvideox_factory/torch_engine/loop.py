@@ -3,40 +3,33 @@
 Between log points nothing waits for the device: losses and norms stay there until a line is due.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cogvideox_factory.data.loader import Draws, Loader, Source
+from cogvideox_factory.data.loader import Loader
 from cogvideox_factory.data.sampler import Sampler
-from cogvideox_factory.errors import NonFiniteError, StorageError
+from cogvideox_factory.errors import FactoryError, NonFiniteError, StorageError
 from cogvideox_factory.learning_rate import learning_rate
-from cogvideox_factory.metrics import MetricsLog, duration, say
+from cogvideox_factory.metrics import MetricsLog, StepRows, duration, say
 from cogvideox_factory.run_folder import StoppedError, StopRequest, stop_requests
 from cogvideox_factory.torch_engine import checkpoint
-from cogvideox_factory.torch_engine.device import peak_memory
+from cogvideox_factory.torch_engine.bad_steps import BadSteps, bad_among
+from cogvideox_factory.torch_engine.device import host_memory, peak_memory
 from cogvideox_factory.torch_engine.encode import Encoder
+from cogvideox_factory.torch_engine.ledger import Ledger, Step, Work, averages, rows_of
 from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.parallel import Ranks, local, reduce_gradients
-from cogvideox_factory.torch_engine.watch import SampleVideos, held_out_loss, to_device
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Watch:
-    """What is looked at every so many steps (0: never)."""
-
-    every: int
-    source: Source
-    clip_ids: list[str]
-    draws: Draws
-    samples: SampleVideos | None
+from cogvideox_factory.torch_engine.watch import Watch, to_device
+from cogvideox_factory.tracker import Tracker
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,18 +54,24 @@ class Loop:
     keep_checkpoints: int
     identity: dict[str, Any]
     """What a later resume must agree with."""
-    tokens: Mapping[str, int]
-    """Tokens of a sample of each shape."""
+    ledger: Ledger
+    bad_steps: BadSteps
+    work: Work
+    log_samples: int
+    """Samples whose loss is written down with a line, at most."""
+    tracker: Tracker | None
     watch: Watch
     ranks: Ranks
-    _pending: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     _clock: float = 0.0
     _clock_step: int = 0
 
     def run(self, start: Path | None) -> None:
         """Train until `num_steps`, from checkpoint `start` or from scratch."""
         first = self._restore(start) if start else 0
-        log = MetricsLog(self.run_folder, resume_step=first if start else None, writes=self.ranks.leads)
+        begins = first if start else None
+        log = MetricsLog(self.run_folder, resume_step=begins, writes=self.ranks.leads, tracker=self.tracker)
+        samples = StepRows(self.run_folder / "losses.jsonl", resume_step=begins) if self.ranks.leads else None
+        self.bad_steps.open(begins)
         batches = self.loader.batches(first, self.num_steps)
         self._clock, self._clock_step = time.monotonic(), first
         try:
@@ -85,7 +84,7 @@ class Loop:
                     stop.name = self.ranks.agree(stop.name)
                     saves = step % self.save_every == 0 or last or stop.name is not None
                     if step % self.log_every == 0 or saves or step == 1:
-                        self._log(step, log)
+                        self._log(step, log, samples)
                     if saves:
                         self._save(step, must=last or stop.name is not None)
                     if stop.name and not last:
@@ -94,6 +93,9 @@ class Loop:
                         self._look(step, log)
         finally:
             log.close()
+            self.bad_steps.close()
+            if samples:
+                samples.close()
 
     def state_bytes(self) -> int:
         """Return the size of one checkpoint."""
@@ -104,82 +106,58 @@ class Loop:
         for micro in range(self.num_micros):
             reduce_gradients(self.objective.transformer, self.ranks.layout, last=micro == self.num_micros - 1)
             batch = to_device(next(batches), self.device)
-            loss = self.objective(self.encoder.batch(batch) if self.encoder else batch).mean()
-            (loss * (self.update.loss_scale.scale / self.num_micros)).backward()
+            loss = self.objective(self.encoder.batch(batch) if self.encoder else batch)
+            (loss.mean() * (self.update.loss_scale.scale / self.num_micros)).backward()
             losses.append(loss.detach())
         norm = self.update.step(learning_rate(step, **self.rate))
         if self.ema:
             self.ema.update(step=step)
-        self._pending.append((step, torch.stack(losses).mean(), norm))
+        self.ledger.note(step, losses, norm, self.update.spikes.limit)
 
-    def _log(self, step: int, log: MetricsLog) -> None:
-        """Fetch what happened since the last line, in one transfer, and write it down.
+    def _log(self, step: int, log: MetricsLog, samples: StepRows | None) -> None:
+        """Fetch what happened since the last line, in one transfer, write it down and see that all is well.
 
         Raises:
-            NonFiniteError: a loss or norm is NaN or Inf (fp16 overflows, which the loss scale handles, aside).
+            NonFiniteError: a loss or norm is NaN, Inf or a spike, and `bad_steps` does not go on; or weights are NaN.
+            FactoryError: nothing is learned.
         """
-        steps = [number for number, _, _ in self._pending]
-        table = torch.stack([torch.stack([loss, norm]) for _, loss, norm in self._pending])  # [steps, 2]
-        table = self.ranks.mean(table).cpu()
-        self._pending.clear()
-        self._check_finite(steps, table, step)
+        update = self.update
+        steps, extras = self.ledger.fetch(update.weight_norm(), update.num_skipped, update.loss_scale.scale)
+        weight_norm, num_skipped, loss_scale = extras
         now = time.monotonic()
         seconds = (now - self._clock) / max(step - self._clock_step, 1)
         self._clock, self._clock_step = now, step
-        loss, norm = (_finite_mean(table[:, column]) for column in range(2))
-        values = {
-            "loss": loss, "grad_norm": norm, "learning_rate": learning_rate(step, **self.rate),
-            "seconds_per_step": seconds,
-            "tokens_per_second": self._mean_tokens(steps) / seconds,
-            "epoch": self.sampler.epochs(step), "memory_gib": peak_memory(self.device) / 2**30,
+        values = averages(steps, by_bucket=len(self.sampler.counts) > 1)
+        values |= {"learning_rate": learning_rate(step, **self.rate), "seconds_per_step": seconds}
+        values |= self.work.rates(steps, seconds)
+        values |= {
+            "epoch": self.sampler.epochs(step), "weight_norm": weight_norm,
+            "memory_gib": peak_memory(self.device) / 2**30, "host_memory_gib": host_memory() / 2**30,
+            "skipped": num_skipped,
         }  # fmt: skip
-        if self.update.loss_scale.enabled:
-            values |= {"loss_scale": float(self.update.loss_scale.scale), "skipped": float(self.update.num_skipped)}
+        if update.loss_scale.enabled:
+            values["loss_scale"] = loss_scale
         log.write(step, values)
-        left = duration(seconds * (self.num_steps - step))
-        say(
-            f"step {step}/{self.num_steps}  loss {loss:.4f}  grad {norm:.3g}  lr {values['learning_rate']:.3g}  "
-            f"{seconds:.3g} s/step  {values['tokens_per_second']:.3g} tokens/s  {values['memory_gib']:.2f} GiB  "
-            f"left {left}"
+        if samples:
+            samples.write(rows_of(steps, self.log_samples))
+        say(self._line(step, values))
+        self.bad_steps.answer(bad_among(steps, loss_scale=values.get("loss_scale")), now=step)
+        _require_sound(steps, weight_norm)
+
+    def _line(self, step: int, values: Mapping[str, float]) -> str:
+        speed = f"{values['tokens_per_second']:.3g} tokens/s  {values['tflops_per_card']:.3g} TFLOP/s"
+        if "mfu" in values:
+            speed += f"  MFU {values['mfu']:.1%}"
+        return (
+            f"step {step}/{self.num_steps}  loss {values['loss']:.4f}  grad {values['grad_norm']:.3g}  "
+            f"lr {values['learning_rate']:.3g}  {values['seconds_per_step']:.3g} s/step  {speed}  "
+            f"{values['memory_gib']:.2f} GiB  left {duration(values['seconds_per_step'] * (self.num_steps - step))}"
         )
-
-    def _mean_tokens(self, steps: Sequence[int]) -> float:
-        sampler = self.sampler
-        shapes = [sampler.bucket(step - 1) for step in steps]
-        return sum(self.tokens[key] * sampler.batch_sizes[key] for key in shapes) / len(shapes)
-
-    def _check_finite(self, steps: list[int], table: Tensor, step: int) -> None:
-        scale = self.update.loss_scale
-        if scale.enabled:  # an overflowing step is skipped and the scale halved, until that no longer helps
-            lost = [number for number, row in zip(steps, table, strict=True) if not row[0].isfinite()]
-            lost = lost or (steps if float(scale.scale) < 1 else [])
-        else:
-            lost = [number for number, row in zip(steps, table, strict=True) if not row.isfinite().all()]
-        if lost:
-            newest, _ = checkpoint.newest_checkpoint(self.run_folder)
-            raise NonFiniteError(
-                f"loss or gradient is not finite at step {lost[0]} (and {len(lost) - 1} more up to {step}). Such a "
-                f"step updates no weight; the newest checkpoint is {newest or 'none'}. Start a new run with "
-                "--run.dtype bfloat16 (or float32) or a lower --train.learning-rate."
-            )
 
     def _look(self, step: int, log: MetricsLog) -> None:
         with self.averaged_weights():
-            self._look_at(step, log)
+            self.watch.look(step, log)
         self._clock, self._clock_step = time.monotonic(), step
-
-    def _look_at(self, step: int, log: MetricsLog) -> None:
-        values = {}
-        if self.watch.clip_ids:
-            values = held_out_loss(
-                self.objective, self.watch.source, self.watch.clip_ids, self.watch.draws,
-                encoder=self.encoder, device=self.device,
-            )  # fmt: skip
-            log.write(step, values)
-            say(f"step {step}: validation loss {values['validation_loss']:.4f}")
-        if self.watch.samples:
-            for path in self.watch.samples.make(self.run_folder / "samples", step, writes=self.ranks.leads):
-                say(f"step {step}: {path}")
 
     def _save(self, step: int, *, must: bool) -> None:
         """Write a checkpoint; a full disk is survived until one is needed, because the older ones are still there."""
@@ -231,6 +209,16 @@ class Loop:
             local(parameter).copy_(values[name])
 
 
-def _finite_mean(column: Tensor) -> float:
-    finite = column[column.isfinite()].double()
-    return finite.mean().item() if len(finite) else float("nan")
+def _require_sound(steps: Sequence[Step], weight_norm: float) -> None:
+    """Refuse to go on with weights that are not finite, or without a gradient."""
+    last = steps[-1].number
+    if not math.isfinite(weight_norm):
+        raise NonFiniteError(
+            f"weights are not finite after step {last}, though every gradient that was used is. They are not saved; "
+            "the same command goes on from the newest checkpoint. Should it happen again, look at the card's memory."
+        )
+    if steps[0].number == 1 and steps[0].norm == 0:
+        raise FactoryError(
+            "every gradient of step 1 is exactly 0, so nothing would be learned. Are the model's weights all zero, or "
+            "the clips empty? Otherwise give other --lora.target-modules."
+        )

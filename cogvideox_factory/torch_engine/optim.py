@@ -6,13 +6,16 @@ the device.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cogvideox_factory.draws import generator
+from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.torch_engine.parallel import Layout, Ranks, like, local, total_norm
+from cogvideox_factory.torch_engine.spikes import Spikes
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -110,10 +113,13 @@ class Update:
         stochastic_bf16: bool,
         seed: int,
         ranks: Ranks | None = None,
+        spike_factor: float | None = None,
     ) -> None:
         self.ranks = ranks or Ranks(layout=Layout())
         self.trained = {name: p for name, p in named_parameters if p.requires_grad}
-        assert self.trained, "nothing to train"
+        if not self.trained:
+            raise FactoryError("no weight is to be trained; check train.method and lora.target_modules.")
+        self.spikes = Spikes(spike_factor, device=device, ranks=self.ranks)
         self.max_grad_norm = max_grad_norm
         self.loss_scale = LossScale(dtype, device)
         self.num_skipped = torch.zeros((), device=device)
@@ -155,28 +161,39 @@ class Update:
     def step(self, learning_rate: float) -> Tensor:
         """Clip, update and clear the gradients; return the global gradient norm (a device scalar).
 
-        A step whose norm is not finite leaves weights and moments as they are and is counted in `num_skipped`.
+        A step whose norm is not finite, or a spike, leaves weights and moments as they are and is counted in
+        `num_skipped`.
         """
         for name, p in self._divided():
             self.masters[name].grad = None if p.grad is None else local(p.grad)
         grads = [p.grad for p in self.masters.values() if p.grad is not None]
         norm = total_norm(grads, self.ranks) / self.loss_scale.scale
-        finite = norm.isfinite()
+        accepted = self.spikes.accept(norm)
         factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale.scale
-        torch._foreach_mul_(grads, torch.where(finite, factor, 0.0))
-        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        torch._foreach_mul_(grads, torch.where(accepted, factor, 0.0))
+        self.optimizer.found_inf = (~accepted).float()  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        self.num_skipped += ~finite
-        self.loss_scale.update(finite)
+        self.num_skipped += ~accepted
+        self.loss_scale.update(norm.isfinite())
         self._write_back()
+        self.clear_gradients()
+        return norm
+
+    @torch.no_grad()
+    def clear_gradients(self) -> None:
+        """Forget what backward passes have added up."""
         for p in self.masters.values():
             if p.grad is not None:
                 p.grad.zero_()
         for name, p in self._divided():
             p.grad = self.masters[name].grad = None
-        return norm
+
+    @torch.no_grad()
+    def weight_norm(self) -> Tensor:
+        """Return the norm of all trained weights (a device scalar); it is finite exactly if they are."""
+        return total_norm([local(master) for master in self.masters.values()], self.ranks)
 
     def _divided(self) -> list[tuple[str, nn.Parameter]]:
         """Return the weights of which this process holds a part, which is its master."""
@@ -209,20 +226,22 @@ class Update:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
         return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
-    def scalars(self) -> dict[str, float]:
+    def scalars(self) -> dict[str, Any]:
         """Return the counters that are no tensors of the model's size (this waits for the device)."""
         return {
             "loss_scale": float(self.loss_scale.scale),
             "loss_scale_good_steps": float(self.loss_scale.good_steps),
             "num_skipped": float(self.num_skipped),
             "num_updates": float(getattr(self.optimizer, "num_steps", 0)),
+            "recent_norms": self.spikes.state(),
         }
 
-    def restore(self, scalars: dict[str, float]) -> None:
+    def restore(self, scalars: dict[str, Any]) -> None:
         """Take over the counters and copy the (already loaded) masters into the model."""
         self.loss_scale.scale.fill_(scalars["loss_scale"])
         self.loss_scale.good_steps.fill_(scalars["loss_scale_good_steps"])
         self.num_skipped.fill_(scalars["num_skipped"])
+        self.spikes.restore(scalars.get("recent_norms", []))
         if isinstance(self.optimizer, StochasticAdamW):
             self.optimizer.num_steps = int(scalars["num_updates"])
         self._write_back()

@@ -91,9 +91,18 @@ class Layout:
         return self.guidance * self.sequence
 
     @property
+    def divides_forward(self) -> bool:
+        """Whether a process needs others for a forward pass."""
+        return self.sequence > 1 or (self.zero > 0 and self.grid[1] > 1)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(replicas, shards of each)."""
         return (self.size, 1) if self.zero == 0 else (self.replicas, self.size // self.replicas)
+
+
+class AgreedError(FactoryError):
+    """What failed in one process and was told to all, which are at the same point."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -109,8 +118,6 @@ class Ranks:
     """The two ranks that exchange predictions; the first has the negative prompt's."""
     video: dist.ProcessGroup | None = None
     """Those that have the same clips, or make a video together."""
-    everyone: dist.ProcessGroup | None = None
-    """For what all compute together, on the devices."""
     talk: dist.ProcessGroup | None = None
     """For what is said on the host, beside the devices' traffic."""
 
@@ -144,6 +151,21 @@ class Ranks:
         values: list[str | None] = [None] * self.layout.size
         dist.all_gather_object(values, value, group=self.talk)
         return next((v for v in values if v is not None), None)
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Return what `function()`, which may not talk to other processes, returns in this one, if it failed in none.
+
+        Raises:
+            AgreedError: in all, after a wrong request or file, a disk or a device's memory failed it in one.
+        """
+        problem, results = None, []
+        try:
+            results.append(function())
+        except (FactoryError, OSError, torch.OutOfMemoryError) as error:
+            problem = str(error)
+        if (problem := self.agree(problem)) is not None:
+            raise AgreedError(problem)
+        return results[0]
 
     def from_lead(self, function: Callable[[], T]) -> T:
         """Return what `function()` returns in the leading process, in all.
@@ -211,7 +233,7 @@ def make_ranks(layout: Layout, *, num_heads: int, device_type: str) -> Ranks:
         video = _own_group(videos)
     return Ranks(
         layout=layout, rank=dist.get_rank(), mesh=mesh, sequence=sequence, guidance=guidance, video=video,
-        everyone=dist.group.WORLD, talk=_new_group(range(layout.size), backend="gloo"),
+        talk=_new_group(range(layout.size), backend="gloo"),
     )  # fmt: skip
 
 

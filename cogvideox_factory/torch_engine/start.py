@@ -1,6 +1,7 @@
 """A run before it starts: what its settings come to for this model, where it begins, and what it may go on from."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from cogvideox_factory.data.loader import NUM_TRAIN_TIMESTEPS
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import say
 from cogvideox_factory.models import SchedulerConfig, TransformerConfig
+from cogvideox_factory.plan.flops import training_flops
+from cogvideox_factory.plan.peaks import find_peak
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import checkpoint
-from cogvideox_factory.torch_engine.device import pick_device, pick_dtype
+from cogvideox_factory.torch_engine.device import device_name, pick_device, pick_dtype
 
 # Settings that may change between the start of a run and its resumption, because no number depends on them.
 _FREE = {
@@ -30,6 +33,11 @@ _FREE = {
     "resume",
     "num_workers",
     "checkpointing",
+    "on_bad_step",
+    "exclude",  # what it says is part of what the data is
+    "log_samples",
+    "tracker",
+    "tracker_project",
 }
 
 
@@ -100,6 +108,51 @@ def num_tokens(plan: Plan, bucket: Bucket) -> int:
     shape = clip_shape(model, num_frames=bucket.num_frames, height=bucket.height, width=bucket.width)
     frames = (shape.latent_frames + shape.num_front_padding) // (model.patch_size_t or 1)
     return frames * (shape.latent_height // model.patch_size) * (shape.latent_width // model.patch_size)
+
+
+def model_flops(plan: Plan, bucket: Bucket, *, adapter_weights: int) -> int:
+    """Return the model FLOPs of training on one clip of a shape, forward and backward."""
+    return training_flops(
+        plan.model, video_tokens=num_tokens(plan, bucket), text_length=plan.text_length,
+        method=plan.config.train.method, adapter_weights=adapter_weights,
+    )  # fmt: skip
+
+
+def peak_tflops(plan: Plan) -> tuple[float, str] | None:
+    """Return what one card could do in the run's dtype, dense, and whose figure that is; None where none is known."""
+    if given := plan.config.run.peak_tflops:
+        return given, "run.peak_tflops"
+    peak = find_peak(device_name(plan.device))
+    if peak is None:
+        return None
+    kind = "half"
+    if plan.dtype == torch.float32:
+        kind = "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    value = getattr(peak, kind)
+    return None if value is None else (value, f"{peak.name}, {kind.replace('half', 'half precision')}, dense")
+
+
+def excluded_clips(path: str | None) -> set[str]:
+    """Return the clip ids of `train.exclude`.
+
+    Raises:
+        FactoryError: no such file, or a line that names no clip.
+    """
+    if path is None:
+        return set()
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FactoryError(f"train.exclude={path} cannot be read: {error}. Give a quarantine.jsonl.") from error
+    found = set()
+    for number, line in enumerate(lines, 1):
+        try:
+            found.add(str(json.loads(line)["clip"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise FactoryError(
+                f'train.exclude={path}, line {number}: every line is an object with a clip id, {{"clip": "…"}}.'
+            ) from error
+    return found
 
 
 def batch_sizes(plan: Plan, keys: Iterable[str]) -> dict[str, int]:

@@ -31,9 +31,12 @@ from cogvideox_factory.recipe import write_recipe
 from cogvideox_factory.run_folder import locked, require_same
 from cogvideox_factory.torch_engine import checkpoint, lora, prepare
 from cogvideox_factory.torch_engine.attention import backend_name
+from cogvideox_factory.torch_engine.bad_steps import BadSteps
 from cogvideox_factory.torch_engine.device import set_determinism, take_card
 from cogvideox_factory.torch_engine.encode import Encoder
-from cogvideox_factory.torch_engine.loop import Loop, Watch
+from cogvideox_factory.torch_engine.examine import first_not_finite
+from cogvideox_factory.torch_engine.ledger import Ledger, Work
+from cogvideox_factory.torch_engine.loop import Loop
 from cogvideox_factory.torch_engine.objective import Objective, Scales
 from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.parallel import Layout, Ranks, distribute, joined, num_processes
@@ -42,15 +45,19 @@ from cogvideox_factory.torch_engine.start import (
     Plan,
     batch_sizes,
     digest_of,
+    excluded_clips,
     find_start,
     identity,
     make_plan,
+    model_flops,
     num_tokens,
+    peak_tflops,
 )
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
-from cogvideox_factory.torch_engine.watch import SampleVideos
+from cogvideox_factory.torch_engine.watch import SampleVideos, Watch, to_device
+from cogvideox_factory.tracker import Tracker
 
 
 def run(config: Config) -> Path:
@@ -71,15 +78,24 @@ def run(config: Config) -> Path:
             f"parallel.guidance={config.parallel.guidance} divides what generate does twice a step; training has no "
             "guidance. Leave it at 1, and raise parallel.sequence if one video is too much for a process."
         )
+    tracker = _make_tracker(plan)
     layout = Layout(size=num_processes(), **config.parallel.model_dump(exclude={"timeout_seconds"}))
     heads = plan.model.num_attention_heads
     set_determinism(config.run.deterministic)
     seconds = config.parallel.timeout_seconds
     with joined(layout, num_heads=heads, device=plan.device, timeout_seconds=seconds) as ranks, speaking(ranks.leads):
-        return _run(plan, ranks)
+        return _run(plan, ranks, tracker)
 
 
-def _run(plan: Plan, ranks: Ranks) -> Path:
+def _make_tracker(plan: Plan) -> Tracker | None:
+    train = plan.config.train
+    if train.tracker == "none":
+        return None
+    settings = plan.config.model_dump(mode="json")
+    return Tracker(train.tracker, project=train.tracker_project, folder=plan.run_folder, settings=settings)
+
+
+def _run(plan: Plan, ranks: Ranks, tracker: Tracker | None) -> Path:
     config = plan.config
     source, described, weights = open_source(plan)
     sizes = batch_sizes(plan, source.buckets.values())
@@ -87,6 +103,11 @@ def _run(plan: Plan, ranks: Ranks) -> Path:
         described = digest_of(sorted(source.buckets), described, sorted(source.buckets.items()), sorted(sizes.items()))
     if weights:
         described = digest_of(sorted(source.sets), described, sorted(source.sets.items()), sorted(weights.items()))
+    excluded = excluded_clips(config.train.exclude) & set(source.buckets)
+    if config.train.exclude:
+        say(f"{len(excluded)} clips are left out by {config.train.exclude}")
+    if excluded:
+        described = digest_of(sorted(set(source.buckets) - excluded), described)
     with ExitStack() as stack:
         ranks.from_lead(lambda: stack.enter_context(locked(plan.run_folder)))
         start = ranks.from_lead(lambda: find_start(plan))
@@ -99,7 +120,7 @@ def _run(plan: Plan, ranks: Ranks) -> Path:
                     f"train.steps={config.train.steps}, but {start} is at step {state['step']} already. "
                     "Ask for more steps, or start a new run in another --train.dir."
                 )
-        _train(plan, source, sizes, weights, ranks, start=start, wanted=wanted)
+        _train(plan, source, sizes, weights, ranks, tracker, excluded=excluded, start=start, wanted=wanted)
     return plan.run_folder
 
 
@@ -147,22 +168,25 @@ def _train(
     sizes: dict[str, int],
     weights: dict[str, float],
     ranks: Ranks,
+    tracker: Tracker | None,
     *,
+    excluded: set[str],
     start: Path | None,
     wanted: dict[str, Any],
 ) -> None:
     config = plan.config
-    train_ids, held_ids = sorted(source.buckets), []
+    train_ids, held_ids = sorted(set(source.buckets) - excluded), []
     if config.validation.every:
         train_ids, held_ids = hold_out(train_ids, config.validation.num_clips)
-        if unseen := len(source.buckets) - len(train_ids) - len(held_ids):
+        if unseen := len(source.buckets) - len(excluded) - len(train_ids) - len(held_ids):
             say(f"{unseen} other windows of the {len(held_ids)} clips held out are not trained on either")
     sampler = Sampler(
         train_ids, batch_size={key: size * config.train.gradient_accumulation for key, size in sizes.items()},
         seed=config.run.seed, buckets=source.buckets, sets=source.sets, weights=weights,
     )  # fmt: skip
+    draws = make_draws(plan)
     loader = Loader(
-        source, sampler, make_draws(plan), num_micros=config.train.gradient_accumulation,
+        source, sampler, draws, num_micros=config.train.gradient_accumulation,
         num_workers=config.train.num_workers, rank=ranks.data_rank, num_ranks=ranks.layout.num_data_ranks,
     )  # fmt: skip
     # The text encoder is the largest part; it is done with, where it can be, before the transformer is loaded.
@@ -170,14 +194,20 @@ def _train(
     transformer = load_transformer(plan, ranks)
     update = make_update(plan, transformer, ranks)
     ema = Ema(update, decay=config.train.ema_decay) if config.train.ema_decay else None
-    vae_config = VaeConfig.from_folder(plan.folder / "vae")
-    objective = Objective(
-        transformer,
-        alphas_cumprod=alphas_cumprod(plan.scheduler),
-        scales=Scales(video=vae_config.scaling_factor, image=_image_scale(config, vae_config)),
-        device=plan.device,
-        dtype=plan.dtype,
-    )
+    objective = make_objective(plan, transformer)
+    ledger = Ledger(sampler, draws, num_micros=config.train.gradient_accumulation, ranks=ranks)
+    peak = peak_tflops(plan)
+    if config.train.method == "lora":
+        adapter_weights = sum(p.numel() for p in update.trained.values() if p.dim() == 2)
+    else:
+        adapter_weights = 0
+
+    def examine(batches: list[dict[str, Any]]) -> str | None:
+        ready = [to_device(batch, plan.device) for batch in batches]
+        if frozen.encoder:
+            ready = [frozen.encoder.batch(batch) for batch in ready]
+        return first_not_finite(objective, update, ready, ranks)
+
     loop = Loop(
         objective=objective, update=update, ema=ema, sampler=sampler, loader=loader, encoder=frozen.encoder,
         device=plan.device, run_folder=plan.run_folder, num_steps=config.train.steps,
@@ -189,15 +219,29 @@ def _train(
         },
         log_every=config.train.log_every, save_every=config.train.save_every,
         keep_checkpoints=config.train.keep_checkpoints, identity=wanted,
-        tokens={key: num_tokens(plan, Bucket.parse(key)) + plan.text_length for key in sizes},
+        ledger=ledger,
+        bad_steps=BadSteps(
+            plan.run_folder, policy=config.train.on_bad_step, loader=loader, ranks=ranks, examine=examine
+        ),
+        work=Work(
+            tokens={key: num_tokens(plan, Bucket.parse(key)) + plan.text_length for key in sizes},
+            flops={key: model_flops(plan, Bucket.parse(key), adapter_weights=adapter_weights) for key in sizes},
+            num_cards=ranks.layout.size, peak_tflops=peak[0] if peak else None,
+        ),
+        log_samples=config.train.log_samples, tracker=tracker,
         watch=Watch(
             every=config.validation.every, source=source, clip_ids=held_ids, draws=make_draws(plan, quiet=True),
-            samples=make_samples(plan, frozen, transformer, ranks),
+            samples=make_samples(plan, frozen, transformer, ranks), objective=objective, encoder=frozen.encoder,
+            device=plan.device, run_folder=plan.run_folder, ranks=ranks,
         ),
         ranks=ranks,
     )  # fmt: skip
     _say_arithmetic(plan, sampler, update, start, ranks)
+    if peak:
+        say(f"MFU against {peak[0]:g} TFLOP/s a card ({peak[1]})")
     ranks.from_lead(lambda: _make_ready(plan, loop.state_bytes()))
+    if tracker and ranks.leads:
+        tracker.start()
     loop.run(start)
     with loop.averaged_weights():
         export(transformer, plan.run_folder, method=config.train.method, ranks=ranks)
@@ -247,6 +291,18 @@ def load_transformer(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
     return transformer.train()
 
 
+def make_objective(plan: Plan, transformer: CogVideoXTransformer) -> Objective:
+    """Return the loss of the run's transformer."""
+    config = VaeConfig.from_folder(plan.folder / "vae")
+    return Objective(
+        transformer,
+        alphas_cumprod=alphas_cumprod(plan.scheduler),
+        scales=Scales(video=config.scaling_factor, image=_image_scale(plan.config, config)),
+        device=plan.device,
+        dtype=plan.dtype,
+    )
+
+
 def make_update(plan: Plan, transformer: CogVideoXTransformer, ranks: Ranks) -> Update:
     """Return what turns gradients into weights.
 
@@ -263,7 +319,7 @@ def make_update(plan: Plan, transformer: CogVideoXTransformer, ranks: Ranks) -> 
     return Update(
         transformer.named_parameters(), dtype=plan.dtype, device=plan.device, betas=(train.beta1, train.beta2),
         eps=train.epsilon, weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm,
-        stochastic_bf16=stochastic, seed=plan.config.run.seed, ranks=ranks,
+        stochastic_bf16=stochastic, seed=plan.config.run.seed, ranks=ranks, spike_factor=train.spike_factor,
     )  # fmt: skip
 
 
@@ -319,14 +375,15 @@ def make_samples(plan: Plan, frozen: Frozen, transformer: CogVideoXTransformer, 
         pipeline,
         prompt_embeds=frozen.prompt_embeds[1:],
         negative_embeds=frozen.prompt_embeds[:1],
-        images=[Path(image) for image in plan.config.validation.images],
+        images=[read_image(Path(i), plan.shape.height, plan.shape.width) for i in plan.config.validation.images],
         shape=plan.shape,
         tiling=sampling.tiling,
-        group=ranks.everyone,
+        group=ranks.video,
         call={
             "num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance_scale,
             "use_dynamic_cfg": sampling.dynamic_guidance, "sampler": sampling.sampler, "seed": plan.config.run.seed,
         },
+        ranks=ranks,
     )  # fmt: skip
 
 

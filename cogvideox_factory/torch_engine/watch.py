@@ -2,10 +2,14 @@
 
 A training loss says little, because its spread over timesteps is larger than what a run gains. The validation loss uses
 the same clips, noise and timesteps every time, so its curve is smooth and two runs can be compared.
+
+All processes take part alike: those that share weights or a video's tokens meet in every forward pass. So what fails in
+one (a file, a disk) is told to all before the next of these, and training goes on.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +21,19 @@ from torch import Tensor
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.loader import Draws, Source, collate
 from cogvideox_factory.data.sampler import Pick
+from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.metrics import MetricsLog, say
 from cogvideox_factory.shapes import ClipShape
 from cogvideox_factory.torch_engine.border import to_tensor
 from cogvideox_factory.torch_engine.device import pin
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.objective import Objective
+from cogvideox_factory.torch_engine.parallel import AgreedError, Ranks
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
 
 # One draw in each quarter of the schedule; the mean over them stands for the whole range.
 TIMESTEPS = (125, 375, 625, 875)
-
+MAX_FAILED = 3
 
 _GROUND_ONLY = ("caption_keep", "flipped")  # already acted upon
 
@@ -49,14 +56,20 @@ def held_out_loss(
     *,
     encoder: Encoder | None,
     device: torch.device,
+    ranks: Ranks,
 ) -> dict[str, float]:
-    """Return the mean loss over `clip_ids` in all and at each of `TIMESTEPS`; nothing is dropped or noised."""
+    """Return the mean loss over `clip_ids` in all and at each of `TIMESTEPS`; nothing is dropped or noised.
+
+    Raises:
+        AgreedError: a clip could not be read.
+    """
     sums = torch.zeros(len(TIMESTEPS), device=device)
     for clip_id in clip_ids:
         for index, timestep in enumerate(TIMESTEPS):
             # Training counts epochs from 0, so a negative one has noise of its own.
             pick = Pick(clip_id, -1 - index)
-            batch = to_device(collate([source.sample(pick, draws)], [pick]), device)
+            sample = ranks.together(lambda pick=pick: source.sample(pick, draws))
+            batch = to_device(collate([sample], [pick]), device)
             batch["timesteps"] = torch.full_like(batch["timesteps"], timestep)
             sums[index] += objective(encoder.batch(batch) if encoder else batch).sum()
     losses = (sums / len(clip_ids)).tolist()
@@ -73,11 +86,12 @@ class SampleVideos:
         *,
         prompt_embeds: Tensor,
         negative_embeds: Tensor,
-        images: Sequence[Path],
+        images: Sequence[np.ndarray],
         shape: ClipShape,
         tiling: bool,
         group: dist.ProcessGroup | None,
         call: dict[str, Any],
+        ranks: Ranks,
     ) -> None:
         """`tiling` says whether to decode in tiles, whatever the run encodes its clips in; `group` shares the work."""
         self.pipeline = pipeline
@@ -88,28 +102,43 @@ class SampleVideos:
         self.tiling = tiling
         self.group = group
         self.call = call
+        self.ranks = ranks
 
-    def make(self, folder: Path, step: int, *, writes: bool = True) -> list[Path]:
-        """Write one mp4 a prompt, named after the step, and return their paths.
+    def make(self, folder: Path, step: int) -> list[Path]:
+        """Write one mp4 a prompt, named after the step, and return all their paths.
 
-        Processes that share the model must all make them; one of them `writes`.
+        Processes that take clips of their own also take prompts of their own. They make equally many videos, because
+        they may share the model; where prompts run out, the last one is made again and dropped.
+
+        Raises:
+            AgreedError: a video could not be written.
+            NonFiniteError: the model draws NaN.
         """
-        paths = []
+        count, side_by_side = len(self.prompt_embeds), self.ranks.layout.num_data_ranks
+        paths = [folder / f"step-{step:06}-{index:02}.mp4" for index in range(count)]
         with self._decoder_set():
-            for index in range(len(self.prompt_embeds)):
-                video = self.pipeline(
-                    prompt_embeds=self.prompt_embeds[index : index + 1],
-                    negative_prompt_embeds=self.negative_embeds,
-                    image=self.images[index] if self.images else None,
-                    num_frames=self.shape.num_frames,
-                    height=self.shape.height,
-                    width=self.shape.width,
-                    **self.call,
-                )[0][0]
-                path = folder / f"step-{step:06}-{index:02}.mp4"
-                if writes:
-                    paths.append(export_to_video(video[: self.shape.num_frames], path, fps=self.shape.fps))
+            for first in range(0, count, side_by_side):
+                index = first + self.ranks.data_rank
+                video = self._video(min(index, count - 1))
+                if_ours = [index] if index < count and self.ranks.leads_video else []
+                self.ranks.together(
+                    lambda video=video, ours=if_ours: [
+                        export_to_video(video, paths[index], fps=self.shape.fps) for index in ours
+                    ]
+                )
         return paths
+
+    def _video(self, index: int) -> np.ndarray:
+        video = self.pipeline(
+            prompt_embeds=self.prompt_embeds[index : index + 1],
+            negative_prompt_embeds=self.negative_embeds,
+            image=self.images[index] if self.images else None,
+            num_frames=self.shape.num_frames,
+            height=self.shape.height,
+            width=self.shape.width,
+            **self.call,
+        )[0][0]
+        return video[: self.shape.num_frames]
 
     @contextmanager
     def _decoder_set(self) -> Iterator[None]:
@@ -122,3 +151,57 @@ class SampleVideos:
             yield
         finally:
             vae.tiles, vae.group = kept
+
+
+@dataclass(kw_only=True, slots=True)
+class Watch:
+    """What is looked at every so many steps (0: never)."""
+
+    every: int
+    source: Source
+    clip_ids: list[str]
+    draws: Draws
+    samples: SampleVideos | None
+    objective: Objective
+    encoder: Encoder | None
+    device: torch.device
+    run_folder: Path
+    ranks: Ranks
+    _num_failed: int = 0
+
+    def look(self, step: int, log: MetricsLog) -> None:
+        """Measure the loss on held-out clips and make sample videos. Failing is told; after three times it is left.
+
+        Memory that runs out inside a forward pass of divided weights or tokens ends the run: the others wait in it.
+        """
+        if self._num_failed == MAX_FAILED:
+            return
+        try:
+            self._measure(step, log)
+            self._show(step)
+        except AgreedError as error:
+            problem = str(error)
+        except (FactoryError, OSError, torch.OutOfMemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError) and self.ranks.layout.divides_forward:
+                raise
+            problem = self.ranks.agree(str(error))
+        else:
+            problem = self.ranks.agree(None)
+        if problem is not None:
+            self._num_failed += 1
+            last = f"; after {MAX_FAILED} failures there is no more validation" * (self._num_failed == MAX_FAILED)
+            say(f"VALIDATION FAILED at step {step}, training goes on{last}: {problem}")
+
+    def _measure(self, step: int, log: MetricsLog) -> None:
+        if self.clip_ids:
+            values = held_out_loss(
+                self.objective, self.source, self.clip_ids, self.draws, encoder=self.encoder, device=self.device,
+                ranks=self.ranks,
+            )  # fmt: skip
+            log.write(step, values)
+            say(f"step {step}: validation loss {values['validation_loss']:.4f}")
+
+    def _show(self, step: int) -> None:
+        if self.samples:
+            for path in self.samples.make(self.run_folder / "samples", step):
+                say(f"step {step}: {path}")

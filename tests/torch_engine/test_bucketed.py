@@ -72,6 +72,9 @@ def test_cached_and_raw_clips_of_many_shapes_train_alike(roomy_model, clips, tmp
     cached = train.run(settings(roomy_model, clips, cache=tmp_path / "cache", dir=str(tmp_path / "a"), **config))
     said = capsys.readouterr().out
     assert all(key in said for key in ("3 of 17x64x96", "3 of 9x96x64", "3 of 9x64x64"))
+    rows = [json.loads(line) for line in (cached / "metrics.jsonl").read_text().splitlines()]
+    named = {name.removeprefix("loss/bucket/") for row in rows for name in row if name.startswith("loss/bucket/")}
+    assert named == {json.loads(line)["bucket"] for line in (cached / "losses.jsonl").read_text().splitlines()}
     raw = train.run(settings(roomy_model, clips, dir=str(tmp_path / "b"), **config))
     assert len(losses(cached)) == 6
     np.testing.assert_allclose(losses(cached), losses(raw), rtol=2e-2)  # cached latents are bfloat16

@@ -1,0 +1,86 @@
+"""`replay`: a step that went wrong, computed again from what its run kept of it (`bad_steps`), on one device.
+
+The batch is the one of that step to the bit; the weights are those of the newest checkpoint at that time, or the run's
+first ones. Numbers that are wrong again point at data, weights or dtype; numbers that are right, at the steps in
+between or at the machine.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogvideox_factory.config import Config
+from cogvideox_factory.data.replay import read_batch
+from cogvideox_factory.errors import UnfitError
+from cogvideox_factory.metrics import say
+from cogvideox_factory.recipe import read_recipe
+from cogvideox_factory.torch_engine import checkpoint
+from cogvideox_factory.torch_engine.encode import Encoder
+from cogvideox_factory.torch_engine.examine import first_not_finite
+from cogvideox_factory.torch_engine.optim import Ema
+from cogvideox_factory.torch_engine.parallel import Layout, Ranks
+from cogvideox_factory.torch_engine.start import Plan, make_plan
+from cogvideox_factory.torch_engine.text_encoder import TextEncoder
+from cogvideox_factory.torch_engine.train import load_transformer, make_objective, make_update
+from cogvideox_factory.torch_engine.vae import CogVideoXVAE
+from cogvideox_factory.torch_engine.watch import to_device
+
+
+def run(file: Path, *, device: str | None = None, dtype: str | None = None) -> bool:
+    """Compute the step of `RUN/replay/step-N.json` again, say what comes out, and return whether all is finite.
+
+    Args:
+        file: what the run kept.
+        device: instead of the run's.
+        dtype: instead of the run's.
+
+    Raises:
+        MissingError, UnfitError: no such file, or one of something else.
+    """
+    known, run_folder = _read(file), file.resolve().parent.parent
+    plan = make_plan(_with_run(read_recipe(run_folder / "config.yaml"), device=device, dtype=dtype))
+    ranks = Ranks(layout=Layout())
+    transformer = load_transformer(plan, ranks)
+    update = make_update(plan, transformer, ranks)
+    if known["checkpoint"]:
+        ema = Ema(update, decay=plan.config.train.ema_decay) if plan.config.train.ema_decay else None
+        folder = run_folder / known["checkpoint"]
+        state = checkpoint.load_checkpoint(folder, update.tensors() | (ema.tensors() if ema else {}))
+        update.restore(state["scalars"])
+    objective = make_objective(plan, transformer)
+    say(f"step {known['step']} ({known['reason']}) with the weights of {known['checkpoint'] or 'the start'}")
+    batches = [to_device(read_batch(file.parent / name), plan.device) for name in known["files"]]
+    if any("pixels" in batch for batch in batches):
+        encoder = _load_encoder(plan)
+        batches = [encoder.batch(batch) for batch in batches]
+    with torch.no_grad():
+        for batch in batches:
+            losses, timesteps = objective(batch).tolist(), batch["timesteps"].tolist()
+            for clip_id, timestep, loss in zip(batch["clip_ids"], timesteps, losses, strict=True):
+                say(f"  {clip_id} at timestep {timestep}: loss {loss:.6g}")
+    where = first_not_finite(objective, update, batches, ranks)
+    say(f"first not finite: {where}" if where else "all is finite: losses, outputs and gradients of every module")
+    return where is None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return {key: known[key] for key in ("step", "reason", "checkpoint", "files")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UnfitError(f"{file} is no step that training kept ({error}); give a RUN/replay/step-N.json.") from error
+
+
+def _with_run(config: Config, **given: str | None) -> Config:
+    changes = {key: value for key, value in given.items() if value is not None}
+    return config.model_copy(update={"run": config.run.model_copy(update=changes)})
+
+
+def _load_encoder(plan: Plan) -> Encoder:
+    vae = CogVideoXVAE.from_folder(plan.folder / "vae", dtype=plan.dtype, device=plan.device).requires_grad_(False)
+    if plan.config.data.vae_tiling:
+        vae.enable_tiling()
+    text_encoder = TextEncoder.from_folder(plan.folder, dtype=plan.dtype, device=plan.device)
+    return Encoder(vae, text_encoder, max_sequence_length=plan.text_length)

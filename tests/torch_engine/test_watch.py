@@ -1,0 +1,139 @@
+"""Validation and sample videos: the same on any layout of processes, and never the end of a run."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.loader import CacheSource
+from cogvideox_factory.errors import StorageError
+from cogvideox_factory.recipe import check
+from cogvideox_factory.tiny.world import random_scene, render
+from cogvideox_factory.torch_engine import prepare, train, watch
+from tests.torch_engine.processes import run_in
+from tests.torch_engine.runs import assert_same, weights_of
+
+PROMPTS = ["a red circle", "a blue ring", "a green square"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_model):
+    """Return a folder with six clips and their cache."""
+    root = tmp_path_factory.mktemp("watched")
+    for index in range(6):
+        scene = random_scene(1, index)
+        frames = render(scene, num_frames=9, height=32, width=48, fps=8)
+        export_to_video(frames, root / "clips" / f"{index}.mp4", fps=8)
+        (root / "clips" / f"{index}.txt").write_text(scene.caption)
+    prepare.run(settings(tiny_model, root, root))
+    return root
+
+
+def settings(tiny_model, folder, run, *, prompts=(), parallel=None, **training):
+    return check(
+        {
+            "model": {"path": str(tiny_model("cogvideox1.5-5b"))},
+            "data": {"root": str(folder / "clips"), "fps": 8.0, "height": 32, "width": 48},
+            "cache": {"dir": str(folder / "cache")},
+            "run": {"device": "cpu", "dtype": "float32"},
+            "train": {
+                "method": "full", "dir": str(run), "steps": 1, "log_every": 1, "batch_size": 2, "learning_rate": 1e-3,
+                "checkpointing": "none",
+            } | training,
+            "validation": {"every": 1, "num_clips": 2, "prompts": list(prompts)},
+            "sampling": {"steps": 2},
+            "parallel": parallel or {},
+        },
+        source="test",
+    )  # fmt: skip
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def videos(run):
+    return {path.stem: np.load(path) for path in sorted((run / "samples").glob("*.npy"))}
+
+
+def train_and_keep_frames(*configs):
+    """Train with each config, and write sample videos as arrays: H.264 would hide or add a difference."""
+
+    def keep(video, path, *, fps):
+        path.parent.mkdir(exist_ok=True)
+        np.save(path.with_suffix(".npy"), video)
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch, "export_to_video", keep)
+        for config in configs:
+            train.run(config)
+
+
+def test_videos_and_losses_of_divided_models_are_those_of_one_process(tiny_model, folder, tmp_path):
+    """ZeRO 3 with the tokens of a video over both; and ZeRO 3 with prompts over both, three of them, so one waits."""
+    train_and_keep_frames(settings(tiny_model, folder, tmp_path / "one", prompts=PROMPTS))
+    layouts = {"tokens": {"zero": 3, "sequence": 2}, "prompts": {"zero": 3}}
+    configs = [
+        settings(tiny_model, folder, tmp_path / name, prompts=PROMPTS, parallel=layout)
+        for name, layout in layouts.items()
+    ]
+    run_in(2, train_and_keep_frames, *configs, folder=tmp_path)
+    one = videos(tmp_path / "one")
+    assert list(one) == [f"step-{step:06}-{index:02}" for step in (0, 1) for index in range(3)]
+    assert np.abs(one["step-000000-00"].astype(int) - one["step-000000-01"]).max() > 1, "prompts that all look alike"
+    for name in layouts:
+        many = videos(tmp_path / name)
+        assert many.keys() == one.keys()
+        for key, video in one.items():
+            assert np.abs(many[key].astype(int) - video).max() <= 1, (name, key)
+        for ours, theirs in zip(rows(tmp_path / name), rows(tmp_path / "one"), strict=True):
+            for key in theirs:
+                if "loss" in key:
+                    assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (name, key)
+
+
+def test_three_failures_end_the_watching_and_none_the_run(tiny_model, folder, tmp_path, monkeypatch, capsys):
+    plain = train.run(settings(tiny_model, folder, tmp_path / "plain", steps=4, save_every=4))
+    calls = []
+
+    def failing(video, path, *, fps):
+        calls.append(path.name)
+        raise [StorageError("no room for it"), torch.OutOfMemoryError("no memory for it")][len(calls) % 2]
+
+    monkeypatch.setattr(watch, "export_to_video", failing)
+    run = train.run(settings(tiny_model, folder, tmp_path / "run", prompts=PROMPTS[:1], steps=4, save_every=4))
+    assert calls == [f"step-{step:06}-00.mp4" for step in range(3)]
+    said = capsys.readouterr().out
+    assert said.count("VALIDATION FAILED") == 3
+    assert said.count("after 3 failures there is no more validation") == 1
+    assert [row["step"] for row in rows(run) if "validation_loss" in row] == [0, 1, 2]
+    assert_same(plain, run)
+
+
+def train_with_a_bad_disk(config):
+    """Train in two processes, of which one cannot read held-out clips the first time."""
+    original, failed = CacheSource.sample, []
+
+    def sample(self, pick, draws):
+        if pick.epoch < 0 and os.environ["RANK"] == "1" and not failed:
+            failed.append(pick)
+            raise OSError("Input/output error")
+        return original(self, pick, draws)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheSource, "sample", sample)
+        train.run(config)
+    return len(failed)
+
+
+def test_what_fails_in_one_process_is_left_by_all_alike(tiny_model, folder, tmp_path):
+    plain = train.run(settings(tiny_model, folder, tmp_path / "plain"))
+    config = settings(tiny_model, folder, tmp_path / "run", parallel={"zero": 3})
+    assert run_in(2, train_with_a_bad_disk, config, folder=tmp_path) == [0, 1]
+    assert [row["step"] for row in rows(tmp_path / "run") if "validation_loss" in row] == [1]
+    for name, value in weights_of(plain).items():
+        np.testing.assert_allclose(weights_of(tmp_path / "run")[name], value, rtol=1e-3, atol=1e-5)
