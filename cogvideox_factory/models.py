@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from cogvideox_factory.errors import UnfitError, nearest
+from cogvideox_factory.strict_yaml import read_yaml
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,6 +124,23 @@ class TransformerConfig(_Config):
                 "use_learned_positional_embeddings needs use_rotary_positional_embeddings; "
                 "no CogVideoX checkpoint has learned positions alone."
             )
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Read a `config.json`, or a YAML file with the same keys under `transformer`.
+
+        Raises:
+            UnfitError: missing, not readable as its name says, or with keys and values this family does not have.
+        """
+        if path.suffix not in (".yaml", ".yml"):
+            return cls.from_folder(path.parent, filename=path.name)
+        values = read_yaml(path)
+        if set(values) != {"transformer"} or not isinstance(values["transformer"], dict):
+            raise UnfitError(
+                f"{path} must hold one mapping, `transformer:`, not {sorted(values)}. "
+                "recipes/transformers/ has files to copy."
+            )
+        return cls.from_dict(values["transformer"], source=str(path))
 
     @classmethod
     def class_name(cls) -> str:

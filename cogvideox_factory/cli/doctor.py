@@ -264,8 +264,7 @@ def _clip_spec(config: Config) -> ClipSpec:
 
 def _transformer_config(config: Config) -> TransformerConfig:
     if config.model.transformer_config:
-        file = Path(config.model.transformer_config)
-        return TransformerConfig.from_folder(file.parent, filename=file.name)
+        return TransformerConfig.from_file(Path(config.model.transformer_config))
     for facts in PUBLISHED.values():
         if config.model.path == facts.hub_id and not Path(config.model.path).is_dir():
             return facts.transformer  # nothing is downloaded for a look at clips

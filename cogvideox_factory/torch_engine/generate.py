@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogvideox_factory import weights
+from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.video import ClipSpec, probe, read_clip
-from cogvideox_factory.errors import DataError
-from cogvideox_factory.intake import text_length
+from cogvideox_factory.errors import DataError, FactoryError
 from cogvideox_factory.jobs import Job, left_to_make, make_records, plan_jobs, to_note
 from cogvideox_factory.lora_files import load_lora, resolve_lora
 from cogvideox_factory.metrics import duration, progress_bar, say
@@ -28,7 +27,6 @@ from cogvideox_factory.torch_engine.checkpoint import versions
 from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_determinism
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline, first_step
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
-from cogvideox_factory.weights import resolve_transformer
 
 
 def run(config: Config) -> list[Path]:
@@ -38,9 +36,14 @@ def run(config: Config) -> list[Path]:
     """
     jobs = plan_jobs(config)
     folder = weights.resolve_model(config.model.path, revision=config.model.revision)
-    replaced = resolve_transformer(config.model.transformer) if config.model.transformer else None
-    transformer_config = TransformerConfig.from_folder(replaced or folder / "transformer")
-    check_task(config.task, transformer_config, source=str(replaced or folder))
+    if config.model.transformer_config and not config.model.transformer:
+        raise FactoryError(
+            f"model.transformer_config={config.model.transformer_config} alone means random weights, which make noise; "
+            "name weights for it with --model.transformer, such as the folder of a run"
+        )
+    transformer_folder = intake.transformer_folder(config, folder)
+    transformer_config = intake.transformer_config(config, folder)
+    check_task(config.task, transformer_config, source=str(transformer_folder))
     ask = config.generate
     shape = clip_shape(transformer_config, num_frames=ask.num_frames, height=ask.height, width=ask.width, fps=ask.fps)
     lora_files = [resolve_lora(path) for path in ask.lora]
@@ -60,7 +63,7 @@ def run(config: Config) -> list[Path]:
         prompt_embeds, negative_embeds = _encode(
             config, folder, [job for job, _ in left], transformer_config, device, dtype
         )
-        pipe = _load(config, folder, replaced, lora_files)
+        pipe = _load(config, folder, transformer_folder, transformer_config, lora_files)
         say(
             f"{len(left)} video(s) of {shape.num_frames} frames {shape.height}x{shape.width} at {shape.fps:g} fps, "
             f"{config.sampling.steps} steps, {dtype} on {device}, attention: {backend_name(device, dtype)}"
@@ -81,11 +84,13 @@ def _num_steps(config: Config) -> int:
     return steps - first_step(steps, ask.strength) if ask.video else steps
 
 
-def _load(config: Config, folder: Path, replaced: Path | None, lora_files: list[Path]) -> CogVideoXPipeline:
+def _load(
+    config: Config, folder: Path, transformer: Path, transformer_config: TransformerConfig, lora_files: list[Path]
+) -> CogVideoXPipeline:
     """Load the model without its text encoder, and its LoRAs."""
     pipe = CogVideoXPipeline.from_pretrained(
-        folder, transformer=replaced, dtype=config.run.dtype, device=config.run.device,
-        tiling=config.sampling.tiling, text_encoder=False,
+        folder, transformer=transformer, transformer_config=transformer_config, dtype=config.run.dtype,
+        device=config.run.device, tiling=config.sampling.tiling, text_encoder=False,
     )  # fmt: skip
     names = [f"lora-{index}" for index in range(len(lora_files))]
     for name, file in zip(names, lora_files, strict=True):
@@ -127,7 +132,7 @@ def _encode(
 
     Each is encoded by itself: the last bits of a batch depend on its size, and a video must not depend on the others.
     """
-    length = text_length(config, transformer)
+    length = intake.text_length(config, transformer)
     encoder = TextEncoder.from_folder(folder, dtype=dtype, device=device)
     prompts = [config.sampling.negative_prompt, *(job.prompt for job in jobs)]
     known = {prompt: encoder.encode([prompt], length).to(dtype) for prompt in dict.fromkeys(prompts)}
