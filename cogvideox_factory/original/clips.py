@@ -102,7 +102,8 @@ def choose_shape(given: Given) -> None:
         given.say_inert(("bucket_config",), "the cache was prepared at one size")
     for setting, name in _SIZES.items():
         given.set(f"data.{setting}", max(given[name]))
-    given.say_inert(("max_num_frames",), "frame_buckets decides")
+    if given["max_num_frames"] != max(given["frame_buckets"]):
+        given.say_inert(("max_num_frames",), "frame_buckets decides")
 
 
 def buckets_of(given: Given) -> str | None:

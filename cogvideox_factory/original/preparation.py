@@ -5,7 +5,7 @@ from cogvideox_factory.original import choices, clips
 from cogvideox_factory.original.flag import MINDSPORE, PYTORCH, Given, inert, joint, same
 from cogvideox_factory.original.training import PYTORCH_SIZES
 
-_BOTH_KEPT = "latents and embeddings are both kept, always"
+_KEPT = "a cache has latents and embeddings, always"
 
 
 def choose_task(given: Given) -> None:
@@ -20,6 +20,12 @@ def choose_cache(given: Given) -> None:
     given.set("cache.dir", given["output_dir"])
     if given.num_processes > 1:
         given.set("prepare.shard", f"{given.rank + 1}/{given.num_processes}")
+
+
+def tell_kept(given: Given) -> None:
+    """Say what is kept where the flags ask for less: a cache has latents and embeddings."""
+    if not given["save_latents_and_embeddings"] and not (given["vae_cache"] and given["embeddings_cache"]):
+        given.say("latents and embeddings are both kept, with vae_cache and embeddings_cache or without")
 
 
 def choose_dtype(given: Given) -> None:
@@ -67,9 +73,9 @@ FLAGS = (
     joint("max_num_frames", "integer", "data.num_frames", clips.choose_shape, 49, "frame_buckets decides"),
     same("max_sequence_length", "integer", "text.max_sequence_length", 226),
     inert("target_fps", "integer", "it was the rate of copies of the clips, and none are made; see data.fps", 8),
-    inert("vae_cache", "switch", _BOTH_KEPT, False, origin=MINDSPORE, also=("save_latents",)),
-    inert("embeddings_cache", "switch", _BOTH_KEPT, False, origin=MINDSPORE, also=("save_embeddings",)),
-    inert("save_latents_and_embeddings", "switch", _BOTH_KEPT, False, origin=PYTORCH),
+    joint("vae_cache", "switch", "", tell_kept, False, _KEPT, origin=MINDSPORE, also=("save_latents",)),
+    joint("embeddings_cache", "switch", "", tell_kept, False, _KEPT, origin=MINDSPORE, also=("save_embeddings",)),
+    joint("save_latents_and_embeddings", "switch", "", tell_kept, False, _KEPT, origin=PYTORCH),
     inert("use_slicing", "switch", "the VAE takes clips one at a time in any case", False),
     joint("use_tiling", "switch", "data.vae_tiling", clips.choose_ways, False),
     inert("batch_size", "integer", "captions are encoded eight at a time, clips one by one", 1),
