@@ -103,7 +103,10 @@ def test_no_drawer_for_everything():
 
 @pytest.mark.parametrize(
     "module",
-    ["data", "diffusion", "models", "weights", "metrics", "recipe", "draws", "shapes", "intake", "preparation", "jobs"],
+    [
+        "data", "diffusion", "models", "weights", "metrics", "recipe", "draws", "shapes", "intake", "preparation",
+        "jobs", "original", "sweep",
+    ],
 )
 def test_the_ground_needs_no_framework(module):
     rooms = [f"cogvideox_factory.{module}"]

@@ -147,11 +147,12 @@ def steps_of_epochs(given: Given, epochs: int, clips_a_step: int) -> int:
     if cache:
         count = len(read_index(cache).clips)
     else:
-        names = ("table", "captions", "videos", "caption_column", "video_column")
-        named: dict[str, Any] = {name: given.settings.get(f"data.{name}") for name in names}
-        named = {"caption_column": "caption", "video_column": "video"} | {k: v for k, v in named.items() if v}
-        lists = dict.fromkeys(("table", "captions", "videos")) | named
-        part = Part.choose(name="", weight=1.0, root=given["data_root"], image_column=None, **lists)
+        named = given.settings
+        part = Part.choose(
+            name="", weight=1.0, root=given["data_root"], image_column=None, table=named.get("data.table"),
+            captions=named.get("data.captions"), videos=named.get("data.videos"),
+            caption_column=given["caption_column"], video_column=given["video_column"],
+        )  # fmt: skip
         count = len(read_parts([part]).usable)
     steps = max(1, epochs * ceil(count / clips_a_step))
     given.say(f"{epochs} epoch(s) of {count} clips, {clips_a_step} a step: {steps} steps")
