@@ -8,6 +8,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -175,7 +176,7 @@ def _train(run: Run, num_processes: int, stop: StopRequest) -> int:
                 continue
     finally:
         if process.poll() is None:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 

@@ -10,8 +10,6 @@ from typing import Any
 from cogvideox_factory.config import Config
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import say
-from cogvideox_factory.original.page import listing
-from cogvideox_factory.original.translate import find_script, translate
 
 
 def expand(command: str, argv: list[str]) -> list[str]:
@@ -26,17 +24,22 @@ def expand(command: str, argv: list[str]) -> list[str]:
         if stray := next((word for word in argv if word.partition("=")[0] == "--original"), None):
             raise FactoryError(f"{stray} must come first, without a recipe: cogvideox {command} --original NAME …")
         return argv
+    # Imported only here: most command lines are not theirs.
+    from cogvideox_factory.original.page import listing
+    from cogvideox_factory.original.translate import find_script, translate
+
     script, origin = find_script(name, command)
-    if words[:1] in (["--help"], ["-h"]):
+    if "--help" in words or "-h" in words:
         print(listing(script))
         raise SystemExit(0)
-    rank = int(os.environ.get("RANK", "0"))
-    found = translate(script, words, origin=origin, num_processes=int(os.environ.get("WORLD_SIZE", "1")), rank=rank)
+    rank, size = (int(os.environ.get(key, default)) for key, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    found = translate(script, words, origin=origin, num_processes=size, rank=rank)
     ours = [*_words(found.settings), *found.ours]
     if rank == 0:
         for line in found.said:
             say(line)
-        say(f"the same command in this project's own words:\n  {shlex.join(['cogvideox', command, *ours])}")
+        where = f", for {size} processes" if size > 1 else ""
+        say(f"the same command in this project's own words{where}:\n  {shlex.join(['cogvideox', command, *ours])}")
     return ours
 
 

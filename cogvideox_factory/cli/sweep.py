@@ -1,5 +1,6 @@
 """`cogvideox sweep`: one run of `train` for each combination of some settings."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,8 @@ class Flags(BaseModel):
 def run(argv: list[str]) -> None:
     """Parse, check every combination, and train them one after the other."""
     config, ask = parse_with("sweep", argv, sections=train.SECTIONS, description=DESCRIPTION, own=Flags)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise FactoryError("a sweep starts its runs itself; start it without torchrun, with --sweep.processes N")
     axes = [sweep.Axis.parse(text) for text in ask.grid]
     if not axes:
         raise FactoryError("which combinations? give --grid SECTION.SETTING=VALUE,VALUE")

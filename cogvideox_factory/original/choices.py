@@ -67,9 +67,10 @@ def choose_steps(given: Given) -> None:
     given.set("train.steps", steps)
     every, limit = given["checkpointing_steps"], given["checkpoints_total_limit"]
     given.set("train.save_every", every)
-    given.set("train.keep_checkpoints", limit or ceil(steps / every) + 1)
-    if limit is None and steps > every:
-        given.say(f"--checkpoints_total_limit is not given: all {ceil(steps / every)} checkpoints are kept")
+    count = max(1, ceil(steps / max(1, every)))
+    given.set("train.keep_checkpoints", count if limit is None else limit)
+    if limit is None and count > 1:
+        given.say(f"--checkpoints_total_limit is not given: all {count} checkpoints are kept")
 
 
 def choose_resume(given: Given) -> None:
@@ -178,7 +179,8 @@ def choose_validation(given: Given) -> None:
     given.set("validation.every", every)
     given.set("validation.prompts", text.split(mark))
     if given.script.task == "i2v":
-        given.set("validation.images", (given["validation_images"] or "").split(mark))
+        images = given["validation_images"]
+        given.set("validation.images", images.split(mark) if images else [])
     else:
         given.say_inert(("validation_images",), "it belongs to image-to-video")
     given.set("sampling.guidance_scale", given["guidance_scale"])

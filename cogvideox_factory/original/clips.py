@@ -14,7 +14,6 @@ from cogvideox_factory.data.mixture import Part, read_parts
 from cogvideox_factory.errors import FactoryError, UnfitError
 from cogvideox_factory.original.flag import MINDSPORE, Given
 
-_OLD_FOLDERS = ("video_latents", "latents")
 _RESHAPE = {"center": "center", "random": "random", "none": "stretch"}
 _SIZES = {"num_frames": "frame_buckets", "height": "height_buckets", "width": "width_buckets"}
 RESHAPE_MODES = tuple(_RESHAPE)
@@ -38,7 +37,7 @@ def cache_of(given: Given) -> Path | None:
     if not whole:
         given.say("--embeddings_cache: no cache here, captions are encoded once at the start of the run")
         return None
-    if any((root / name).is_dir() for name in _OLD_FOLDERS):
+    if (root / "video_latents").is_dir():
         raise UnfitError(
             f"{root} was prepared by the older trainers. Take it over with\n"
             f"  cogvideox import-prepared --data.root {root} --cache.dir NEW --model.path MODEL --data.height … "
@@ -89,8 +88,11 @@ def choose_shape(given: Given) -> None:
     buckets = buckets_of(given)
     given.set("data.buckets", buckets)
     if buckets not in (None, "auto"):
-        given.say_inert(("height_buckets", "width_buckets", "frame_buckets"), "the bucket file has the shapes")
-        if given.script.command == "train" and given.num_processes > 1:
+        given.say_inert(_SIZES.values(), "the bucket file has the shapes")
+        if cache := cache_of(given):  # what it was prepared with beside the file
+            for setting in _SIZES:
+                given.set(f"data.{setting}", _recorded_video(cache)[setting])
+        if given.num_processes > 1:
             given.say("--bucket_config: its batch sizes count the clips of a step on all cards together")
         return
     if buckets == "auto":
@@ -107,11 +109,27 @@ def choose_shape(given: Given) -> None:
 
 
 def buckets_of(given: Given) -> str | None:
-    """Return what gives clips sizes of their own: a bucket file, `auto` for several sizes, or None for one."""
-    if file := given["bucket_config"]:
-        cache = cache_of(given)
-        return file if cache is None or read_index(cache).recorded["video"]["settings"].get("buckets") else None
-    return "auto" if any(len(given[name]) > 1 for name in _SIZES.values()) else None
+    """Return what gives clips sizes of their own: a bucket file, `auto` for several sizes, or None for one.
+
+    Raises:
+        UnfitError: buckets are asked for without vae_cache, but `data_root` is a cache of one size.
+    """
+    if not (file := given["bucket_config"]):
+        return "auto" if any(len(given[name]) > 1 for name in _SIZES.values()) else None
+    cache = cache_of(given)
+    if cache is None or _recorded_video(cache).get("buckets"):
+        return file
+    if given["vae_cache"]:
+        return None  # theirs ignores the file then
+    raise UnfitError(
+        f"--bucket_config {file}: the cache {cache} holds clips of one size. Prepare it with the same file "
+        f"(--data.buckets {file} beside the flags of prepare-dataset), or give the folder of the clips as --data_root "
+        "without --embeddings_cache."
+    )
+
+
+def _recorded_video(cache: Path) -> dict[str, Any]:
+    return read_index(cache).recorded["video"]["settings"]
 
 
 def choose_ways(given: Given) -> None:
@@ -154,6 +172,6 @@ def steps_of_epochs(given: Given, epochs: int, clips_a_step: int) -> int:
             caption_column=given["caption_column"], video_column=given["video_column"],
         )  # fmt: skip
         count = len(read_parts([part]).usable)
-    steps = max(1, epochs * ceil(count / clips_a_step))
+    steps = max(1, epochs * ceil(count / max(1, clips_a_step)))
     given.say(f"{epochs} epoch(s) of {count} clips, {clips_a_step} a step: {steps} steps")
     return steps

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.original import choices
 from cogvideox_factory.original.flag import MINDSPORE, Given, inert, joint, refused, same
 
@@ -20,7 +21,15 @@ def choose_image(given: Given) -> None:
 
 
 def choose_prompt(given: Given) -> None:
-    """Decide what to show."""
+    """Decide what to show.
+
+    Raises:
+        FactoryError: several processes, which would all make the same video.
+    """
+    if given.num_processes > 1:
+        raise FactoryError(
+            f"infer makes a video in one process, not in {given.num_processes}; start it without torchrun"
+        )
     given.set("generate.prompt", [given["prompt"]])
     if "prompt" not in given.typed:
         given.say(f"no --prompt: {_PROMPT}")

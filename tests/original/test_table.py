@@ -120,7 +120,7 @@ SETS = [
      {"train.batch_size": 2, "parallel.sequence": 4}),
     (T2V, ALONE, "", {"train.batch_size": 4}),
     (T2V, ALONE, "--max_train_steps 70", {"train.steps": 70}),
-    (T2V, ALONE, "--checkpointing_steps 20", {"train.save_every": 20, "train.keep_checkpoints": 51}),
+    (T2V, ALONE, "--checkpointing_steps 20", {"train.save_every": 20, "train.keep_checkpoints": 50}),
     (T2V, ALONE, "--checkpoints_total_limit 2", {"train.keep_checkpoints": 2}),
     (T2V, ALONE, "--resume_from_checkpoint latest", {"train.resume": "auto"}),
     (T2V, ALONE, "--resume_from_checkpoint elsewhere/checkpoint-70 --output_dir o",
@@ -372,6 +372,17 @@ def test_the_pytorch_projects_defaults_are_taken_where_they_are_asked_for():
 
 def test_older_names_of_the_cache_flags_are_known():
     assert not any("kept" in line for line in bring("prepare-dataset", "--save_latents --save_embeddings").said)
+
+
+def test_numbers_that_make_no_sense_are_left_to_the_settings_laws():
+    for words in ("--checkpointing_steps 0", "--train_batch_size 0", "--checkpoints_total_limit 0"):
+        with pytest.raises(FactoryError, match="greater than 0"):
+            config_of(bring(T2V, words))
+
+
+def test_several_processes_do_not_make_one_video():
+    with pytest.raises(FactoryError, match="without torchrun"):
+        bring("infer", "", num_processes=8)
 
 
 def test_each_process_prepares_its_part():
