@@ -26,14 +26,36 @@ from cogvideox_factory.weights import resolve_transformer
 
 def transformer_folder(config: Config, folder: Path) -> Path:
     """Return the transformer of the model folder, or the one that replaces it."""
-    return resolve_transformer(config.model.transformer) if config.model.transformer else folder / "transformer"
+    if not config.model.transformer:
+        return folder / "transformer"
+    return resolve_transformer(config.model.transformer, has_config=not config.model.transformer_config)
 
 
 def transformer_config(config: Config, folder: Path) -> TransformerConfig:
-    """Return the config of the transformer these settings name: a file's, or that of `transformer_folder`."""
-    if config.model.transformer_config:
-        return TransformerConfig.from_file(Path(config.model.transformer_config))
-    return TransformerConfig.from_folder(transformer_folder(config, folder))
+    """Return the config of the transformer these settings name: a file's, or that of `transformer_folder`.
+
+    Raises:
+        UnfitError: a file that is not the config of the weights named beside it.
+    """
+    if not config.model.transformer_config:
+        return TransformerConfig.from_folder(transformer_folder(config, folder))
+    named = TransformerConfig.from_file(Path(config.model.transformer_config))
+    if config.model.transformer:
+        _require_described(transformer_folder(config, folder), named, file=config.model.transformer_config)
+    return named
+
+
+def _require_described(folder: Path, named: TransformerConfig, *, file: str) -> None:
+    if not (folder / "config.json").is_file():
+        return  # bare weights: their shapes are held to the config when they are read
+    ours, theirs = named.to_dict(), TransformerConfig.from_folder(folder).to_dict()
+    if lines := [f"  {key}  {file}: {ours[key]}  weights: {theirs[key]}" for key in ours if ours[key] != theirs[key]]:
+        raise UnfitError(
+            "\n".join([
+                f"model.transformer_config={file} is not the config of the weights in {folder}:", *lines,
+                "Leave model.transformer_config out; these weights have a config of their own.",
+            ])
+        )  # fmt: skip
 
 
 def source_of(config: Config) -> dict[str, Any]:

@@ -238,16 +238,23 @@ def resolve_model(
     return _from_hub(name, revision, tuple(subfolders))
 
 
-def resolve_transformer(path: str | Path) -> Path:
+def resolve_transformer(path: str | Path, *, has_config: bool = True) -> Path:
     """Return the transformer folder of a transformer folder, a model folder, or a run folder.
+
+    Without `has_config`, weights alone will do, because their config is named elsewhere.
 
     Raises:
         FactoryError: nothing there.
     """
     path = Path(path)
     for candidate in (path, path / "transformer", path / "final/transformer"):
-        if (candidate / "config.json").is_file():
+        if (candidate / "config.json").is_file() or (not has_config and any(candidate.glob(f"{MODEL_STEM}*"))):
             return candidate
+    if path.suffix == ".ckpt":
+        raise FactoryError(
+            f"{path} is a MindSpore checkpoint, which only MindSpore reads. Where it is installed, save its parameters "
+            f"(without the prefix `transformer.`) as {MODEL_STEM}.safetensors, and give the folder of that."
+        )
     raise FactoryError(
         f"{path}: no transformer there. Give a folder with config.json and safetensors files, "
         "or the folder of a finished full fine-tuning run."

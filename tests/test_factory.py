@@ -285,7 +285,7 @@ def test_python_interface_of_the_readme(tiny_model, tmp_path):
 
 
 def test_help_of_every_command_teaches():
-    for command in ("demo", "doctor", "prepare", "train", "generate", "evaluate", "train-vae"):
+    for command in ("demo", "doctor", "prepare", "train", "sweep", "generate", "evaluate", "train-vae"):
         done = subprocess.run(
             [sys.executable, "-m", "cogvideox_factory", command, "--help"],
             capture_output=True, text=True, timeout=60, check=True,

@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": "videos + captions -> cache of latents and text embeddings",
     "import-prepared": "a folder the older trainers prepared -> the same cache",
     "train": "cache or raw clips -> run folder with a LoRA or a fine-tuned transformer",
+    "sweep": "one training run for each combination of settings; a table and a page of what came out",
     "generate": "prompts (and images) -> mp4",
     "replay": "a training step that went wrong, once more, with a look at every module",
     "evaluate": "metrics of a folder of videos; judges of what they show",

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from cogvideox_factory.cli.original import expand
 from cogvideox_factory.cli.settings import parse
 from cogvideox_factory.config import Config, Parallel
 from cogvideox_factory.errors import FactoryError
@@ -16,7 +17,7 @@ SECTIONS = ("task", "model", "text", "sampling", "generate", "parallel", "run")
 
 def run(argv: list[str]) -> None:
     """Parse and generate."""
-    base, argv = starting_point(argv)
+    base, argv = starting_point(expand("generate", argv))
     config = parse("generate", argv, sections=SECTIONS, description=DESCRIPTION, base=base)
     from cogvideox_factory.torch_engine import generate
 

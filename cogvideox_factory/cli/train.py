@@ -1,5 +1,6 @@
 """`cogvideox train`: a cache (or raw clips) becomes a LoRA or a fine-tuned transformer."""
 
+from cogvideox_factory.cli.original import expand
 from cogvideox_factory.cli.settings import parse
 
 DESCRIPTION = """Fine-tune a CogVideoX model: train.method lora or full, task t2v or i2v, from a cache or raw clips.
@@ -11,7 +12,7 @@ SECTIONS = ("task", "model", "data", "cache", "text", "lora", "train", "parallel
 
 def run(argv: list[str]) -> None:
     """Parse and train."""
-    config = parse("train", argv, sections=SECTIONS, description=DESCRIPTION)
+    config = parse("train", expand("train", argv), sections=SECTIONS, description=DESCRIPTION)
     from cogvideox_factory.torch_engine import train
 
     train.run(config)

@@ -21,12 +21,10 @@ def problems_of(config: "Config") -> list[str]:
             f"train.warmup_steps={config.train.warmup_steps} must be below train.steps={config.train.steps}, "
             "or the learning rate never reaches its peak"
         )
-    if config.model.transformer and config.model.transformer_config:
-        problems.append("model.transformer and model.transformer_config both name the transformer; give one")
-    if config.model.transformer_config and config.train.method == "lora":
+    if config.model.transformer_config and not config.model.transformer and config.train.method == "lora":
         problems.append(
-            "model.transformer_config starts from random weights, and a LoRA over those learns nothing; "
-            "set train.method to full"
+            "model.transformer_config alone means random weights, and a LoRA over those learns nothing; "
+            "set train.method to full, or name weights for it with model.transformer"
         )
     if config.vae.config and config.vae.start:
         problems.append("vae.config starts from random weights and vae.start from given ones; give one")

@@ -18,8 +18,8 @@ class Model(Section):
     transformer: str | None = None
     """Folder of a fine-tuned transformer to use in place of the model's own."""
     transformer_config: str | None = None
-    """config.json (or the same keys in YAML, as in recipes/transformers/) of a transformer of any size, to train from
-    random weights (train.method full)."""
+    """config.json (or the same keys in YAML, as in recipes/transformers/) of a transformer of any size. Its weights are
+    those of `transformer`, or random ones to train from (train.method full)."""
 
 
 class Run(Section):

@@ -105,9 +105,18 @@ def commands(lines: Sequence[str]) -> str:
 
 
 def line_chart(
-    series: Mapping[str, Sequence[tuple[float, float]]], *, width: int = 720, height: int = 260, x_label: str = ""
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    width: int = 720,
+    height: int = 260,
+    x_label: str = "",
+    colours: Sequence[str] = (),
 ) -> str:
-    """Return an SVG of lines through (x, y) points, y from 0; the first series is drawn pale, as background."""
+    """Return an SVG of lines through (x, y) points, y from 0.
+
+    The first series is drawn pale, as background, and each is named below; with `colours`, one a series, all are drawn
+    alike and named nowhere (see `legend`).
+    """
     points = [point for line in series.values() for point in line]
     assert points, "nothing to draw"
     left, bottom, top = 48, 30, 12
@@ -124,17 +133,25 @@ def line_chart(
         parts.append(f'<line x1="{left}" x2="{width - 12}" y1="{y}" y2="{y}" stroke="var(--line)"/>')
         parts.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{value:.2g}</text>')
     for index, (name, line) in enumerate(series.items()):
-        colour = ("var(--before)", "var(--after)", "var(--good)")[index % 3]
+        colour = colours[index] if colours else ("var(--before)", "var(--after)", "var(--good)")[index % 3]
         path = " ".join(place(x, y) for x, y in line)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{1.2 if index == 0 else 2.2}"/>'
-        )
+        thickness = 1.6 if colours else 1.2 if index == 0 else 2.2
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{thickness}"/>')
+        if colours:
+            continue
         parts.append(
             f'<text x="{left + 60 + 180 * index}" y="{height - 8}" style="fill:{colour}">{escape(name)}</text>'
         )
     parts.append(f'<text x="{left}" y="{height - 8}">0</text>')
     parts.append(f'<text x="{width - 12}" y="{height - 8}" text-anchor="end">{x_most:g} {escape(x_label)}</text>')
     return f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(parts)}</svg>'
+
+
+def legend(colours: Mapping[str, str]) -> str:
+    """Return names, each behind a square of its colour."""
+    return row(
+        [f'<span><span style="color:{colour}">■</span> {escape(name)}</span>' for name, colour in colours.items()]
+    )
 
 
 def histogram(counts: Sequence[int], edges: Sequence[float], title: str, *, width: int = 300, height: int = 130) -> str:

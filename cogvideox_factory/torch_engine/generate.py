@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogvideox_factory import weights
+from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.video import ClipSpec, probe, read_clip
 from cogvideox_factory.errors import DataError, FactoryError
-from cogvideox_factory.intake import text_length
 from cogvideox_factory.jobs import Job, left_to_make, make_records, plan_jobs, to_note
 from cogvideox_factory.lora_files import load_lora, resolve_lora
 from cogvideox_factory.metrics import duration, progress_bar, say, speaking
@@ -29,7 +28,6 @@ from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_d
 from cogvideox_factory.torch_engine.parallel import Layout, Ranks, joined, num_processes
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline, first_step
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
-from cogvideox_factory.weights import resolve_transformer
 
 Left = list[tuple[Job, dict[str, Any]]]
 """Videos that are not there yet, each with its record."""
@@ -42,9 +40,13 @@ def run(config: Config) -> list[Path]:
     """
     take_card()
     folder = weights.resolve_model(config.model.path, revision=config.model.revision)
-    replaced = resolve_transformer(config.model.transformer) if config.model.transformer else None
-    transformer = TransformerConfig.from_folder(replaced or folder / "transformer")
-    check_task(config.task, transformer, source=str(replaced or folder))
+    if config.model.transformer_config and not config.model.transformer:
+        raise FactoryError(
+            f"model.transformer_config={config.model.transformer_config} alone means random weights, which make noise; "
+            "name weights for it with --model.transformer, such as the folder of a run"
+        )
+    transformer = intake.transformer_config(config, folder)
+    check_task(config.task, transformer, source=str(intake.transformer_folder(config, folder)))
     ask = config.generate
     shape = clip_shape(transformer, num_frames=ask.num_frames, height=ask.height, width=ask.width, fps=ask.fps)
     layout, device = layout_for(config, num_processes()), pick_device(config.run.device)
@@ -56,7 +58,7 @@ def run(config: Config) -> list[Path]:
         if left:
             prompts = [job.prompt for job, _ in left]
             embeds = ranks.from_lead(lambda: _encode(config, folder, prompts, transformer, device, dtype)).to(device)
-            pipe = _load(config, folder, replaced, ranks)
+            pipe = _load(config, folder, transformer, ranks)
             say(
                 f"{len(left)} video(s) of {shape.num_frames} frames {shape.height}x{shape.width} at {shape.fps:g} fps, "
                 f"{config.sampling.steps} steps, {dtype} on {device}, attention: {backend_name(device, dtype)}"
@@ -156,11 +158,11 @@ def _num_steps(config: Config) -> int:
     return steps - first_step(steps, ask.strength) if ask.video else steps
 
 
-def _load(config: Config, folder: Path, replaced: Path | None, ranks: Ranks) -> CogVideoXPipeline:
+def _load(config: Config, folder: Path, transformer: TransformerConfig, ranks: Ranks) -> CogVideoXPipeline:
     """Load the model without its text encoder, and its LoRAs, and divide it among the processes."""
     pipe = CogVideoXPipeline.from_pretrained(
-        folder, transformer=replaced, dtype=config.run.dtype, device=config.run.device,
-        tiling=config.sampling.tiling, text_encoder=False,
+        folder, transformer=intake.transformer_folder(config, folder), transformer_config=transformer,
+        dtype=config.run.dtype, device=config.run.device, tiling=config.sampling.tiling, text_encoder=False,
     )  # fmt: skip
     names = [f"lora-{index}" for index in range(len(config.generate.lora))]
     for name, path in zip(names, config.generate.lora, strict=True):
@@ -203,7 +205,7 @@ def _encode(
 
     Each is encoded by itself: the last bits of a batch depend on its size, and a video must not depend on the others.
     """
-    length = text_length(config, transformer)
+    length = intake.text_length(config, transformer)
     encoder = TextEncoder.from_folder(folder, dtype=dtype, device=device)
     prompts = [config.sampling.negative_prompt, *prompts]
     known = {prompt: encoder.encode([prompt], length).to("cpu", dtype) for prompt in dict.fromkeys(prompts)}

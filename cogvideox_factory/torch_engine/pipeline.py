@@ -78,12 +78,15 @@ class CogVideoXPipeline:
         *,
         revision: str | None = None,
         transformer: str | Path | None = None,
+        transformer_config: TransformerConfig | None = None,
         dtype: str = "auto",
         device: str = "auto",
         tiling: bool = True,
         text_encoder: bool = True,
     ) -> Self:
         """Load a model folder in the diffusers layout, or a hub id; `transformer` replaces its transformer.
+
+        `transformer_config` is for weights whose folder has none.
 
         Without the text encoder (9.5 GB of the published models) calls need `prompt_embeds`.
 
@@ -93,14 +96,18 @@ class CogVideoXPipeline:
         """
         place = pick_device(device)
         folder = weights.resolve_model(str(model), revision=revision)
-        transformer_folder = weights.resolve_transformer(transformer) if transformer else folder / "transformer"
-        config = TransformerConfig.from_folder(transformer_folder)
+        transformer_folder = folder / "transformer"
+        if transformer:
+            transformer_folder = weights.resolve_transformer(transformer, has_config=transformer_config is None)
+        config = transformer_config or TransformerConfig.from_folder(transformer_folder)
         arithmetic = pick_dtype(dtype, place, config)
         vae = CogVideoXVAE.from_folder(folder / "vae", dtype=arithmetic, device=place)
         if tiling:
             vae.enable_tiling()
         return cls(
-            transformer=CogVideoXTransformer.from_folder(transformer_folder, dtype=arithmetic, device=place),
+            transformer=CogVideoXTransformer.from_folder(
+                transformer_folder, config=config, dtype=arithmetic, device=place
+            ),
             vae=vae,
             text_encoder=TextEncoder.from_folder(folder, dtype=arithmetic, device=place) if text_encoder else None,
             scheduler=SchedulerConfig.from_folder(folder / "scheduler", filename="scheduler_config.json"),

@@ -24,7 +24,7 @@ from cogvideox_factory.errors import DataError, UnfitError
 from cogvideox_factory.metrics import progress_bar, say
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
-from cogvideox_factory.torch_engine.device import DTYPES, pick_device, pick_dtype, pin, set_determinism
+from cogvideox_factory.torch_engine.device import DTYPES, pick_device, pick_dtype, pin, set_determinism, take_card
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
@@ -42,6 +42,7 @@ class TorchEngine:
 
     def encode(self, work: preparation.Work) -> dict[str, ClipError]:
         """Write the entries of `work`; return what went wrong, as `preparation.Engine.encode`."""
+        take_card()
         device = pick_device(work.device)
         set_determinism(work.deterministic)
         if work.captions:

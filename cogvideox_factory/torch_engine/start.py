@@ -60,6 +60,11 @@ class Plan:
         return Path(self.config.train.dir)
 
     @property
+    def is_random(self) -> bool:
+        """Whether the transformer starts from random weights."""
+        return bool(self.config.model.transformer_config) and not self.config.model.transformer
+
+    @property
     def text_length(self) -> int:
         """Tokens of a caption."""
         return intake.text_length(self.config, self.model)
@@ -215,7 +220,8 @@ def identity(plan: Plan, described: str) -> dict[str, Any]:
     train = {f"train.{k}": v for k, v in config.train.model_dump(exclude=_FREE).items()}
     adapters = {f"lora.{k}": v for k, v in config.lora.model_dump().items()} if config.train.method == "lora" else {}
     parts = [plan.folder / "vae", plan.folder / "text_encoder", plan.folder / "scheduler"]
-    start = str(plan.model) if config.model.transformer_config else _listing(plan.transformer_folder)
+    start = "" if plan.is_random else _listing(plan.transformer_folder)
+    start = f"{plan.model}{start}" if config.model.transformer_config else start
     return {
         "task": config.task, "model": digest_of([start, *(_listing(part) for part in parts)]),
         "run.seed": config.run.seed, "run.dtype": str(plan.dtype).removeprefix("torch."), "data": described,

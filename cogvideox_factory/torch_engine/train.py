@@ -275,12 +275,14 @@ def load_transformer(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
     dtype = plan.dtype
     if ranks.mesh is not None and config.train.method == "full" and config.train.master_weights == "float32":
         dtype = torch.float32  # what is kept; blocks are gathered in the run's dtype
-    if config.model.transformer_config:
+    if plan.is_random:
         transformer = CogVideoXTransformer(plan.model)
         transformer.initialize(config.run.seed)
         transformer.to(device=plan.device, dtype=dtype)
     else:
-        transformer = CogVideoXTransformer.from_folder(plan.transformer_folder, dtype=dtype, device=plan.device)
+        transformer = CogVideoXTransformer.from_folder(
+            plan.transformer_folder, config=plan.model, dtype=dtype, device=plan.device
+        )
     transformer.set_checkpointing(config.train.checkpointing)
     if config.train.method == "lora":
         targets = lora.add_lora(transformer, seed=config.run.seed, **config.lora.model_dump())

@@ -270,17 +270,23 @@ class CogVideoXTransformer(nn.Module):
 
     @classmethod
     def from_folder(
-        cls, folder: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        folder: Path | str,
+        *,
+        config: TransformerConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> Self:
         """Load a `transformer` folder in the diffusers layout; no more than one tensor is held twice.
+
+        A folder of weights alone needs their `config`.
 
         Raises:
             MissingError, UnfitError: no weights, damaged ones, or ones of another shape than the config's.
         """
         folder = Path(folder)
-        config = TransformerConfig.from_folder(folder)
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(config or TransformerConfig.from_folder(folder))
         model = model.to(dtype).to_empty(device=device)
         model.load_arrays(weights.iterate_tensors(folder, weights.MODEL_STEM))
         return model

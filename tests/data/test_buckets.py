@@ -197,3 +197,28 @@ def test_what_is_no_bucket_file(tmp_path, text, law):
     (tmp_path / "b.yaml").write_text(text)
     with pytest.raises(FactoryError, match=law):
         read_buckets(tmp_path / "b.yaml", seed=0)
+
+
+SHIPPED = """
+bucket_config:
+  # Structure: "resolution": { num_frames: [ keep_prob, batch_size ] }
+  "144p": { 37: [1.0, 90], 53: [1.0, 44], 101: [1.0, 20], 197: [1.0, 8], 381: [1.0, 6]}
+  "256": { 37: [1.0, 44], 53: [1.0, 22], 101: [1.0, 7], 197: [1.0, 4], 381: [1.0, 3]}
+  "480p": { 37: [0.4, 8], 53: [0.4, 3], 101: [0.3, 2], 197: [1.0, 1], 381: [1.0, 1]}
+  "720p": { 37: [0.5, 2], 53: [0.2, 1] , 77: [0.4, 1] }
+  "1080p": { 37: [1.0, 1] }
+  "2048": { 9: [ 0.01, 3 ] }
+"""
+
+
+def test_the_file_of_the_older_trainers_reads_as_it_is(tmp_path):
+    (tmp_path / "bucket.yaml").write_text(SHIPPED)
+    listed = read_buckets(tmp_path / "bucket.yaml", seed=0)
+    lengths = {
+        (option.resolution, option.num_frames): (option.keep_prob, option.batch_size) for option in listed.options
+    }
+    assert len(lengths) == 20
+    assert lengths["144p", 37] == (1.0, 90)
+    assert lengths["720p", 77] == (0.4, 1)
+    assert lengths["2048", 9] == (0.01, 3)
+    assert listed.choose("a" * 64, Source(40, 144, 256)) == Bucket(37, 144, 256)

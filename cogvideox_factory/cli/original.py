@@ -1,0 +1,69 @@
+"""Command lines of the older trainers: `cogvideox train --original text-to-video-sft` and their flags.
+
+They become the words of a command of ours, which is printed, so that it can be typed the next time.
+"""
+
+import os
+import shlex
+from typing import Any
+
+from cogvideox_factory.config import Config
+from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.metrics import say
+
+
+def expand(command: str, argv: list[str]) -> list[str]:
+    """Return `argv` in words of ours if it begins with `--original`, else as it is.
+
+    Raises:
+        FactoryError: `--original` elsewhere, or whatever `translate` finds.
+        SystemExit: `--help` (0).
+    """
+    name, words = _asked(argv)
+    if name is None:
+        if stray := next((word for word in argv if word.partition("=")[0] == "--original"), None):
+            raise FactoryError(f"{stray} must come first, without a recipe: cogvideox {command} --original NAME …")
+        return argv
+    # Imported only here: most command lines are not theirs.
+    from cogvideox_factory.original.page import listing
+    from cogvideox_factory.original.translate import find_script, translate
+
+    script, origin = find_script(name, command)
+    if "--help" in words or "-h" in words:
+        print(listing(script))
+        raise SystemExit(0)
+    rank, size = (int(os.environ.get(key, default)) for key, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    found = translate(script, words, origin=origin, num_processes=size, rank=rank)
+    ours = [*_words(found.settings), *found.ours]
+    if rank == 0:
+        for line in found.said:
+            say(line)
+        where = f", for {size} processes" if size > 1 else ""
+        say(f"the same command in this project's own words{where}:\n  {shlex.join(['cogvideox', command, *ours])}")
+    return ours
+
+
+def _asked(argv: list[str]) -> tuple[str | None, list[str]]:
+    first = argv[0] if argv else ""
+    if first.startswith("--original="):
+        return first.partition("=")[2], argv[1:]
+    if first == "--original":
+        return (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
+    return None, argv
+
+
+def _words(settings: dict[str, Any]) -> list[str]:
+    """Return the flags for all settings that are not at their default."""
+    words = []
+    for name, value in settings.items():
+        if value is None or value == _default(name):
+            continue
+        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def _default(name: str) -> Any:
+    defaults: Any = Config()
+    for part in name.split("."):
+        defaults = getattr(defaults, part, None)
+    return defaults

@@ -1,0 +1,8 @@
+"""Their script of this name: `cogvideox train --original image-to-video-lora`."""
+
+import sys
+
+from cogvideox_factory.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", "--original", "image-to-video-lora", *sys.argv[1:]]))

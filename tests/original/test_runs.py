@@ -1,0 +1,238 @@
+"""The commands of the original's README, as its users type them: its scripts, its flags, on a tiny model."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cogvideox_factory.cli import main
+from cogvideox_factory.config import Config
+from cogvideox_factory.original.translate import SCRIPTS, translate
+from cogvideox_factory.recipe import check, read_recipe
+
+SCRIPTS_FOLDER = Path(__file__).parents[2] / "scripts"
+SIZE = {"H": "48", "W": "80", "F": "9", "MAX_SEQUENCE_LENGTH": "16"}
+SIZE_FLAGS = "--height_buckets 48 --width_buckets 80 --frame_buckets 9 --max_num_frames 9 --max_sequence_length 16"
+
+
+def script(name: str, *words: str, **variables: object) -> subprocess.CompletedProcess:
+    """Run a script of `scripts/` as from a shell, with these variables and no others of its own."""
+    kept = {key: os.environ[key] for key in ("PATH", "PYTHONPATH", "HOME", "OMP_NUM_THREADS") if key in os.environ}
+    environment = kept | {"PYTHON": sys.executable} | {key: str(value) for key, value in variables.items()}
+    command = ["bash", str(SCRIPTS_FOLDER / name), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def words_of(name: str, *extra: str, **variables: object) -> list[list[str]]:
+    """Return the commands that a script would run, as words."""
+    done = script(name, *extra, PYTHON="echo", **variables)
+    assert done.returncode == 0, done.stderr
+    lines = [line.removeprefix("Running command: ") for line in done.stdout.splitlines() if line.startswith("Running")]
+    return [shlex.split(line) for line in lines]
+
+
+def config_of(words: list[str], *, num_processes: int) -> Config:
+    """Return the settings of a command with `--original NAME`."""
+    place = words.index("--original")
+    translation = translate(
+        SCRIPTS[words[place + 1]], words[place + 2 :], origin="mindspore", num_processes=num_processes
+    )
+    values: dict = {}
+    for name, value in translation.settings.items():
+        section, _, field = name.partition(".")
+        if value is not None and section != "prepare":
+            values |= {section: values.get(section, {}) | {field: value}} if field else {section: value}
+    return check(values, source="test")
+
+
+@pytest.fixture(scope="module")
+def prepared(old_clips, tiny_model, tmp_path_factory) -> Path:
+    """A cache, by `prepare_dataset.sh`."""
+    folder = tmp_path_factory.mktemp("prepared") / "preprocessed-dataset"
+    done = script(
+        "prepare_dataset.sh", NUM_NPUS=1, MODEL_NAME_OR_PATH=tiny_model("cogvideox1.5-5b"), DATA_ROOT=old_clips,
+        OUTPUT_DIR=folder, **SIZE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "cogvideox prepare --model.path" in done.stdout
+    return folder
+
+
+def test_quick_start_prepare_train_infer_by_the_scripts(prepared, tiny_model, tmp_path):
+    model = tiny_model("cogvideox1.5-5b")
+    done = script(
+        "train_text_to_video_sft.sh", "--lr_warmup_steps", "1", NUM_NPUS=1, MODEL_NAME_OR_PATH=model,
+        DATA_ROOT=prepared, OUTPUT_ROOT_DIR=tmp_path, MAX_TRAIN_STEPS="2", LEARNING_RATES="fast 1e-5", **SIZE,
+    )  # fmt: skip
+    name = "cogvideox-sft__optimizer_adamw_bf16__steps_2__lr-schedule_cosine_with_restarts__learning-rate_"
+    assert done.returncode == 1, "one of the two runs fails, and the other does not make up for it"
+    assert f"FAILED: {name}fast (exit code 2)" in done.stderr
+    assert "--learning_rate fast: that is not a number" in done.stderr
+    run = tmp_path / f"{name}1e-5"
+    assert (run / "final/transformer/config.json").is_file()
+    config = read_recipe(run / "config.yaml")
+    assert (config.task, config.model.path, config.run.seed) == ("t2v", str(model), 42)
+    assert (config.run.dtype, config.text.max_sequence_length) == ("bfloat16", 16)
+    assert (config.cache.dir, config.data.root) == (str(prepared), "")
+    assert (config.data.height, config.data.width, config.data.num_frames) == (48, 80, 9)
+    train = config.train
+    assert (train.method, train.steps, train.save_every, train.num_workers) == ("full", 2, 2000, 2)
+    assert (train.batch_size, train.gradient_accumulation, train.learning_rate) == (1, 1, 1e-5)
+    assert (train.schedule, train.warmup_steps, train.num_cycles) == ("cosine_with_restarts", 1, 1)
+    assert (train.beta1, train.beta2, train.weight_decay, train.max_grad_norm) == (0.9, 0.95, 0.001, 1.0)
+    assert (train.checkpointing, train.master_weights) == ("save_attention", "float32")
+    assert (config.parallel.sequence, config.parallel.zero) == (1, 0)
+    told = "--enable_slicing: no effect, the VAE takes clips one at a time in any case"
+    assert told in done.stdout
+
+    done = script(
+        "run_infer_text_to_video.sh", "--sampling.steps", "2", NUM_NPUS=8, MODEL_NAME_OR_PATH=model,
+        PROMPT="a red circle; it's \"big\" $HOME", TRANSFORMER_PATH=run, OUTPUT_DIR=tmp_path / "out", **SIZE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/output.mp4").stat().st_size > 0
+    assert 'a red circle; it\'s \\"big\\" $HOME' in (tmp_path / "out/output.json").read_text()
+
+
+def test_image_to_video_by_their_programs(old_clips, tiny_model, tmp_path, capsys):
+    model = f"--pretrained_model_name_or_path {tiny_model('cogvideox1.5-5b-i2v')}"
+    lists = "--caption_column prompt.txt --video_column videos.txt"
+    words = f"{model} --data_root {old_clips} {lists} --output_dir {tmp_path / 'cache'} {SIZE_FLAGS} --dtype fp32"
+    words += " --save_image_latents --vae_cache --embeddings_cache --id_token BW_STYLE --video_reshape_mode center"
+    assert main(["prepare", "--original", "prepare-dataset", *words.split()]) == 0
+    words = f"{model} --data_root {tmp_path / 'cache'} {lists} --vae_cache --embeddings_cache {SIZE_FLAGS}"
+    words += f" --output_dir {tmp_path / 'run'} --max_train_steps 2 --train_batch_size 2 --optimizer adamw --rank 4"
+    words += " --lora_alpha 4 --noised_image_dropout 0.5"
+    assert main(["train", "--original", "image-to-video-lora", *words.split()]) == 0
+    config = read_recipe(tmp_path / "run/config.yaml")
+    assert (config.task, config.lora.rank, config.train.image_dropout) == ("i2v", 4, 0.5)
+    assert (config.data.trigger_word, config.data.crop) == ("BW_STYLE", "center"), "as the cache was prepared"
+    out = capsys.readouterr().out
+    printed = next(line for line in out.splitlines() if line.startswith("  cogvideox train"))
+    again = [*shlex.split(printed)[1:], "--train.dir", str(tmp_path / "again")]
+    assert main(again) == 0, "the printed command is the same run"
+    assert read_recipe(tmp_path / "again/config.yaml").model_dump(exclude={"train": {"dir"}}) == config.model_dump(
+        exclude={"train": {"dir"}}
+    )
+
+
+def test_the_pytorch_projects_command_line_trains_from_clips(old_clips, tiny_model, tmp_path):
+    words = f"--pretrained_model_name_or_path {tiny_model('cogvideox-2b')} --data_root {old_clips} "
+    words += "--caption_column prompt.txt --video_column videos.txt --height_buckets 48 --width_buckets 80 "
+    words += "--frame_buckets 9 --rank 4 --lora_alpha 4 --mixed_precision no --num_train_epochs 1 --train_batch_size 2 "
+    words += f"--output_dir {tmp_path} --optimizer adamw --seed 3 --dataloader_num_workers 0 --report_to none "
+    words += "--gradient_checkpointing --nccl_timeout 1800 --lr_scheduler constant --random_flip 0.5"
+    assert main(["train", "--original", "pytorch:text-to-video-lora", *words.split()]) == 0
+    config = read_recipe(tmp_path / "config.yaml")
+    assert (config.train.steps, config.train.batch_size, config.run.seed) == (2, 2, 3)
+    assert (config.data.flip_probability, config.data.short_clips) == (0.5, "reject")
+
+
+@pytest.mark.parametrize(
+    ("name", "sft", "rate", "model"),
+    [
+        ("train_text_to_video_sft.sh", True, 1e-5, "THUDM/CogVideoX1.5-5b"),
+        ("train_image_to_video_sft.sh", True, 2e-5, "THUDM/CogVideoX1.5-5b-I2V"),
+        ("train_text_to_video_lora.sh", False, 1e-5, "THUDM/CogVideoX1.5-5b"),
+        ("train_image_to_video_lora.sh", False, 2e-5, "THUDM/CogVideoX1.5-5b-I2V"),
+    ],
+)
+def test_the_train_scripts_have_the_shipped_defaults(name, sft, rate, model):
+    (words,) = words_of(name, VAE_CACHE=0, EMBEDDINGS_CACHE=0)
+    assert words[1:7] == ["-m", "torch.distributed.run", "--nproc-per-node", "8", "--standalone", "-m"]
+    config = config_of(words, num_processes=8)
+    assert config.model.path == model
+    assert (config.train.steps, config.train.save_every, config.train.warmup_steps) == (
+        100000 if sft else 3000,
+        2000,
+        800,
+    )
+    assert config.train.learning_rate == pytest.approx(rate if sft else 8 * rate), "scale_lr, over 1 or 8 clips a step"
+    assert (config.parallel.sequence, config.parallel.zero) == ((8, 3) if sft else (1, 0))
+    assert (config.data.height, config.data.width, config.data.num_frames) == (768, 1360, 77)
+    assert (config.text.max_sequence_length, config.run.seed, config.run.dtype) == (224, 42, "bfloat16")
+    assert (config.data.captions, config.data.videos) == ("prompts.txt", "videos.txt")
+    assert (config.data.root, config.train.weight_decay) == ("preprocessed-dataset", 0.001)
+    (cached,) = words_of(name)
+    assert {"--vae_cache", "--embeddings_cache"} <= set(cached)
+
+
+def test_every_combination_of_the_four_lists_is_run():
+    lists = {"LEARNING_RATES": "1e-5 2e-5", "LR_SCHEDULES": "cosine linear", "OPTIMIZERS": "adam adamw_bf16"}
+    runs = words_of("train_text_to_video_lora.sh", MAX_TRAIN_STEPS="10 20", OUTPUT_ROOT_DIR="out", **lists)
+    folders = [words[words.index("--output_dir") + 1] for words in runs]
+    assert len(set(folders)) == 16
+    first = "out/cogvideox-lora__optimizer_adam__steps_10__lr-schedule_cosine__learning-rate_1e-5"
+    assert folders[0] == first, "named as the original named them"
+
+
+def test_a_stop_on_request_ends_a_sweep(tmp_path):
+    stopping = tmp_path / "python"
+    stopping.write_text("#!/bin/sh\nexit 75\n")
+    stopping.chmod(0o755)
+    done = script("train_text_to_video_lora.sh", PYTHON=stopping, NUM_NPUS=1, LEARNING_RATES="1e-5 2e-5 3e-5")
+    assert done.returncode == 1
+    assert done.stderr.count("FAILED") == 1
+
+
+def test_many_nodes_and_shapes_and_larger_models_by_variables():
+    more = {"NUM_NPUS": 16, "NODE_RANK": 1, "MASTER_ADDR": "10.0.0.1", "ENABLE_DYNAMIC_SHAPE": 1, "VAE_CACHE": 0}
+    (words,) = words_of(
+        "train_text_to_video_sft.sh", EMBEDDINGS_CACHE=0, TRANSFORMER_CONFIG="30b.yaml", SP_SIZE=8, **more
+    )
+    launcher = " ".join(words[: words.index("train")])
+    assert "--nproc-per-node 8 --nnodes 2 --node-rank 1 --master-addr 10.0.0.1" in launcher
+    config = config_of(words, num_processes=16)
+    assert config.model.transformer_config == "30b.yaml"
+    assert Path(config.data.buckets or "").is_file(), "the bucket file of recipes/"
+    assert (config.parallel.sequence, config.train.batch_size) == (8, 1)
+    done = script("train_text_to_video_sft.sh", NUM_NPUS=12, PYTHON="echo")
+    assert done.returncode == 1
+    assert "multiple of 8" in done.stderr
+
+
+def test_prepare_and_infer_scripts_have_the_shipped_defaults():
+    (words,) = words_of("prepare_dataset.sh", SAVE_IMAGE_LATENTS=1)
+    config = config_of(words, num_processes=8)
+    assert (config.task, config.model.path) == ("i2v", "THUDM/CogVideoX1.5-5b")
+    assert (config.cache.dir, config.run.dtype) == ("preprocessed-dataset", "bfloat16")
+    assert (config.data.captions, config.data.num_frames) == ("prompt.txt", 77)
+    (words,) = words_of("run_infer_image_to_video.sh", IMAGE_PATH="a b.png", LORA_PATH="l")
+    config = config_of(words, num_processes=1)
+    assert (config.task, config.generate.image, config.generate.lora) == ("i2v", ["a b.png"], ["l"])
+    assert (config.generate.out, config.model.path) == (
+        "./output_infer_768_1360_77/output.mp4", "THUDM/CogVideoX1.5-5b-I2V",
+    )  # fmt: skip
+    done = script("run_infer_image_to_video.sh")
+    assert done.returncode != 0
+    assert "give IMAGE_PATH" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["cogvideox_text_to_video_lora", "cogvideox_text_to_video_sft",
+    "cogvideox_image_to_video_lora", "cogvideox_image_to_video_sft", "prepare_dataset", "infer"])  # fmt: skip
+def test_their_programs_are_modules_of_that_name(name):
+    """One is started; the others are read, as starting takes a second each."""
+    path = Path(__file__).parents[2] / "cogvideox_factory" / "original" / f"{name}.py"
+    wanted = name.removeprefix("cogvideox_").replace("_", "-")
+    assert f'"--original", "{wanted}", *sys.argv[1:]' in path.read_text()
+    assert wanted in SCRIPTS
+    if name == "infer":
+        command = [sys.executable, "-m", f"cogvideox_factory.original.{name}", "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert "--npy_output_path" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "recipe.yaml", "--original", "text-to-video-sft"], "must come first"),
+        (["train", "--original"], "does the work of text-to-video-lora"),
+        (["prepare", "--original=infer", "--prompt", "x"], "cogvideox generate --original infer"),
+    ],
+)
+def test_original_in_the_wrong_place_is_told(words, says, capsys):
+    assert main(words) == 2
+    assert says in capsys.readouterr().err
