@@ -11,7 +11,7 @@ from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.errors import StorageError
 from cogvideox_factory.recipe import check
 from cogvideox_factory.tiny.world import random_scene, render
-from cogvideox_factory.torch_engine import checkpoint, loop, prepare, train, vae_blocks, watch
+from cogvideox_factory.torch_engine import checkpoint, prepare, train, vae_blocks, watch
 from cogvideox_factory.torch_engine.encode import Encoder
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.runs import losses, weights_of
@@ -143,7 +143,7 @@ def train_each_and_see_latents(configs):
 
 
 def watch_latents(patch, record):
-    batch, code, now = Encoder.batch, vae_blocks.Encoder.forward, ["trained"]
+    batch, code, held_out_loss, now = Encoder.batch, vae_blocks.Encoder.forward, watch.held_out_loss, ["trained"]
 
     def seen_batch(self, raw):
         done = batch(self, raw)
@@ -159,13 +159,13 @@ def watch_latents(patch, record):
     def held_out(*arguments, **options):
         now[0] = "held_out"
         try:
-            return watch.held_out_loss(*arguments, **options)
+            return held_out_loss(*arguments, **options)
         finally:
             now[0] = "trained"
 
     patch.setattr(Encoder, "batch", seen_batch)
     patch.setattr(vae_blocks.Encoder, "forward", counted_code)
-    patch.setattr(loop, "held_out_loss", held_out)
+    patch.setattr(watch, "held_out_loss", held_out)
 
 
 def test_a_run_goes_on_with_other_processes(folder, tmp_path):
