@@ -6,6 +6,7 @@ VAE, `model` for the text encoder): one `STEM.safetensors`, or shards named by
 model twice in memory. Pickled weights are never opened.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,6 +33,7 @@ __all__ = [
     "load_lora",
     "read_config",
     "resolve_model",
+    "sample_digest",
     "save_folder",
     "save_lora",
 ]
@@ -40,6 +42,7 @@ MODEL_STEM = "diffusion_pytorch_model"
 TEXT_ENCODER_STEM = "model"
 MODEL_SUBFOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 EMBEDDED = ("tiny-t2v", "tiny-i2v")
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -94,6 +97,19 @@ def find_weight_files(folder: Path, stem: str = MODEL_STEM) -> list[Path]:
         f"{folder} holds neither {single.name} nor {index.name}"
         + (f"; it holds {others}. Rename or convert what you want to load." if others else ". Check the path.")
     )
+
+
+def sample_digest(folder: Path) -> str:
+    """Return a digest of the configs of a model folder and of samples of its weights: cheap, and another's differs."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(folder).iterdir() if path.suffix in (".json", ".safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for number in range(_SAMPLES):
+                file.seek(number * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def _weight_map(index: Path) -> dict[str, Path]:

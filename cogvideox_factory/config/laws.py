@@ -133,5 +133,6 @@ _WITHOUT_EFFECT: tuple[tuple[Callable[["Config"], bool], str, tuple[str, ...]], 
         "a bucket file, which says how many clips of each shape a step has",
         ("train.batch_size",),
     ),
+    (lambda config: config.train.resume == "never", "train.resume=never", ("train.allow_change",)),
     (lambda config: not config.validation.every, "validation.every=0", ("validation.prompts", "validation.images")),
 )  # fmt: skip

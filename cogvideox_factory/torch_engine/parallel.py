@@ -15,9 +15,9 @@ Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., FSDP (arXiv 2304.11277
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -109,13 +109,22 @@ class Ranks:
         dist.all_reduce(x)
         return x / self.layout.size
 
-    def agree(self, value: str | None) -> str | None:
-        """Return the value of the first process that has one; each calls this at the same point."""
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes in their order; each calls this at the same point."""
         if self.mesh is None:
-            return value
-        values: list[str | None] = [None] * self.layout.size
+            return [value]
+        values: list[Any] = [None] * self.layout.size
         dist.all_gather_object(values, value, group=self.talk)
-        return next((v for v in values if v is not None), None)
+        return values
+
+    def require_agreement(self, facts: Mapping[str, Any]) -> None:
+        """Compare `facts` with the other processes'.
+
+        Raises:
+            FactoryError: in all processes, naming the first that differs from the leading one, and in what.
+        """
+        if self.talk is not None:
+            _require_agreement(facts, self.talk)
 
     def from_lead(self, function: Callable[[], T]) -> T:
         """Return what `function()` returns in the leading process, in all.
@@ -174,11 +183,29 @@ def _indexed(device: torch.device) -> torch.device | None:
 def make_ranks(layout: Layout, *, num_heads: int, device_type: str) -> Ranks:
     """Return this process' place; the process group must exist, and every process must call this alike."""
     assert layout.size == dist.get_world_size(), layout
+    talk = _new_group(range(layout.size), backend="gloo")
+    _require_agreement({f"parallel.{name}": value for name, value in asdict(layout).items()}, talk)
     mesh = init_device_mesh(device_type, layout.grid, mesh_dim_names=("replicas", "shards"))
     return Ranks(
-        layout=layout, rank=dist.get_rank(), mesh=mesh, talk=_new_group(range(layout.size), backend="gloo"),
+        layout=layout, rank=dist.get_rank(), mesh=mesh, talk=talk,
         sequence=_sequence_group(layout, num_heads) if layout.sequence > 1 else None,
     )  # fmt: skip
+
+
+def _require_agreement(facts: Mapping[str, Any], talk: dist.ProcessGroup) -> None:
+    all_facts: list[Any] = [None] * dist.get_world_size(talk)
+    dist.all_gather_object(all_facts, dict(facts), group=talk)
+    lead = all_facts[0]
+    for rank, own in enumerate(all_facts):
+        if own != lead:
+            names = [name for name in dict.fromkeys([*lead, *own]) if lead.get(name) != own.get(name)]
+            told = "; ".join(f"{name} is {own.get(name)!r} there and {lead.get(name)!r} here" for name in names[:5])
+            error = FactoryError(
+                f"process {rank} is not of the same run as process 0: {told}. Start all with the same recipe and "
+                "flags, on the same version, model and data."
+            )
+            error.echoed = dist.get_rank() != 0
+            raise error
 
 
 def _sequence_group(layout: Layout, num_heads: int) -> SequenceGroup:
@@ -236,6 +263,20 @@ def reduce_gradients(transformer: nn.Module, layout: Layout, *, last: bool) -> N
 def local(tensor: Tensor) -> Tensor:
     """Return the part of `tensor` that this process holds, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def rows_of(tensor: Tensor) -> tuple[int, int]:
+    """Return which rows of `tensor` this process holds, as (first, behind the last); a scalar counts as one row."""
+    if not isinstance(tensor, DTensor):
+        return (0, tensor.shape[0]) if tensor.ndim else (0, 1)
+    num_rows, first = tensor.shape[0], 0
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_shard(0):  # as torch.chunk cuts: all of one size, but for the last ones
+            size = -(-tensor.shape[0] // tensor.device_mesh.size(axis))
+            first = min(tensor.device_mesh.get_local_rank(axis) * size, tensor.shape[0])
+            num_rows = min(size, tensor.shape[0] - first)
+    assert local(tensor).shape[0] == num_rows, (tensor.shape, tensor.placements)
+    return first, first + num_rows
 
 
 def like(part: Tensor, tensor: Tensor) -> Tensor:

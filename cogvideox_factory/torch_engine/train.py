@@ -4,6 +4,7 @@
 four trainers; the loop itself is in `loop.py`.
 """
 
+import time
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,24 +29,30 @@ from cogvideox_factory.metrics import say, speaking
 from cogvideox_factory.models import VaeConfig
 from cogvideox_factory.publish import replace_folder, require_room, sweep
 from cogvideox_factory.recipe import write_recipe
-from cogvideox_factory.run_folder import locked, require_same
+from cogvideox_factory.run_folder import check_allowed, locked
+from cogvideox_factory.time_limit import TimeLimit
 from cogvideox_factory.torch_engine import checkpoint, lora, prepare
 from cogvideox_factory.torch_engine.attention import backend_name
 from cogvideox_factory.torch_engine.device import set_determinism, take_card
 from cogvideox_factory.torch_engine.encode import Encoder
-from cogvideox_factory.torch_engine.loop import Loop, Watch
+from cogvideox_factory.torch_engine.loop import Loop, Watch, state_tensors
 from cogvideox_factory.torch_engine.objective import Objective, Scales
 from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.parallel import Layout, Ranks, distribute, joined, num_processes
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
+from cogvideox_factory.torch_engine.saving import Saver
 from cogvideox_factory.torch_engine.start import (
     Plan,
     batch_sizes,
+    check_resume,
     digest_of,
     find_start,
     identity,
     make_plan,
     num_tokens,
+    record_of,
+    shared_files,
+    shared_settings,
 )
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
@@ -63,6 +70,7 @@ def run(config: Config) -> Path:
     """
     if not config.cache.dir and not config.data_sets:
         raise FactoryError("train on what? give --cache.dir FOLDER (prepared) or --data.root FOLDER (raw clips)")
+    started = time.monotonic()
     take_card()
     plan = make_plan(config)
     _check_validation(plan)
@@ -71,30 +79,27 @@ def run(config: Config) -> Path:
     set_determinism(config.run.deterministic)
     seconds = config.parallel.timeout_seconds
     with joined(layout, num_heads=heads, device=plan.device, timeout_seconds=seconds) as ranks, speaking(ranks.leads):
-        return _run(plan, ranks)
+        return _run(plan, ranks, started)
 
 
-def _run(plan: Plan, ranks: Ranks) -> Path:
+def _run(plan: Plan, ranks: Ranks, started: float) -> Path:
     config = plan.config
+    ranks.require_agreement(checkpoint.versions() | shared_settings(config))
     source, described, weights = open_source(plan)
     sizes = batch_sizes(plan, source.buckets.values())
     if config.data.buckets:  # which clips a step has depends on these too
         described = digest_of(sorted(source.buckets), described, sorted(source.buckets.items()), sorted(sizes.items()))
     if weights:
         described = digest_of(sorted(source.sets), described, sorted(source.sets.items()), sorted(weights.items()))
+    ranks.require_agreement(shared_files(plan, described))
+    wanted = identity(plan, described)
+    check_allowed(config.train.allow_change, wanted)
     with ExitStack() as stack:
         ranks.from_lead(lambda: stack.enter_context(locked(plan.run_folder)))
         start = ranks.from_lead(lambda: find_start(plan))
-        wanted = identity(plan, described)
-        if start is not None:
-            state = checkpoint.read_state(start)
-            require_same(state["identity"], wanted, source=start)
-            if state["step"] > config.train.steps:
-                raise FactoryError(
-                    f"train.steps={config.train.steps}, but {start} is at step {state['step']} already. "
-                    "Ask for more steps, or start a new run in another --train.dir."
-                )
-        _train(plan, source, sizes, weights, ranks, start=start, wanted=wanted)
+        changes = check_resume(plan, start, wanted) if start else []
+        record = record_of(plan, ranks, wanted, changes)
+        _train(plan, source, sizes, weights, ranks, start=start, record=record, started=started)
     return plan.run_folder
 
 
@@ -144,7 +149,8 @@ def _train(
     ranks: Ranks,
     *,
     start: Path | None,
-    wanted: dict[str, Any],
+    record: dict[str, Any],
+    started: float,
 ) -> None:
     config = plan.config
     train_ids, held_ids = sorted(source.buckets), []
@@ -173,6 +179,11 @@ def _train(
         device=plan.device,
         dtype=plan.dtype,
     )
+    saver = Saver(
+        plan.run_folder, keep=config.train.keep_checkpoints, ranks=ranks, device=plan.device,
+        in_background=config.train.async_checkpoint, wait_seconds=config.parallel.timeout_seconds,
+    )  # fmt: skip
+    state_bytes = sum(t.numel() * t.element_size() for t in state_tensors(update, ema).values())
     loop = Loop(
         objective=objective, update=update, ema=ema, sampler=sampler, loader=loader, encoder=frozen.encoder,
         device=plan.device, run_folder=plan.run_folder, num_steps=config.train.steps,
@@ -182,8 +193,8 @@ def _train(
             "warmup_steps": config.train.warmup_steps, "num_cycles": config.train.num_cycles,
             "power": config.train.power,
         },
-        log_every=config.train.log_every, save_every=config.train.save_every,
-        keep_checkpoints=config.train.keep_checkpoints, identity=wanted,
+        log_every=config.train.log_every, save_every=config.train.save_every, saver=saver, record=record,
+        limit=TimeLimit(config.train.time_limit_minutes, save_bytes=state_bytes, started=started),
         tokens={key: num_tokens(plan, Bucket.parse(key)) + plan.text_length for key in sizes},
         watch=Watch(
             every=config.validation.every, source=source, clip_ids=held_ids, draws=make_draws(plan, quiet=True),
@@ -192,7 +203,7 @@ def _train(
         ranks=ranks,
     )  # fmt: skip
     _say_arithmetic(plan, sampler, update, start, ranks)
-    ranks.from_lead(lambda: _make_ready(plan, loop.state_bytes()))
+    ranks.from_lead(lambda: _make_ready(plan, state_bytes))
     loop.run(start)
     with loop.averaged_weights():
         export(transformer, plan.run_folder, method=config.train.method, ranks=ranks)
