@@ -77,7 +77,7 @@ class Loop:
         """Train until `num_steps`, from checkpoint `start` or from scratch."""
         first = self._restore(start) if start else 0
         log = MetricsLog(self.run_folder, resume_step=first if start else None, writes=self.ranks.leads)
-        self.saver.on_saved = partial(self._saved, log)
+        self.saver.on_saved = partial(self.limit.spent, "save")
         batches = self.loader.batches(first, self.num_steps)
         try:
             with stop_requests() as stop:
@@ -217,10 +217,6 @@ class Loop:
         }
         self.saver.save(step, state_tensors(self.update, self.ema), state, must=must)
         self._restart_clocks(step)
-
-    def _saved(self, log: MetricsLog, step: int, seconds: dict[str, float]) -> None:
-        self.limit.spent("save", seconds["save_seconds"])
-        log.write(step, seconds)
 
     def _restore(self, folder: Path) -> int:
         state = checkpoint.load_checkpoint(folder, state_tensors(self.update, self.ema), ranks=self.ranks)

@@ -39,8 +39,8 @@ class Saver:
         self, run: Path, *, keep: int, ranks: Ranks, device: torch.device, in_background: bool, wait_seconds: float
     ) -> None:
         self.run = run
-        self.on_saved: Callable[[int, dict[str, float]], None] = lambda step, seconds: None
-        """Told of each checkpoint: its step, and the seconds that training stood still and that it took in all."""
+        self.on_saved: Callable[[float], None] = lambda seconds: None
+        """Told how many seconds each checkpoint took in all."""
         self._keep, self._ranks, self._device = keep, ranks, device
         self._in_background, self._wait_seconds = in_background, wait_seconds
         self._hand: _InHand | None = None
@@ -97,7 +97,7 @@ class Saver:
             stall, total = hand.stall + now - began, now - hand.began
             behind = f", {stall:.3g} s of them in training's way" if self._in_background else ""
             say(f"step {hand.draft.step}: {folder} saved in {total:.3g} s{behind}")
-            self.on_saved(hand.draft.step, {"save_stall_seconds": stall, "save_seconds": total})
+            self.on_saved(total)
 
     def settle(self, *, must: bool = False) -> None:
         """Wait for the save in hand, if there is one, and commit it.

@@ -138,8 +138,7 @@ def test_the_run_folder_reruns_as_it_is(tiny_model, clips, caches, tmp_path):
     assert {p.name for p in run.iterdir() if not p.name.startswith(".")} == {
         "config.yaml", "metrics.jsonl", "tensorboard", "checkpoint-000003", "checkpoint-000006", "final"
     }  # fmt: skip
-    *_, row, saved = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert saved["save_seconds"] >= saved["save_stall_seconds"] > 0
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["tokens_per_second"] > 0
     assert row["memory_gib"] > 0
 
@@ -243,8 +242,8 @@ def test_float16_trains_with_a_loss_scale_and_resumes_exactly(tiny_model, clips,
     whole = train.run(make("whole", 4))
     train.run(make("cut", 2))
     assert_same(whole, train.run(make("cut", 4)))
-    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert [row["loss_scale"] for row in rows if "loss" in row][-1] >= 1
+    row = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["loss_scale"] >= 1
     assert row["skipped"] == 0
 
 
