@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from io import RawIOBase
 from pathlib import Path
@@ -90,6 +91,25 @@ class TensorFile:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
         return tuple(self._handle.get_slice(name).get_shape())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """A tensor of an open file, read when it is asked for: `stored[a:b]` reads those rows, `stored[:]` all."""
+
+    file: TensorFile
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of all of it."""
+        return self.file.shape(self.name)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        if not self.shape:
+            return self.file.read(self.name)
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.file.read_rows(self.name, start, max(start, stop))
 
 
 @contextmanager

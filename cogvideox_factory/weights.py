@@ -19,9 +19,10 @@ from cogvideox_factory.errors import FactoryError, MissingError, UnfitError
 from cogvideox_factory.lora_check import check_lora
 from cogvideox_factory.lora_files import LoraFile, bake_lora, load_lora, save_lora
 from cogvideox_factory.publish import publish_files
-from cogvideox_factory.tensors import open_tensors, save_tensors
+from cogvideox_factory.tensors import StoredTensor, open_tensors, save_tensors
 
 __all__ = [
+    "MAX_SHARD_BYTES",
     "MODEL_STEM",
     "TEXT_ENCODER_STEM",
     "LoraFile",
@@ -36,10 +37,13 @@ __all__ = [
     "sample_digest",
     "save_folder",
     "save_lora",
+    "stored_tensors",
 ]
 
 MODEL_STEM = "diffusion_pytorch_model"
 TEXT_ENCODER_STEM = "model"
+MAX_SHARD_BYTES = 10**10
+"""As diffusers cuts them."""
 MODEL_SUBFOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 EMBEDDED = ("tiny-t2v", "tiny-i2v")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
@@ -132,6 +136,16 @@ def iterate_tensors(folder: Path, stem: str = MODEL_STEM) -> Iterator[tuple[str,
     """Yield every (name, array) of a model folder, one in memory at a time.
 
     Raises:
+        MissingError, UnfitError: as `stored_tensors`.
+    """
+    for name, stored in stored_tensors(folder, stem):
+        yield name, stored[:]
+
+
+def stored_tensors(folder: Path, stem: str = MODEL_STEM) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield every (name, tensor) of a model folder; a tensor can be read, or rows of it, until the next is asked for.
+
+    Raises:
         MissingError: as `find_weight_files`.
         UnfitError: as `find_weight_files`; a damaged file; shards that do not match their index.
     """
@@ -146,7 +160,7 @@ def iterate_tensors(folder: Path, stem: str = MODEL_STEM) -> Iterator[tuple[str,
                 if name in seen:
                     raise UnfitError(f"{path}: tensor {name!r} is in an earlier shard too. Export the model again.")
                 seen.add(name)
-                yield name, file.read(name)
+                yield name, StoredTensor(file=file, name=name)
     if promised is not None and seen != promised:
         stray = sorted(seen ^ promised)
         raise UnfitError(
@@ -171,7 +185,7 @@ def save_folder(
     *,
     config: Mapping[str, Any],
     stem: str = MODEL_STEM,
-    max_shard_bytes: int = 5 * 1024**3,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write `config.json` and the weights of a model folder so that it is complete or as it was before.
 

@@ -32,8 +32,8 @@ from cogvideox_factory.checkpoints import (
 from cogvideox_factory.errors import StorageError, UnfitError
 from cogvideox_factory.publish import publish_folder, require_room, sync_file
 from cogvideox_factory.tensors import TensorFile, open_tensors, save_tensors
-from cogvideox_factory.torch_engine.border import to_array, to_tensor
-from cogvideox_factory.torch_engine.parallel import Layout, Ranks, local, rows_of
+from cogvideox_factory.torch_engine.border import local, rows_of, to_array, to_tensor
+from cogvideox_factory.torch_engine.parallel import Layout, Ranks
 
 __all__ = [
     "Draft",

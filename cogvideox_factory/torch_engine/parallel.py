@@ -29,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.torch_engine.border import local
 from cogvideox_factory.torch_engine.sequence_parallel import SequenceGroup, ulysses_degree
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 
@@ -258,25 +259,6 @@ def reduce_gradients(transformer: nn.Module, layout: Layout, *, last: bool) -> N
     """Say before a backward pass whether it is the `last` of a step: stages 0 and 1 reduce only then."""
     if isinstance(transformer, FSDPModule):
         transformer.set_requires_gradient_sync(last or layout.zero >= 2)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return the part of `tensor` that this process holds, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def rows_of(tensor: Tensor) -> tuple[int, int]:
-    """Return which rows of `tensor` this process holds, as (first, behind the last); a scalar counts as one row."""
-    if not isinstance(tensor, DTensor):
-        return (0, tensor.shape[0]) if tensor.ndim else (0, 1)
-    num_rows, first = tensor.shape[0], 0
-    for axis, placement in enumerate(tensor.placements):
-        if placement.is_shard(0):  # as torch.chunk cuts: all of one size, but for the last ones
-            size = -(-tensor.shape[0] // tensor.device_mesh.size(axis))
-            first = min(tensor.device_mesh.get_local_rank(axis) * size, tensor.shape[0])
-            num_rows = min(size, tensor.shape[0] - first)
-    assert local(tensor).shape[0] == num_rows, (tensor.shape, tensor.placements)
-    return first, first + num_rows
 
 
 def like(part: Tensor, tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvideox_factory import intake
+from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.cache import is_imported, open_cache, recorded_dtype
@@ -23,7 +23,7 @@ from cogvideox_factory.data.loader import CacheSource, Draws, Loader, RawSource
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.sampler import Sampler, hold_out
 from cogvideox_factory.diffusion.schedule import alphas_cumprod
-from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.errors import FactoryError, StorageError
 from cogvideox_factory.lora_files import save_lora
 from cogvideox_factory.metrics import say, speaking
 from cogvideox_factory.models import VaeConfig
@@ -85,12 +85,13 @@ def run(config: Config) -> Path:
 def _run(plan: Plan, ranks: Ranks, started: float) -> Path:
     config = plan.config
     ranks.require_agreement(checkpoint.versions() | shared_settings(config))
-    source, described, weights = open_source(plan)
+    source, described, set_weights = open_source(plan)
     sizes = batch_sizes(plan, source.buckets.values())
     if config.data.buckets:  # which clips a step has depends on these too
         described = digest_of(sorted(source.buckets), described, sorted(source.buckets.items()), sorted(sizes.items()))
-    if weights:
-        described = digest_of(sorted(source.sets), described, sorted(source.sets.items()), sorted(weights.items()))
+    if set_weights:
+        parts = sorted(source.sets.items()), sorted(set_weights.items())
+        described = digest_of(sorted(source.sets), described, *parts)
     ranks.require_agreement(shared_files(plan, described))
     wanted = identity(plan, described)
     check_allowed(config.train.allow_change, wanted)
@@ -99,7 +100,7 @@ def _run(plan: Plan, ranks: Ranks, started: float) -> Path:
         start = ranks.from_lead(lambda: find_start(plan))
         changes = check_resume(plan, start, wanted) if start else []
         record = record_of(plan, ranks, wanted, changes)
-        _train(plan, source, sizes, weights, ranks, start=start, record=record, started=started)
+        _train(plan, source, sizes, set_weights, ranks, start=start, record=record, started=started)
     return plan.run_folder
 
 
@@ -133,8 +134,8 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str, dict[str, flo
             )
         clip_ids = sorted(clip.id for clip in index.clips)
         recorded = index.recorded.get("source", {}).get("weights", {})
-        weights = intake.set_weights(config) if config.data_sets else recorded
-        return CacheSource(index), digest_of(clip_ids, settings.to_json()), weights
+        set_weights = intake.set_weights(config) if config.data_sets else recorded
+        return CacheSource(index), digest_of(clip_ids, settings.to_json()), set_weights
     manifest = intake.checked_manifest(config, spec, plan.model)
     clip_ids = sorted(clip.id for clip in manifest.usable)
     source = RawSource(manifest.usable, latent_channels=plan.model.out_channels)
@@ -145,7 +146,7 @@ def _train(
     plan: Plan,
     source: CacheSource | RawSource,
     sizes: dict[str, int],
-    weights: dict[str, float],
+    set_weights: dict[str, float],
     ranks: Ranks,
     *,
     start: Path | None,
@@ -160,7 +161,7 @@ def _train(
             say(f"{unseen} other windows of the {len(held_ids)} clips held out are not trained on either")
     sampler = Sampler(
         train_ids, batch_size={key: size * config.train.gradient_accumulation for key, size in sizes.items()},
-        seed=config.run.seed, buckets=source.buckets, sets=source.sets, weights=weights,
+        seed=config.run.seed, buckets=source.buckets, sets=source.sets, weights=set_weights,
     )  # fmt: skip
     loader = Loader(
         source, sampler, make_draws(plan), num_micros=config.train.gradient_accumulation,
@@ -232,24 +233,30 @@ def make_draws(plan: Plan, *, quiet: bool = False) -> Draws:
 
 
 def load_transformer(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
-    """Load the transformer (or draw its weights), with a fresh LoRA or with all weights trainable, and divide it."""
+    """Load the transformer (or draw its weights), with a fresh LoRA or with all weights trainable.
+
+    It is divided before there is any memory behind it, so that a process reads and holds its own part alone.
+    """
     config = plan.config
-    dtype = plan.dtype
-    if ranks.mesh is not None and config.train.method == "full" and config.train.master_weights == "float32":
+    dtype, is_lora = plan.dtype, config.train.method == "lora"
+    if ranks.mesh is not None and not is_lora and config.train.master_weights == "float32":
         dtype = torch.float32  # what is kept; blocks are gathered in the run's dtype
-    if config.model.transformer_config:
-        transformer = CogVideoXTransformer(plan.model)
-        transformer.initialize(config.run.seed)
-        transformer.to(device=plan.device, dtype=dtype)
-    else:
-        transformer = CogVideoXTransformer.from_folder(plan.transformer_folder, dtype=dtype, device=plan.device)
+    with torch.device("meta"):
+        transformer = CogVideoXTransformer(plan.model).to(dtype)
     transformer.set_checkpointing(config.train.checkpointing)
-    if config.train.method == "lora":
+    if is_lora:
         targets = lora.add_lora(transformer, seed=config.run.seed, **config.lora.model_dump())
         say(f"LoRA rank {config.lora.rank} on {len(targets)} modules")
     else:
         transformer.requires_grad_(True)
     distribute(transformer, ranks, dtype=plan.dtype)
+    transformer.to_empty(device=plan.device)
+    if config.model.transformer_config:
+        transformer.initialize(config.run.seed)
+    else:
+        transformer.load_folder(plan.transformer_folder)
+    if is_lora:
+        lora.initialize_lora(transformer, seed=config.run.seed)
     return transformer.train()
 
 
@@ -331,17 +338,37 @@ def make_samples(plan: Plan, frozen: Frozen, transformer: CogVideoXTransformer) 
     )  # fmt: skip
 
 
-def export(transformer: CogVideoXTransformer, run_folder: Path, *, method: str, ranks: Ranks) -> None:
-    """Write `final/`: a LoRA file or a transformer folder that diffusers loads as it is."""
-    if not ranks.leads:  # weights are gathered one at a time, from all
-        lora.lora_arrays(transformer) if method == "lora" else deque(transformer.iterate_arrays(), maxlen=0)
-        return
-    with replace_folder(run_folder / "final") as folder:
-        if method == "lora":
-            file = folder / "pytorch_lora_weights.safetensors"
-            save_lora(file, lora.lora_arrays(transformer), **lora.lora_settings(transformer))
-        else:
-            transformer.save(folder / "transformer")
+def export(
+    transformer: CogVideoXTransformer, run_folder: Path, *, method: str, ranks: Ranks,
+    max_shard_bytes: int = weights.MAX_SHARD_BYTES,
+) -> None:  # fmt: skip
+    """Write `final/`: a LoRA file or a transformer folder that diffusers loads as it is.
+
+    Divided weights are gathered one parameter at a time, from all processes; the leading one writes, shard by shard.
+
+    Raises:
+        StorageError: in all processes.
+    """
+    arrays = transformer.iterate_arrays() if method == "full" else iter(lora.lora_arrays(transformer).items())
+    problem: StorageError | None = None
+    if ranks.leads:
+        try:
+            with replace_folder(run_folder / "final") as folder:
+                if method == "lora":
+                    file = folder / "pytorch_lora_weights.safetensors"
+                    save_lora(file, dict(arrays), **lora.lora_settings(transformer))
+                else:
+                    config = transformer.config.to_dict()
+                    weights.save_folder(folder / "transformer", arrays, config=config, max_shard_bytes=max_shard_bytes)
+        except StorageError as error:
+            problem = error
+    deque(arrays, maxlen=0)  # the others wait for their parts to be asked for, to the end
+    ranks.from_lead(lambda: _raise(problem))
+
+
+def _raise(problem: StorageError | None) -> None:
+    if problem is not None:
+        raise problem
 
 
 def _image_scale(config: Config, vae: VaeConfig) -> float:
