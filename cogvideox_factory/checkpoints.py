@@ -71,12 +71,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def list_checkpoints(run: Path) -> list[int]:
-    """Return the steps of the complete checkpoints of a run folder, oldest first."""
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Return the folders of a run that are named as checkpoints, complete or not, oldest first."""
     if not Path(run).is_dir():
         return []
-    matches = ((_NAME.fullmatch(path.name), path) for path in Path(run).iterdir())
-    return sorted(int(match[1]) for match, path in matches if match and (path / MANIFEST).is_file())
+    found = [path for path in Path(run).iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step_of)
+
+
+def list_checkpoints(run: Path) -> list[int]:
+    """Return the steps of the complete checkpoints of a run folder, oldest first."""
+    return [_step_of(path) for path in checkpoint_folders(run) if (path / MANIFEST).is_file()]
+
+
+def _step_of(folder: Path) -> int:
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None, folder
+    return int(match[1])
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:

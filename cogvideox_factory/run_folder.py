@@ -1,11 +1,13 @@
 """A run folder: one process at a time writes it, and a run goes on only with the settings it was started with."""
 
 import fcntl
+import os
 import shutil
 import signal
+import stat
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -90,12 +92,23 @@ class StopRequest:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Note the signal."""
+        if number == signal.SIGHUP:
+            _forget_lost_terminals()
         now = self._clock()
         if self._first is not None and now - self._first > self.SAME_SECONDS:
             raise LeftAtOnceError(number)
         if self._first is None:
             self._first = now
         self.name = self.name or signal.Signals(number).name
+
+
+def _forget_lost_terminals() -> None:
+    """Send what would be printed on a terminal that is gone nowhere: printing there fails, and saving must not."""
+    for descriptor in (1, 2):
+        with suppress(OSError):  # closed: nothing is printed there
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), descriptor)
 
 
 FATAL = {"task", "model", "train.method", "train.master_weights", "run.dtype"}

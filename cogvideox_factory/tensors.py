@@ -5,7 +5,6 @@ file that another process truncates kills this one with a bus error no handler c
 """
 
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -133,7 +132,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
 
 def _read_into(file: RawIOBase, array: np.ndarray) -> bool:
     """Fill `array` from where `file` is, or return False; one call reads at most 2 GiB."""
-    view = memoryview(array.reshape(-1).view(np.uint8))
+    view = array.reshape(-1).view(np.uint8).data
     while view and (count := file.readinto(view)):
         view = view[count:]
     return not view

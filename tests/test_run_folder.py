@@ -58,6 +58,26 @@ def test_nohup_keeps_a_run_alive_when_its_terminal_goes(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_what_is_said_after_the_terminal_has_gone_stops_nothing():
+    master, slave = os.openpty()
+    before = os.dup(1)
+    os.dup2(slave, 1)
+    os.close(slave)
+    try:
+        with stop_requests() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert os.isatty(1), "one that is alive is kept"
+            os.close(master)
+            with pytest.raises(OSError):
+                os.write(1, b"gone")
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.write(1, b"said to nobody")
+            assert stop.name == "SIGHUP"
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+
+
 def test_the_command_line_ends_with_the_code_of_the_second_signal(monkeypatch):
     def leave(argv):
         raise LeftAtOnceError(signal.SIGTERM)

@@ -10,7 +10,7 @@ from importlib import import_module
 
 COMMANDS = {
     "demo": "the whole factory on an embedded model: clips, preparation, training, video, one page",
-    "doctor": "looks at every clip of a data set, or every entry of a cache: counts that add up, reasons",
+    "doctor": "looks at every clip of a data set, entry of a cache or checkpoint of a run: counts, reasons",
     "prepare": "videos + captions -> cache of latents and text embeddings",
     "import-prepared": "a folder the older trainers prepared -> the same cache",
     "train": "cache or raw clips -> run folder with a LoRA or a fine-tuned transformer",

@@ -132,7 +132,7 @@ class Draft:
         except OSError as error:
             reason = error.strerror or error
             self.word = Word(problem=f"could not write {file}: {reason}. Make room or choose another --train.dir.")
-        except Exception as error:  # in a thread it would be lost; `commit` raises it
+        except Exception as error:  # noqa: BLE001 - in a thread it would be lost; `commit` raises it
             self._error = error
             self.word = Word(problem=f"process {self._ranks.rank}: {type(error).__name__}: {error}", is_bug=True)
 
@@ -261,7 +261,9 @@ def _read_rows(target: Tensor, start: int, stop: int, pieces: Sequence[tuple[int
             target[low - start : high - start].copy_(to_tensor(rows))
             missing -= high - low
     if missing:
-        raise UnfitError(f"{pieces[0][1].path.parent}: {missing} rows of {name} are in no file. Use another checkpoint.")
+        raise UnfitError(
+            f"{pieces[0][1].path.parent}: {missing} rows of {name} are in no file. Use another checkpoint."
+        )
 
 
 def _at_least_1d(tensor: Tensor) -> Tensor:

@@ -221,9 +221,7 @@ class CogVideoXTransformer(nn.Module):
         drawn = draws.normal(seed, "initial weight", name, shape=slot.shape)
         return to_tensor(drawn) * (size * math.prod(slot.shape[1:]) ** -0.5)
 
-    def load_arrays(
-        self, arrays: Iterable[tuple[str, np.ndarray | StoredTensor]], *, strict: bool = True
-    ) -> None:
+    def load_arrays(self, arrays: Iterable[tuple[str, np.ndarray | StoredTensor]], *, strict: bool = True) -> None:
         """Copy arrays under their diffusers names into the model, one at a time, in the model's dtype.
 
         Args:
