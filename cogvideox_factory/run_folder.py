@@ -111,7 +111,7 @@ def _forget_lost_terminals() -> None:
                     os.dup2(nowhere.fileno(), descriptor)
 
 
-FATAL = {"task", "model", "train.method", "train.master_weights", "run.dtype"}
+_FATAL = {"task", "model", "train.method", "train.master_weights", "run.dtype"}
 """Settings that decide what the state of a run is; so does every setting of `lora`."""
 
 
@@ -166,4 +166,4 @@ def check_allowed(allow: Collection[str], wanted: Collection[str]) -> None:
 
 
 def _is_fatal(key: str) -> bool:
-    return key in FATAL or key.startswith("lora.")
+    return key in _FATAL or key.startswith("lora.")

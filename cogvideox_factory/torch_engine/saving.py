@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cogvideox_factory.errors import StorageError
 from cogvideox_factory.metrics import say
-from cogvideox_factory.torch_engine.checkpoint import Draft, Part, Word, checkpoint_folder, own_parts
+from cogvideox_factory.torch_engine.checkpoint import Draft, Part, Word, own_parts
 from cogvideox_factory.torch_engine.device import pin, synchronize
 from cogvideox_factory.torch_engine.parallel import Ranks
 
@@ -66,8 +66,6 @@ class Saver:
             StorageError: it must be saved and could not be, or a disk hangs.
         """
         self.settle()
-        if checkpoint_folder(self.run, step).exists():
-            return  # a resumed run that had nothing left to do
         with self._surviving(step, must=must):
             began = time.monotonic()
             draft = Draft(self.run, step, tensors, state, ranks=self._ranks)

@@ -186,8 +186,9 @@ _LOCAL = {
 
 
 def shared_settings(config: Config) -> dict[str, Any]:
-    """Return {section.setting: value} of all that every process of a run must have alike."""
-    return {key: value for key, value in _flat(config.model_dump(mode="json")).items() if key not in _LOCAL}
+    """Return {section.setting: value} of all that every process of a run must have alike, and what computes it."""
+    settings = {key: value for key, value in _flat(config.model_dump(mode="json")).items() if key not in _LOCAL}
+    return {name: version for name, version in checkpoint.versions().items() if name != "python"} | settings
 
 
 def shared_files(plan: Plan, described: str) -> dict[str, Any]:

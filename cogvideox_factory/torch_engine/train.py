@@ -84,7 +84,7 @@ def run(config: Config) -> Path:
 
 def _run(plan: Plan, ranks: Ranks, started: float) -> Path:
     config = plan.config
-    ranks.require_agreement(checkpoint.versions() | shared_settings(config))
+    ranks.require_agreement(shared_settings(config))
     source, described, set_weights = open_source(plan)
     sizes = batch_sizes(plan, source.buckets.values())
     if config.data.buckets:  # which clips a step has depends on these too
@@ -94,11 +94,11 @@ def _run(plan: Plan, ranks: Ranks, started: float) -> Path:
         described = digest_of(sorted(source.sets), described, *parts)
     ranks.require_agreement(shared_files(plan, described))
     wanted = identity(plan, described)
-    check_allowed(config.train.allow_change, wanted)
+    ranks.from_lead(lambda: check_allowed(config.train.allow_change, wanted))
     with ExitStack() as stack:
         ranks.from_lead(lambda: stack.enter_context(locked(plan.run_folder)))
         start = ranks.from_lead(lambda: find_start(plan))
-        changes = check_resume(plan, start, wanted) if start else []
+        changes = ranks.from_lead(lambda: check_resume(plan, start, wanted)) if start else []
         record = record_of(plan, ranks, wanted, changes)
         _train(plan, source, sizes, set_weights, ranks, start=start, record=record, started=started)
     return plan.run_folder
@@ -182,7 +182,8 @@ def _train(
     )
     saver = Saver(
         plan.run_folder, keep=config.train.keep_checkpoints, ranks=ranks, device=plan.device,
-        in_background=config.train.async_checkpoint, wait_seconds=config.parallel.timeout_seconds,
+        in_background=config.train.async_checkpoint,
+        wait_seconds=config.parallel.timeout_seconds / 2,  # before the others give up waiting for this process
     )  # fmt: skip
     state_bytes = sum(t.numel() * t.element_size() for t in state_tensors(update, ema).values())
     loop = Loop(

@@ -11,6 +11,7 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.numpy import load_file
 
 from cogvideox_factory import tensors, weights
+from cogvideox_factory.errors import StorageError
 from cogvideox_factory.recipe import check
 from cogvideox_factory.torch_engine import lora, start, train
 from cogvideox_factory.torch_engine.border import local, rows_of
@@ -74,6 +75,18 @@ def export_each(root: Path, out: Path) -> None:
     ranks = make_ranks(Layout(size=torch.distributed.get_world_size(), zero=3), num_heads=2, device_type="cpu")
     model = train.load_transformer(plan_of(root, task="t2v", method="full"), ranks)
     train.export(model, out, method="full", ranks=ranks, max_shard_bytes=SHARD_BYTES)
+    written = weights.save_tensors
+    if ranks.leads:
+
+        def full(path, arrays, **options):
+            if path.name.endswith("00002"):
+                raise StorageError("the disk is full")
+            written(path, arrays, **options)
+
+        weights.save_tensors = full
+    with pytest.raises(StorageError, match="the disk is full"):
+        train.export(model, out, method="full", ranks=ranks, max_shard_bytes=SHARD_BYTES)
+    weights.save_tensors = written
 
 
 def both(root: Path) -> list[tuple[int, int, dict[str, tuple[int, np.ndarray]]]]:
@@ -143,6 +156,7 @@ def test_a_process_reads_its_own_rows_and_no_others(loaded, task):
 
 
 def test_a_divided_model_is_exported_in_shards_that_diffusers_loads(loaded):
+    """And a later export that the disk has no room for, which both processes are told of, leaves it as it was."""
     root, _ = loaded
     folder = root / "run" / "final" / "transformer"
     shards = sorted(folder.glob("*.safetensors"))
