@@ -31,7 +31,7 @@ from cogvideox_factory.publish import replace_folder, require_room, sweep
 from cogvideox_factory.recipe import write_recipe
 from cogvideox_factory.run_folder import check_allowed, locked
 from cogvideox_factory.time_limit import TimeLimit
-from cogvideox_factory.torch_engine import checkpoint, lora, prepare
+from cogvideox_factory.torch_engine import lora, prepare
 from cogvideox_factory.torch_engine.attention import backend_name
 from cogvideox_factory.torch_engine.device import set_determinism, take_card
 from cogvideox_factory.torch_engine.encode import Encoder

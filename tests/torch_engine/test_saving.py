@@ -1,6 +1,7 @@
 """Saving while training goes on: the same bytes, all or nothing, nothing lost and nothing hidden."""
 
 import hashlib
+import json
 import shutil
 import threading
 import warnings
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from cogvideox_factory.checkpoints import digest
 from cogvideox_factory.errors import StorageError
 from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.checkpoint import (
@@ -181,6 +183,22 @@ def test_torch_reads_what_is_written_here(tmp_path):
         dcp.load(target, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     assert torch.equal(target["model.h"], tensors(1 / 3)["model.h"])
     assert torch.equal(target["optimizer.step.w"], torch.tensor([1 / 3]))
+
+
+def test_checkpoints_of_before_this_writer_are_read(tmp_path):
+    """Versions up to 2026-11-27 wrote by torch's DCP, and said less in state.json."""
+    folder = tmp_path / "checkpoint-000001"
+    state = tensors(1 / 3) | {"optimizer.step.w": torch.tensor([1 / 3])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), no_dist=True)
+    old = {"format": 1, "step": 1, "tensors": sorted(state), "identity": {}, "scalars": {}, "versions": {}}
+    (folder / "state.json").write_text(json.dumps(old))
+    (folder / "MANIFEST.json").write_text(json.dumps({path.name: digest(path) for path in folder.iterdir()}))
+    target = tensors(0.0)
+    assert load_checkpoint(folder, target) == old
+    for name, tensor in tensors(1 / 3).items():
+        assert torch.equal(target[name], tensor), name
 
 
 def _save_second(run: Path, boundaries: Boundaries) -> list[str]:
