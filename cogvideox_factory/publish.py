@@ -45,14 +45,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Wait until what was written to a file is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def _sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
-        _sync_folder(path) if path.is_dir() else _sync_file(path)
+        _sync_folder(path) if path.is_dir() else sync_file(path)
     _sync_folder(folder)
 
 
@@ -81,7 +82,7 @@ def publish_file(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _sync_file(temporary)
+        sync_file(temporary)
         os.replace(temporary, target)
         _sync_folder(target.parent)
     except OSError as error:

@@ -1,15 +1,18 @@
 """A run folder: one process at a time writes it, and a run goes on only with the settings it was started with."""
 
 import fcntl
+import os
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cogvideox_factory.errors import FactoryError, StorageError, UnfitError
+from cogvideox_factory.errors import FactoryError, StorageError, UnfitError, nearest
 
 
 class StoppedError(FactoryError):
@@ -42,11 +45,24 @@ def locked(run: Path) -> Iterator[None]:
                 shutil.rmtree(run)
 
 
+class LeftAtOnceError(KeyboardInterrupt):
+    """A second signal: leave without saving (exit code 128 + signal: 130 for Ctrl-C, 143 for SIGTERM)."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
 @contextmanager
-def stop_requests() -> Iterator["StopRequest"]:
-    """Catch SIGTERM, SIGINT and SIGUSR1 so that the step in hand can be finished and saved."""
-    request = StopRequest()
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+def stop_requests(clock: Callable[[], float] = time.monotonic) -> Iterator["StopRequest"]:
+    """Catch SIGTERM, SIGINT, SIGUSR1 and SIGHUP so that the step in hand can be finished and saved.
+
+    A SIGHUP that is ignored already, as under nohup, stays ignored.
+    """
+    request = StopRequest(clock)
+    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
     try:
         before = {number: signal.signal(number, request.handle) for number in signals}
     except ValueError:  # not in the main thread: whoever runs us there handles signals
@@ -60,33 +76,94 @@ def stop_requests() -> Iterator["StopRequest"]:
 
 
 class StopRequest:
-    """Whether someone asked the run to stop; a second request stops it at once."""
+    """Whether someone asked the run to stop; asked again, it stops at once.
 
-    def __init__(self) -> None:
+    A signal within a second of the first is the same request: a terminal or a scheduler sends it to every process, and
+    the launcher passes it on to each of them once more.
+    """
+
+    SAME_SECONDS = 1.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.name: str | None = None
+        """Of the signal, or of what else asks."""
+        self._clock = clock
+        self._first: float | None = None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Note the signal."""
-        if self.name is not None:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        if number == signal.SIGHUP:
+            _forget_lost_terminals()
+        now = self._clock()
+        if self._first is not None and now - self._first > self.SAME_SECONDS:
+            raise LeftAtOnceError(number)
+        if self._first is None:
+            self._first = now
+        self.name = self.name or signal.Signals(number).name
 
 
-def require_same(recorded: dict[str, Any], wanted: dict[str, Any], *, source: Path) -> None:
-    """Refuse to go on with settings that would change the numbers.
+def _forget_lost_terminals() -> None:
+    """Send what would be printed on a terminal that is gone nowhere: printing there fails, and saving must not."""
+    for descriptor in (1, 2):
+        with suppress(OSError):  # closed: nothing is printed there
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), descriptor)
+
+
+_FATAL = {"task", "model", "train.method", "train.master_weights", "run.dtype"}
+"""Settings that decide what the state of a run is; so does every setting of `lora`."""
+
+
+def differences(recorded: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return {setting: (recorded, wanted)} of those that differ."""
+    return {
+        key: (recorded.get(key), wanted.get(key))
+        for key in dict.fromkeys([*recorded, *wanted])
+        if recorded.get(key) != wanted.get(key)
+    }
+
+
+def require_same(
+    recorded: dict[str, Any], wanted: dict[str, Any], *, source: Path, allow: Collection[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Refuse to go on with settings that would change the numbers, but for those of `allow`; return what these change.
 
     Raises:
         UnfitError: one line a setting that differs.
     """
-    lines = [
-        f"  {key}: the run has {recorded.get(key)!r}, you ask for {wanted.get(key)!r}"
-        for key in dict.fromkeys([*recorded, *wanted])
-        if recorded.get(key) != wanted.get(key)
-    ]
-    if lines:
-        raise UnfitError(
-            "\n".join([
-                f"{source} was made with other settings, so going on would not be the same run:", *lines,
-                "Set them back, or start a new run in another --train.dir.",
-            ])
-        )  # fmt: skip
+    changed = differences(recorded, wanted)
+    refused = {key: values for key, values in changed.items() if key not in allow or _is_fatal(key)}
+    if not refused:
+        return changed
+    lines = [f"  {key}: the run has {before!r}, you ask for {now!r}" for key, (before, now) in refused.items()]
+    choices = [key for key in refused if not _is_fatal(key)]
+    way = "Set them back, or start a new run in another --train.dir."
+    if len(choices) == len(refused):
+        way = f"Set them back; or change them knowingly: --train.allow-change {' '.join([*allow, *choices])}"
+    raise UnfitError(
+        "\n".join([f"{source} was made with other settings, so going on would not be the same run:", *lines, way])
+    )
+
+
+def check_allowed(allow: Collection[str], wanted: Collection[str]) -> None:
+    """Refuse names in `train.allow_change` that no resume could change.
+
+    Raises:
+        FactoryError: an unknown name, or one that decides what the state of a run is.
+    """
+    for name in allow:
+        if name not in wanted:
+            raise FactoryError(
+                f"train.allow_change={name}: no number of this run depends on such a setting"
+                f"{nearest(name, list(wanted))}. Name one of {', '.join(k for k in wanted if not _is_fatal(k))}."
+            )
+        if _is_fatal(name):
+            raise FactoryError(
+                f"train.allow_change={name}: another {name} is another model or another state, and no checkpoint fits "
+                "it. Start a new run in another --train.dir."
+            )
+
+
+def _is_fatal(key: str) -> bool:
+    return key in _FATAL or key.startswith("lora.")

@@ -8,6 +8,9 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ _NAMES = {
     "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
     "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
+_DTYPES = {theirs: np.dtype(ours) for ours, theirs in _NAMES.items()}
 
 
 class TensorFile:
@@ -51,9 +55,60 @@ class TensorFile:
         except (SafetensorError, OSError) as error:
             raise _unreadable(self.path, error) from error
 
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Read rows `start` to `stop` of one tensor, and no other bytes of it.
+
+        Raises:
+            UnfitError: as `read`.
+        """
+        # A slice of safetensors' own reads the whole tensor where the file is not mapped.
+        data, entries = self._layout
+        entry = entries.get(name)
+        if entry is None or entry["dtype"] not in _DTYPES:
+            return self.read(name)[start:stop]  # tells what is wrong
+        array = np.empty((stop - start, *entry["shape"][1:]), _DTYPES[entry["dtype"]])
+        if not array.size:
+            return array
+        first = data + entry["data_offsets"][0] + start * (array.nbytes // len(array))
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(first)
+                whole = _read_into(file, array)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        if not whole:
+            raise UnfitError(f"{self.path} was changed while it was read. Download or export it again.")
+        return array
+
+    @cached_property
+    def _layout(self) -> tuple[int, dict[str, Any]]:
+        """Where the data begins, and the header, which opening the file has checked."""
+        with self.path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return 8 + size, json.loads(file.read(size))
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
         return tuple(self._handle.get_slice(name).get_shape())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """A tensor of an open file, read when it is asked for: `stored[a:b]` reads those rows, `stored[:]` all."""
+
+    file: TensorFile
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of all of it."""
+        return self.file.shape(self.name)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        if not self.shape:
+            return self.file.read(self.name)
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.file.read_rows(self.name, start, max(start, stop))
 
 
 @contextmanager
@@ -73,6 +128,14 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         raise _unreadable(path, error) from error
     with opened as handle:
         yield TensorFile(path, handle)
+
+
+def _read_into(file: RawIOBase, array: np.ndarray) -> bool:
+    """Fill `array` from where `file` is, or return False; one call reads at most 2 GiB."""
+    view = array.reshape(-1).view(np.uint8).data
+    while view and (count := file.readinto(view)):
+        view = view[count:]
+    return not view
 
 
 def _unreadable(path: Path, error: Exception) -> UnfitError:

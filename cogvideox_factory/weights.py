@@ -6,6 +6,7 @@ VAE, `model` for the text encoder): one `STEM.safetensors`, or shards named by
 model twice in memory. Pickled weights are never opened.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,9 +19,10 @@ from cogvideox_factory.errors import FactoryError, MissingError, UnfitError
 from cogvideox_factory.lora_check import check_lora
 from cogvideox_factory.lora_files import LoraFile, bake_lora, load_lora, save_lora
 from cogvideox_factory.publish import publish_files
-from cogvideox_factory.tensors import open_tensors, save_tensors
+from cogvideox_factory.tensors import StoredTensor, open_tensors, save_tensors
 
 __all__ = [
+    "MAX_SHARD_BYTES",
     "MODEL_STEM",
     "TEXT_ENCODER_STEM",
     "LoraFile",
@@ -32,14 +34,19 @@ __all__ = [
     "load_lora",
     "read_config",
     "resolve_model",
+    "sample_digest",
     "save_folder",
     "save_lora",
+    "stored_tensors",
 ]
 
 MODEL_STEM = "diffusion_pytorch_model"
 TEXT_ENCODER_STEM = "model"
+MAX_SHARD_BYTES = 10**10
+"""As diffusers cuts them."""
 MODEL_SUBFOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 EMBEDDED = ("tiny-t2v", "tiny-i2v")
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -96,6 +103,19 @@ def find_weight_files(folder: Path, stem: str = MODEL_STEM) -> list[Path]:
     )
 
 
+def sample_digest(folder: Path) -> str:
+    """Return a digest of the configs of a model folder and of samples of its weights: cheap, and another's differs."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(folder).iterdir() if path.suffix in (".json", ".safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for number in range(_SAMPLES):
+                file.seek(number * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
 def _weight_map(index: Path) -> dict[str, Path]:
     """Return {tensor name: shard} of an index file, every shard there and beside it."""
     names = _read_json(index).get("weight_map")
@@ -116,6 +136,16 @@ def iterate_tensors(folder: Path, stem: str = MODEL_STEM) -> Iterator[tuple[str,
     """Yield every (name, array) of a model folder, one in memory at a time.
 
     Raises:
+        MissingError, UnfitError: as `stored_tensors`.
+    """
+    for name, stored in stored_tensors(folder, stem):
+        yield name, stored[:]
+
+
+def stored_tensors(folder: Path, stem: str = MODEL_STEM) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield every (name, tensor) of a model folder; a tensor can be read, or rows of it, until the next is asked for.
+
+    Raises:
         MissingError: as `find_weight_files`.
         UnfitError: as `find_weight_files`; a damaged file; shards that do not match their index.
     """
@@ -130,7 +160,7 @@ def iterate_tensors(folder: Path, stem: str = MODEL_STEM) -> Iterator[tuple[str,
                 if name in seen:
                     raise UnfitError(f"{path}: tensor {name!r} is in an earlier shard too. Export the model again.")
                 seen.add(name)
-                yield name, file.read(name)
+                yield name, StoredTensor(file=file, name=name)
     if promised is not None and seen != promised:
         stray = sorted(seen ^ promised)
         raise UnfitError(
@@ -155,7 +185,7 @@ def save_folder(
     *,
     config: Mapping[str, Any],
     stem: str = MODEL_STEM,
-    max_shard_bytes: int = 5 * 1024**3,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write `config.json` and the weights of a model folder so that it is complete or as it was before.
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from cogvideox_factory.errors import FactoryError, MissingError, StorageError, UnfitError
-from cogvideox_factory.tensors import open_tensors, save_tensors
+from cogvideox_factory.tensors import StoredTensor, open_tensors, save_tensors
 
 DTYPES = [
     np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.int16, np.int8, np.uint64,
@@ -38,6 +39,45 @@ def test_round_trip(tmp_path, dtype):
     for name, array in read_all(tmp_path / "x").items():
         assert array.dtype == arrays[name].dtype
         np.testing.assert_array_equal(array, arrays[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+def test_rows_are_those_of_the_whole(tmp_path, dtype):
+    arrays = {"a": np.arange(60).reshape(5, 3, 4).astype(dtype), "b": np.arange(7).astype(dtype)}
+    save_tensors(tmp_path / "x", arrays)
+    with open_tensors(tmp_path / "x") as file:
+        for name, array in arrays.items():
+            stored = StoredTensor(file=file, name=name)
+            assert stored.shape == array.shape
+            for rows in (slice(None), slice(0, 2), slice(2, 4), slice(3, 3), slice(4, None)):
+                assert stored[rows].dtype == array.dtype
+                np.testing.assert_array_equal(stored[rows], array[rows])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts what a process reads")
+def test_reading_rows_reads_no_others(tmp_path):
+    save_tensors(tmp_path / "x", {"a": np.zeros((1000, 1000), np.float32)})
+    with open_tensors(tmp_path / "x") as file:
+        file.read_rows("a", 0, 1)  # the header is read once
+        before = _bytes_read()
+        rows = file.read_rows("a", 500, 510)
+        assert _bytes_read() - before <= rows.nbytes + 2000
+        before = _bytes_read()
+        file.read("a")
+        assert _bytes_read() - before >= 4_000_000, "the counter counts"
+
+
+def _bytes_read():
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_a_file_that_shrinks_under_a_reader_is_told(tmp_path):
+    save_tensors(tmp_path / "x", {"a": np.zeros((10, 10), np.float32)})
+    with open_tensors(tmp_path / "x") as file:
+        with (tmp_path / "x").open("r+b") as other:
+            other.truncate(200)
+        with pytest.raises(UnfitError, match="was changed while it was read"):
+            file.read_rows("a", 8, 10)
 
 
 @settings(deadline=None, derandomize=True, max_examples=20)

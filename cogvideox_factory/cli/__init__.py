@@ -10,7 +10,7 @@ from importlib import import_module
 
 COMMANDS = {
     "demo": "the whole factory on an embedded model: clips, preparation, training, video, one page",
-    "doctor": "looks at every clip of a data set, or every entry of a cache: counts that add up, reasons",
+    "doctor": "looks at every clip of a data set, entry of a cache or checkpoint of a run: counts, reasons",
     "prepare": "videos + captions -> cache of latents and text embeddings",
     "import-prepared": "a folder the older trainers prepared -> the same cache",
     "train": "cache or raw clips -> run folder with a LoRA or a fine-tuned transformer",
@@ -29,7 +29,8 @@ A recipe comes first, flags override single settings of it:
 `cogvideox COMMAND --help` lists every setting of a command with its default and unit.
 
 Exit codes: 0 done, 1 our bug, 2 usage or setting, 3 data rejected, 4 missing dependency, model or device,
-5 cache or checkpoint unfit, 6 storage, 7 non-finite numbers, 75 stopped on request (run again to go on), 130 Ctrl-C."""
+5 cache or checkpoint unfit, 6 storage, 7 non-finite numbers, 75 stopped on request (run again to go on), 130 Ctrl-C,
+143 SIGTERM."""
 
 
 def usage() -> str:
@@ -62,6 +63,6 @@ def main(argv: list[str] | None = None) -> int:
         if not error.echoed:
             print("\n  ".join([f"{who}error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return getattr(interrupt, "exit_code", 130)

@@ -33,7 +33,8 @@ DESCRIPTION = """Look at every clip of a data set: counts that add up, one named
 cannot be used; durations, sizes, motion, black frames, scene cuts, clips that look alike; captions that are empty,
 repeated or too long. Sizes, frames and frame rate are those of the settings, or of the model they name; a model folder
 with a tokenizer also tells how many tokens are cut. Nothing is changed; no framework is loaded. With data.strict any
-loss, of a clip or the end of a caption, ends in exit code 3. `cogvideox doctor CACHE` looks at a cache instead."""
+loss, of a clip or the end of a caption, ends in exit code 3. `cogvideox doctor CACHE` looks at a cache instead, and
+`cogvideox doctor RUN` at the checkpoints of a run."""
 
 SECTIONS = ("task", "model", "data", "text")
 
@@ -89,11 +90,11 @@ class Examination:
 
 
 def run(argv: list[str]) -> None:
-    """Examine, print the tables, write what was asked for; a folder first is a cache to look at."""
+    """Examine, print the tables, write what was asked for; a folder first is a cache or a run to look at."""
     if argv and Path(argv[0]).is_dir():
-        from cogvideox_factory.cli import doctor_cache
+        from cogvideox_factory.cli import doctor_cache, doctor_run
 
-        return doctor_cache.run(argv)
+        return doctor_run.run(argv) if doctor_run.is_run(Path(argv[0])) else doctor_cache.run(argv)
     config, ask = parse_with("doctor", argv, sections=SECTIONS, description=DESCRIPTION, own=Doctor)
     if ask.fix:
         if config.data.sets:

@@ -49,8 +49,8 @@ def run(argv: list[str]) -> None:
     )  # fmt: skip
     if not cache_check.is_cache(folder):
         raise FactoryError(
-            f"{folder} is a folder and no cache. A data set is looked at with --data.root {folder} (and a size: "
-            "--model.path, or a recipe first)."
+            f"{folder} is a folder and neither a cache nor a run with checkpoints. A data set is looked at with "
+            f"--data.root {folder} (and a size: --model.path, or a recipe first)."
         )
     if ask.orphans and not ask.fix:
         raise FactoryError("--orphans True moves files, as a part of --fix True; give both")

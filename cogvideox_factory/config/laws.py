@@ -132,6 +132,7 @@ _WITHOUT_EFFECT: tuple[tuple[Callable[["Config"], bool], str, tuple[str, ...]], 
         ("train.batch_size",),
     ),
     (lambda config: config.train.tracker == "none", "train.tracker=none", ("train.tracker_project",)),
+    (lambda config: config.train.resume == "never", "train.resume=never", ("train.allow_change",)),
     (lambda config: not config.validation.every, "validation.every=0", ("validation.prompts", "validation.images")),
     (
         lambda config: config.sampling.guidance_scale == 1 and not config.sampling.dynamic_guidance,

@@ -77,9 +77,18 @@ class Train(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: Positive = 3
     """Checkpoints to keep; an older one goes only after a newer one is complete."""
+    async_checkpoint: bool = False
+    """Write checkpoints while training goes on, from a copy in the host's memory (of the size that each process writes
+    of one)."""
+    time_limit_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Save and leave (exit code 75) when another step and its save would end later than this after the start. Each
+    start makes one step at least. Default: no limit."""
     resume: str = "auto"
     """auto: go on from the newest checkpoint of the run folder if there is one. never: refuse a used run folder.
     Or the path of a checkpoint."""
+    allow_change: list[str] = []
+    """Settings that a resumed run may change although its numbers depend on them, such as train.learning_rate, or data
+    for other clips. Changes are said and recorded."""
     num_workers: NotNegative = 2
     """Threads that read ahead."""
     on_bad_step: Literal["skip", "stop"] = "skip"

@@ -5,6 +5,7 @@ handed over as int16 and reinterpreted.
 """
 
 import warnings
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -42,8 +43,36 @@ def to_array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
+# Processes may divide a tensor by its rows (see `parallel`). Whether they do is told by its methods: importing DTensor
+# to ask takes a second, which a command of one process need not pay.
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return all of `tensor`, which processes may divide among them (see `parallel`); then all must call this."""
-    # Told by its method: importing DTensor to ask takes a second, which a command of one process need not pay.
+    """Return all of `tensor`; all processes that divide it must call this."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of `tensor` that this process holds, in the same memory."""
+    part = getattr(tensor, "to_local", None)
+    return tensor if part is None else part()
+
+
+def rows_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return which rows of `tensor` this process holds, as (first, behind the last); a scalar counts as one row."""
+    num_rows, first = (tensor.shape[0] if tensor.ndim else 1), 0
+    for axis, placement in enumerate(getattr(tensor, "placements", ())):
+        if placement.is_shard(0):  # cut as torch.chunk does: all of one size, but for the last ones
+            mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+            size = -(-num_rows // mesh.size(axis))
+            first = min(mesh.get_local_rank(axis) * size, num_rows)
+            num_rows = min(size, num_rows - first)
+    assert not tensor.ndim or local(tensor).shape[0] == num_rows, tensor.shape
+    return first, first + num_rows
+
+
+def put_rows(parameter: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy into `parameter`, in its dtype, what this process holds of it, from all `values`."""
+    start, stop = rows_of(parameter)
+    local(parameter.detach()).copy_(values[start:stop])

@@ -1,97 +1,210 @@
-"""State of a run on disk: `RUN/checkpoint-N/`, complete and verified or not there at all.
+"""The state of a run, to disk and back: every process writes and reads what it holds of it.
 
-```
-checkpoint-000500/
-  shard-*.safetensors   weights, moments, averages (written by torch's DCP, which reshards them; no pickle)
-  state.json            step, counters, settings fingerprint, versions
-  MANIFEST.json         name, size and SHA-256 of every file; written last
-```
-One flipped bit in a weight file loads without an error, so every file is hashed when written and when read.
+The folder is described in `checkpoints`. Shards are in the format of torch's DCP (`HuggingFaceStorageReader` reads
+them), but written and read here: DCP shuffles its headers, so that a state saved twice gives two files, holds a shard
+twice in memory, talks to other processes while it writes, and maps what it reads.
 """
 
-import hashlib
 import json
-import re
-import shutil
-import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, Replicate
 
+from cogvideox_factory.checkpoints import (
+    FORMAT,
+    MANIFEST,
+    STATE,
+    checkpoint_folder,
+    digest,
+    list_checkpoints,
+    newest_checkpoint,
+    prune,
+    read_state,
+    set_aside,
+    verify_checkpoint,
+)
 from cogvideox_factory.errors import StorageError, UnfitError
-from cogvideox_factory.publish import publish_folder, require_room
+from cogvideox_factory.publish import publish_folder, require_room, sync_file
+from cogvideox_factory.tensors import TensorFile, open_tensors, save_tensors
+from cogvideox_factory.torch_engine.border import local, rows_of, to_array, to_tensor
 from cogvideox_factory.torch_engine.parallel import Layout, Ranks
 
-FORMAT = 1
-_NAME = re.compile(r"checkpoint-(\d{6,})")
+__all__ = [
+    "Draft",
+    "checkpoint_folder",
+    "list_checkpoints",
+    "load_checkpoint",
+    "newest_checkpoint",
+    "own_parts",
+    "read_state",
+    "save_checkpoint",
+    "set_aside",
+    "verify_checkpoint",
+]
 
-
-def checkpoint_folder(run: Path, step: int) -> Path:
-    """Return where the checkpoint of `step` lies."""
-    return Path(run) / f"checkpoint-{step:06}"
-
-
+_OFFSETS = "DCP_SHARDING_INFO"
+"""Key of the header under which DCP keeps {name: {"saved_offsets": [...]}}."""
 _ALONE = Ranks(layout=Layout())
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Rows of a tensor of the state, from row `start` on."""
+
+    tensor: Tensor
+    start: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Word:
+    """What a process tells the others about its part of a save."""
+
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Size and SHA-256 of what it wrote."""
+    problem: str = ""
+    is_bug: bool = False
+    """The problem is not the disk's."""
+
+
+def own_parts(tensors: Mapping[str, Tensor], ranks: Ranks = _ALONE) -> dict[str, Part]:
+    """Return what this process has to write of `tensors`, so that all together write every row once.
+
+    What several hold is written by one of them: rows of which there are copies by the holder that has least to write
+    so far, tensors that are not divided at all by the leading process.
+    """
+    parts: dict[str, Part] = {}
+    written = [0] * ranks.layout.grid[0]
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        if not isinstance(tensor, DTensor):
+            if ranks.leads:
+                parts[name] = Part(tensor=_at_least_1d(tensor), start=0)
+            continue
+        copies = [axis for axis, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)]
+        assert copies in ([], [0]), tensor.placements  # of the mesh (replicas, shards)
+        writer = min(range(len(written)), key=written.__getitem__)
+        written[writer] += tensor.numel() * tensor.element_size()
+        if not copies or tensor.device_mesh.get_local_rank(0) == writer:
+            start, stop = rows_of(tensor)
+            if stop > start:
+                parts[name] = Part(tensor=local(tensor), start=start)
+    return parts
+
+
+class Draft:
+    """A checkpoint in the making: opened and committed by all processes together, written by each on its own.
+
+    Raises:
+        StorageError: no room or no permission.
+    """
+
+    def __init__(
+        self, run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, ranks: Ranks = _ALONE
+    ) -> None:
+        self.step = step
+        self.target = checkpoint_folder(run, step)
+        self.word: Word | None = None
+        """How writing went here; None until it is over."""
+        self._ranks = ranks
+        self._error: Exception | None = None
+        text = json.dumps({"format": FORMAT, "step": step, "tensors": sorted(tensors), **state}, indent=1)
+        num_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        self._making = _make_folder(self.target, text, num_bytes)
+        self._folder = ranks.from_lead(lambda: next(self._making))
+
+    def write(self, parts: Mapping[str, Part]) -> None:
+        """Write the parts of this process, in any thread: it talks to nobody, and what goes wrong is in `word`."""
+        file = self._folder / f"shard-{self._ranks.rank + 1:05}.safetensors"
+        try:
+            files = {}
+            if parts:
+                _write_shard(file, parts)
+                files = {file.name: digest(file)}
+            self.word = Word(files=files)
+        except StorageError as error:
+            self.word = Word(problem=str(error))
+        except OSError as error:
+            reason = error.strerror or error
+            self.word = Word(problem=f"could not write {file}: {reason}. Make room or choose another --train.dir.")
+        except Exception as error:  # noqa: BLE001 - in a thread it would be lost; `commit` raises it
+            self._error = error
+            self.word = Word(problem=f"process {self._ranks.rank}: {type(error).__name__}: {error}", is_bug=True)
+
+    def commit(self, words: Sequence[Word], *, keep: int) -> Path:
+        """Make the folder final if all processes wrote, and drop all but the newest `keep`; all or nothing.
+
+        Args:
+            words: of all processes, in order.
+            keep: complete checkpoints that stay, this one among them.
+
+        Raises:
+            StorageError: some process could not write; nothing of this checkpoint is left then.
+        """
+        problem = next((word.problem for word in words if word.problem), None)
+        if any(word.is_bug for word in words):
+            self.abandon()
+            raise self._error or RuntimeError(f"{self.target} was not saved: {problem}")
+        self._ranks.from_lead(lambda: self._finish(words, problem))
+        if self._ranks.leads:
+            prune(self.target.parent, keep=keep, newest=self.step)
+        return self.target
+
+    def _finish(self, words: Sequence[Word], problem: str | None) -> None:
+        if problem:
+            self._making.throw(StorageError(problem))
+        try:
+            self._making.send({name: entry for word in words for name, entry in word.files.items()})
+        except StopIteration:
+            return
+
+    def abandon(self) -> None:
+        """Remove what there is of it; a thread that still writes then fails, which nobody waits for."""
+        self._making.close()
+
+
 def save_checkpoint(
-    run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int, ranks: Ranks = _ALONE
+    run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int, ranks: Ranks = _ALONE
 ) -> Path:
     """Write the state after update number `step`, then drop all but the newest `keep` complete checkpoints.
-
-    Every process writes what it holds of `tensors`; the leading one makes the folder, the manifest and the rename.
 
     Raises:
         StorageError: no room or no permission; older checkpoints stay as they are.
     """
-    target = checkpoint_folder(run, step)
-    steps = _publish(target, step, tensors, state)
-    folder = ranks.from_lead(lambda: next(steps))
-    problem = None
-    try:
-        _write_shards(folder, tensors, alone=ranks.mesh is None)
-    except StorageError as error:  # the same in every process
-        problem = error
-    ranks.from_lead(lambda: steps.throw(problem) if problem else next(steps, None))
-    if ranks.leads:
-        others = [number for number in list_checkpoints(run) if number != step]
-        for old in others[: max(0, len(others) - (keep - 1))]:
-            shutil.rmtree(checkpoint_folder(run, old))
-    return target
+    draft = Draft(run, step, tensors, state, ranks=ranks)
+    draft.write(own_parts(tensors, ranks))
+    assert draft.word is not None
+    return draft.commit(ranks.gather(draft.word), keep=keep)
 
 
-def _publish(target: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Generator[Path]:
-    """Yield the folder to write shards into, then complete it."""
-    require_room(target.parent, sum(t.numel() * t.element_size() for t in tensors.values()), what=f"checkpoint {step}")
+def _make_folder(target: Path, state: str, num_bytes: int) -> Generator[Path, dict[str, Any]]:
+    """Yield the folder to write shards into; sent what they are, complete it."""
+    require_room(target.parent, num_bytes, what=f"checkpoint {target.name}")
     with publish_folder(target) as folder:
-        yield folder
-        text = json.dumps({"format": FORMAT, "step": step, "tensors": sorted(tensors), **state}, indent=1)
-        (folder / "state.json").write_text(text, encoding="utf-8")
-        manifest = {path.name: _digest(path) for path in sorted(folder.iterdir())}
-        (folder / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        shards = yield folder
+        (folder / STATE).write_text(state, encoding="utf-8")
+        manifest = dict(sorted({**shards, STATE: digest(folder / STATE)}.items()))
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def _write_shards(folder: Path, tensors: dict[str, Tensor], *, alone: bool) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DCP warns that it runs in a single process, which is meant
-            dcp.save(
-                {name: _at_least_1d(tensor) for name, tensor in tensors.items()},
-                storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
-                no_dist=alone,
-            )
-    except CheckpointException as error:  # no Exception: it would pass every handler above
-        raise StorageError(f"could not write {folder}: {error}. Make room, or choose another --train.dir.") from error
+def _write_shard(file: Path, parts: Mapping[str, Part]) -> None:
+    offsets = {
+        name: {"saved_offsets": [part.start] + [0] * (part.tensor.ndim - 1)} for name, part in sorted(parts.items())
+    }
+    arrays = {name: to_array(part.tensor) for name, part in parts.items()}
+    save_tensors(file, arrays, metadata={_OFFSETS: json.dumps(offsets), "DCP_VERSION": "1.0"})
+    sync_file(file)
 
 
-def load_checkpoint(folder: Path, tensors: dict[str, Tensor], *, ranks: Ranks = _ALONE) -> dict[str, Any]:
+def load_checkpoint(folder: Path, tensors: Mapping[str, Tensor], *, ranks: Ranks = _ALONE) -> dict[str, Any]:
     """Verify `folder`, fill `tensors` in place and return its state; it may come from any other layout of processes.
+
+    Every process reads the rows it holds, and no others.
 
     Raises:
         UnfitError: missing, damaged, or made by a run with other weights; names what differs.
@@ -105,108 +218,62 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor], *, ranks: Ranks = 
             f"{folder} holds the state of another kind of run; {len(extra)} names differ, such as {extra[:3]}. "
             "Resume with the method, LoRA targets and EMA setting the run was started with."
         )
-    shapes = _stored_shapes(folder)
-    for name, tensor in tensors.items():
-        if shapes[name] != tuple(_at_least_1d(tensor).shape):
-            raise UnfitError(
-                f"{folder}: {name} has shape {shapes[name]}, this run needs {tuple(tensor.shape)}. "
-                "Resume with the model and LoRA rank the run was started with."
-            )
-    views = {name: _at_least_1d(tensor.detach()) for name, tensor in tensors.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(views, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=ranks.mesh is None)
+    with ExitStack() as stack:
+        shards = [stack.enter_context(open_tensors(path)) for path in sorted(folder.glob("*.safetensors"))]
+        pieces = _find_pieces(shards)
+        for name, tensor in tensors.items():
+            shape = _at_least_1d(tensor).shape
+            stored = _stored_shape(pieces.get(name, []), name)
+            if stored != tuple(shape):
+                raise UnfitError(
+                    f"{folder}: {name} has shape {stored}, this run needs {tuple(tensor.shape)}. "
+                    "Resume with the model and LoRA rank the run was started with."
+                )
+            start, stop = rows_of(tensor)
+            _read_rows(_at_least_1d(local(tensor.detach())), start, stop, pieces[name], name)
     return state
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Return `state.json` of a checkpoint.
-
-    Raises:
-        UnfitError: no checkpoint, or one of another format.
-    """
-    path = Path(folder) / "state.json"
-    if not path.is_file():
-        raise UnfitError(f"{folder} is no checkpoint: state.json is missing. Give a folder named checkpoint-N.")
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UnfitError(f"{path} is damaged: {error}. Resume from another checkpoint.") from error
-    if state.get("format") != FORMAT:
-        raise UnfitError(f"{folder} has format {state.get('format')}; this version reads format {FORMAT}.")
-    return state
+def _find_pieces(shards: Sequence[TensorFile]) -> dict[str, list[tuple[int, TensorFile]]]:
+    """Return {name: (first row, file) of each stored piece}."""
+    pieces: dict[str, list[tuple[int, TensorFile]]] = {}
+    for shard in shards:
+        offsets = json.loads(shard.metadata.get(_OFFSETS, "{}"))
+        for name in shard.names:
+            start = offsets[name]["saved_offsets"][0] if name in offsets else 0
+            pieces.setdefault(name, []).append((start, shard))
+    return pieces
 
 
-def verify_checkpoint(folder: Path) -> None:
-    """Check size and SHA-256 of every file.
-
-    Raises:
-        UnfitError: names the first file that is missing, extra or changed.
-    """
-    path = Path(folder) / "MANIFEST.json"
-    if not path.is_file():
-        raise UnfitError(f"{folder} is incomplete: MANIFEST.json is missing. Resume from another checkpoint.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UnfitError(f"{path} is damaged: {error}. Resume from another checkpoint.") from error
-    found = {p.name for p in Path(folder).iterdir()} - {"MANIFEST.json"}
-    if found != set(manifest):
-        raise UnfitError(f"{folder}: files differ from its manifest: {sorted(found ^ set(manifest))}.")
-    for name, recorded in manifest.items():
-        if _digest(Path(folder) / name) != recorded:
-            raise UnfitError(f"{folder / name} was changed or damaged after it was written. Use another checkpoint.")
+def _stored_shape(pieces: Sequence[tuple[int, TensorFile]], name: str) -> tuple[int, ...]:
+    shapes = [(start, shard.shape(name)) for start, shard in pieces]
+    return (max(start + shape[0] for start, shape in shapes), *shapes[0][1][1:]) if shapes else ()
 
 
-def list_checkpoints(run: Path) -> list[int]:
-    """Return the steps of the complete checkpoints of a run folder, oldest first."""
-    if not Path(run).is_dir():
-        return []
-    matches = ((_NAME.fullmatch(path.name), path) for path in Path(run).iterdir())
-    return sorted(int(match[1]) for match, path in matches if match and (path / "MANIFEST.json").is_file())
-
-
-def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that verifies, and a line for each newer one that does not."""
-    problems = []
-    for step in reversed(list_checkpoints(run)):
-        folder = checkpoint_folder(run, step)
-        try:
-            verify_checkpoint(folder)
-        except UnfitError as error:
-            problems.append(str(error))
-            continue
-        return folder, problems
-    return None, problems
-
-
-def set_aside(folder: Path, label: str = "broken") -> Path:
-    """Rename a checkpoint to `label`-… so that it no longer counts; return its new name."""
-    target = folder.with_name(f"{label}-{folder.name}")
-    number = 1
-    while target.exists():
-        number += 1
-        target = folder.with_name(f"{label}-{folder.name}-{number}")
-    folder.rename(target)
-    return target
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+@torch.no_grad()
+def _read_rows(target: Tensor, start: int, stop: int, pieces: Sequence[tuple[int, TensorFile]], name: str) -> None:
+    """Fill `target`, rows `start` to `stop` of a tensor."""
+    missing = stop - start
+    for first, shard in pieces:
+        low, high = max(start, first), min(stop, first + shard.shape(name)[0])
+        if low < high:
+            rows = shard.read_rows(name, low - first, high - first)
+            target[low - start : high - start].copy_(to_tensor(rows))
+            missing -= high - low
+    if missing:
+        raise UnfitError(
+            f"{pieces[0][1].path.parent}: {missing} rows of {name} are in no file. Use another checkpoint."
+        )
 
 
 def _at_least_1d(tensor: Tensor) -> Tensor:
     return tensor.reshape(1) if tensor.ndim == 0 else tensor
 
 
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-    return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
-
-
 def versions() -> dict[str, str]:
-    """Return what made a run: our version and torch's."""
+    """Return what makes a run: our version, torch's and Python's."""
+    import platform
+
     from cogvideox_factory import __version__
 
-    return {"cogvideox_factory": __version__, "torch": torch.__version__}
+    return {"cogvideox_factory": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from cogvideox_factory.data.loader import Loader
 from cogvideox_factory.data.sampler import Sampler
-from cogvideox_factory.errors import FactoryError, NonFiniteError, StorageError
+from cogvideox_factory.errors import FactoryError, NonFiniteError, UnfitError
 from cogvideox_factory.learning_rate import learning_rate
 from cogvideox_factory.metrics import MetricsLog, StepRows, duration, say
 from cogvideox_factory.run_folder import StoppedError, StopRequest, stop_requests
+from cogvideox_factory.time_limit import TimeLimit
 from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.bad_steps import BadSteps, bad_among
 from cogvideox_factory.torch_engine.device import host_memory, peak_memory
@@ -28,6 +30,7 @@ from cogvideox_factory.torch_engine.ledger import Ledger, Step, Work, averages, 
 from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.parallel import Ranks, local, reduce_gradients
+from cogvideox_factory.torch_engine.saving import Saver
 from cogvideox_factory.torch_engine.watch import Watch, to_device
 from cogvideox_factory.tracker import Tracker
 
@@ -51,9 +54,10 @@ class Loop:
     """Arguments of `learning_rate`."""
     log_every: int
     save_every: int
-    keep_checkpoints: int
-    identity: dict[str, Any]
-    """What a later resume must agree with."""
+    saver: Saver
+    limit: TimeLimit
+    record: dict[str, Any]
+    """What a checkpoint says of the run beside its position: identity, settings, versions, layout."""
     ledger: Ledger
     bad_steps: BadSteps
     work: Work
@@ -72,34 +76,39 @@ class Loop:
         log = MetricsLog(self.run_folder, resume_step=begins, writes=self.ranks.leads, tracker=self.tracker)
         samples = StepRows(self.run_folder / "losses.jsonl", resume_step=begins) if self.ranks.leads else None
         self.bad_steps.open(begins)
+        self.saver.on_saved = partial(self.limit.spent, "save")
         batches = self.loader.batches(first, self.num_steps)
-        self._clock, self._clock_step = time.monotonic(), first
         try:
             with stop_requests() as stop:
                 if not start and self.watch.every:
                     self._look(0, log)
+                self._restart_clocks(first)
                 for step in range(first + 1, self.num_steps + 1):
                     self._step(step, batches)
                     last = step == self.num_steps
-                    stop.name = self.ranks.agree(stop.name)
-                    saves = step % self.save_every == 0 or last or stop.name is not None
+                    saves = step % self.save_every == 0 or last
+                    self._hear(step, stop, num_saves=saves + 1 + self.saver.is_busy)
+                    saves = saves or stop.name is not None
                     if step % self.log_every == 0 or saves or step == 1:
                         self._log(step, log, samples)
+                        self.limit.reached(step)
                     if saves:
                         self._save(step, must=last or stop.name is not None)
                     if stop.name and not last:
                         self._leave(step, stop)
-                    if self.watch.every and (step % self.watch.every == 0 or last):
+                    if self._looks(step):
                         self._look(step, log)
+        except Exception as error:
+            # What is being saved is from before. All must be here to finish it, as they are for this one error.
+            if isinstance(error, NonFiniteError) or self.ranks.mesh is None:
+                self.saver.settle()
+            raise
         finally:
+            self.saver.close()
             log.close()
             self.bad_steps.close()
             if samples:
                 samples.close()
-
-    def state_bytes(self) -> int:
-        """Return the size of one checkpoint."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors().values())
 
     def _step(self, step: int, batches: Iterator[dict[str, Any]]) -> None:
         losses = []
@@ -154,37 +163,59 @@ class Loop:
             f"{values['memory_gib']:.2f} GiB  left {duration(values['seconds_per_step'] * (self.num_steps - step))}"
         )
 
+    def _hear(self, step: int, stop: StopRequest, *, num_saves: int) -> None:
+        """Let all processes know who asks to stop, and whose part of a checkpoint is written.
+
+        Going on for another step would bring `num_saves`, with those of this step and of one to leave with.
+        """
+        is_up = self.limit.is_up(step, saves=num_saves, looks=self._looks(step))
+        words = self.ranks.gather((stop.name or ("train.time_limit_minutes" if is_up else None), self.saver.word))
+        stop.name = next((name for name, _ in words if name), None)
+        self.saver.hear([word for _, word in words])
+
+    def _looks(self, step: int) -> bool:
+        return bool(self.watch.every) and (step % self.watch.every == 0 or step == self.num_steps)
+
     def _look(self, step: int, log: MetricsLog) -> None:
+        began = time.monotonic()
         with self.averaged_weights():
             self.watch.look(step, log)
-        self._clock, self._clock_step = time.monotonic(), step
+        self.limit.spent("look", time.monotonic() - began)
+        self._restart_clocks(step)
 
     def _save(self, step: int, *, must: bool) -> None:
-        """Write a checkpoint; a full disk is survived until one is needed, because the older ones are still there."""
-        if checkpoint.checkpoint_folder(self.run_folder, step).exists():
-            return  # a resumed run that had nothing left to do
+        """Write a checkpoint, which says what it holds, and the clips that come next."""
         state = {
-            "identity": self.identity,
+            **self.record,
             "scalars": self.update.scalars(),
-            "versions": checkpoint.versions(),
+            "position": {
+                "epoch": self.sampler.epochs(step),
+                "next_clips": [pick.clip_id for pick in self.sampler.batch(step)],
+            },
         }
-        try:
-            checkpoint.save_checkpoint(
-                self.run_folder, step, self._tensors(), state, keep=self.keep_checkpoints, ranks=self.ranks
-            )
-        except StorageError as error:
-            if must:
-                raise
-            say(f"NOT SAVED at step {step}, trying again at the next: {error}")
-        self._clock, self._clock_step = time.monotonic(), step
+        self.saver.save(step, state_tensors(self.update, self.ema), state, must=must)
+        self._restart_clocks(step)
 
     def _restore(self, folder: Path) -> int:
-        state = checkpoint.load_checkpoint(folder, self._tensors(), ranks=self.ranks)
+        state = checkpoint.load_checkpoint(folder, state_tensors(self.update, self.ema), ranks=self.ranks)
         self.update.restore(state["scalars"])
+        self._check_position(folder, state)
         return state["step"]
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return self.update.tensors() | (self.ema.tensors() if self.ema else {})
+    def _check_position(self, folder: Path, state: dict[str, Any]) -> None:
+        """Refuse to go on with other clips than come next, which another version's sampler might draw."""
+        step, wanted = state["step"], state.get("position", {}).get("next_clips")
+        found = [pick.clip_id for pick in self.sampler.batch(step)]
+        if wanted not in (None, found) and state["identity"] == self.record["identity"]:
+            raise UnfitError(
+                f"{folder}: step {step + 1} is of the clips {', '.join(wanted[:3])}, but this version would take "
+                f"{', '.join(found[:3])}. Go on with the version it was saved by: {state['versions']}."
+            )
+
+    def _restart_clocks(self, step: int) -> None:
+        """Measure steps from here on: what was before is none's."""
+        self._clock, self._clock_step = time.monotonic(), step
+        self.limit.go_on(step)
 
     def _leave(self, step: int, stop: StopRequest) -> None:
         folder = checkpoint.checkpoint_folder(self.run_folder, step)
@@ -222,3 +253,8 @@ def _require_sound(steps: Sequence[Step], weight_norm: float) -> None:
             "every gradient of step 1 is exactly 0, so nothing would be learned. Are the model's weights all zero, or "
             "the clips empty? Otherwise give other --lora.target-modules."
         )
+
+
+def state_tensors(update: Update, ema: Ema | None) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint by name."""
+    return update.tensors() | (ema.tensors() if ema else {})

@@ -24,7 +24,7 @@ from cogvideox_factory.errors import FactoryError, nearest
 from cogvideox_factory.lora_check import check_lora
 from cogvideox_factory.lora_files import LoraFile
 from cogvideox_factory.models import TransformerConfig
-from cogvideox_factory.torch_engine.border import to_array, to_tensor, whole
+from cogvideox_factory.torch_engine.border import local, put_rows, to_array, to_tensor, whole
 from cogvideox_factory.torch_engine.lora_linear import LoraFactors, LoraLinear
 from cogvideox_factory.torch_engine.lora_targets import (
     ATTENTION,
@@ -54,7 +54,7 @@ def add_lora(
     from (seed, target), so it is the same on every device and for any number of ranks.
 
     Args:
-        transformer: a `CogVideoXTransformer`, its weights loaded.
+        transformer: its weights loaded; on the meta device, `initialize_lora` must follow when they are.
         rank: inner size R of the adapters.
         alpha: the update is scaled by alpha / rank, or with `use_rslora` by alpha / sqrt(rank).
         use_rslora: rank-stabilised scale (Kalajdzievski 2023, arXiv 2312.03732).
@@ -78,12 +78,21 @@ def add_lora(
         "target_modules": names if any(map(is_regex, target_modules)) else list(target_modules),
     }  # fmt: skip
     for name in names:
-        part = _attach(transformer, targets[name], adapter_name, rank=rank, scale=scale, settings=settings)
-        part.lora_A.data.copy_(to_tensor(_initial_down(seed, name, rank, targets[name].in_features)))
-    for layer in _layers(transformer):
-        layer.reset_magnitudes(adapter_name)
+        _attach(transformer, targets[name], adapter_name, rank=rank, scale=scale, settings=settings)
+    if not transformer.proj_out.weight.is_meta:
+        initialize_lora(transformer, seed=seed, adapter_name=adapter_name)
     set_adapters(transformer, [adapter_name])
     return names
+
+
+@torch.no_grad()
+def initialize_lora(transformer: CogVideoXTransformer, *, seed: int, adapter_name: str = "default") -> None:
+    """Give an adapter the values it starts from, over loaded weights that processes may have divided meanwhile."""
+    for part in _parts(transformer, adapter_name):
+        put_rows(part.lora_A, to_tensor(_initial_down(seed, part.rows.name, part.rank, part.lora_A.shape[1])))
+        local(part.lora_B.detach()).zero_()
+    for layer in _layers(transformer):
+        layer.reset_magnitudes(adapter_name)
 
 
 def load_lora_into(

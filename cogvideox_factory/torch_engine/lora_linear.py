@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from cogvideox_factory.torch_engine.border import put_rows, whole
 from cogvideox_factory.torch_engine.linear import Linear, emulated, linear, product
 
 # Legend: N tokens of all samples, I input channels, O output channels of the fused Linear, P rows of one
@@ -145,10 +146,12 @@ class LoraLinear(Linear):
 
     @torch.no_grad()
     def reset_magnitudes(self, adapter_name: str) -> None:
-        """Set DoRA's magnitudes to the row lengths they start from: the adapter then changes nothing yet."""
+        """Set DoRA's magnitudes to the row lengths of the base weight: with B = 0 the adapter then changes nothing."""
+        weight = whole(self.weight) if any(p.magnitude is not None for p in self.parts(adapter_name).values()) else None
         for part in self.parts(adapter_name).values():
-            if part.magnitude is not None:
-                part.magnitude.copy_(self._row_norms(part, part.scale))
+            if part.magnitude is not None and weight is not None:
+                rows = weight[part.rows.start : part.rows.stop].float()
+                put_rows(part.magnitude, torch.linalg.vector_norm(rows, dim=1))
 
     def _active(self) -> Iterator[tuple[str, LoraFactors, float]]:
         """Yield (adapter, factors, effective scale); a weight of 0 switches an adapter off."""

@@ -17,9 +17,9 @@ Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., FSDP (arXiv 2304.11277
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -31,6 +31,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.torch_engine.border import local
 from cogvideox_factory.torch_engine.sequence_parallel import SequenceGroup, ulysses_degree
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 
@@ -144,13 +145,26 @@ class Ranks:
         dist.all_reduce(x)
         return x / self.layout.size
 
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes in their order; each calls this at the same point."""
+        if self.mesh is None:
+            return [value]
+        values: list[Any] = [None] * self.layout.size
+        dist.all_gather_object(values, value, group=self.talk)
+        return values
+
     def agree(self, value: str | None) -> str | None:
         """Return the value of the first process that has one; each calls this at the same point."""
-        if self.mesh is None:
-            return value
-        values: list[str | None] = [None] * self.layout.size
-        dist.all_gather_object(values, value, group=self.talk)
-        return next((v for v in values if v is not None), None)
+        return next((v for v in self.gather(value) if v is not None), None)
+
+    def require_agreement(self, facts: Mapping[str, Any]) -> None:
+        """Compare `facts` with the other processes'.
+
+        Raises:
+            FactoryError: in all processes, naming the first that differs from the leading one, and in what.
+        """
+        if self.talk is not None:
+            _require_agreement(facts, self.talk)
 
     def together(self, function: Callable[[], T]) -> T:
         """Return what `function()`, which may not talk to other processes, returns in this one, if it failed in none.
@@ -224,6 +238,8 @@ def _indexed(device: torch.device) -> torch.device | None:
 def make_ranks(layout: Layout, *, num_heads: int, device_type: str) -> Ranks:
     """Return this process' place; the process group must exist, and every process must call this alike."""
     assert layout.size == dist.get_world_size(), layout
+    talk = _new_group(range(layout.size), backend="gloo")
+    _require_agreement({f"parallel.{name}": value for name, value in asdict(layout).items()}, talk)
     mesh = init_device_mesh(device_type, layout.grid, mesh_dim_names=("replicas", "shards"))
     sequence = _sequence_group(layout, num_heads) if layout.sequence > 1 else None
     guidance, video = None, sequence.group if sequence else None
@@ -232,9 +248,24 @@ def make_ranks(layout: Layout, *, num_heads: int, device_type: str) -> Ranks:
         guidance = _own_group(members[i :: layout.sequence] for members in videos for i in range(layout.sequence))
         video = _own_group(videos)
     return Ranks(
-        layout=layout, rank=dist.get_rank(), mesh=mesh, sequence=sequence, guidance=guidance, video=video,
-        talk=_new_group(range(layout.size), backend="gloo"),
+        layout=layout, rank=dist.get_rank(), mesh=mesh, sequence=sequence, guidance=guidance, video=video, talk=talk,
     )  # fmt: skip
+
+
+def _require_agreement(facts: Mapping[str, Any], talk: dist.ProcessGroup) -> None:
+    all_facts: list[Any] = [None] * dist.get_world_size(talk)
+    dist.all_gather_object(all_facts, dict(facts), group=talk)
+    lead = all_facts[0]
+    for rank, own in enumerate(all_facts):
+        if own != lead:
+            names = [name for name in dict.fromkeys([*lead, *own]) if lead.get(name) != own.get(name)]
+            told = "; ".join(f"{name} is {own.get(name)!r} there and {lead.get(name)!r} here" for name in names[:5])
+            error = FactoryError(
+                f"process {rank} is not of the same run as process 0: {told}. Start all with the same recipe and "
+                "flags, on the same version, model and data."
+            )
+            error.echoed = dist.get_rank() != 0
+            raise error
 
 
 def _sequence_group(layout: Layout, num_heads: int) -> SequenceGroup:
@@ -298,11 +329,6 @@ def reduce_gradients(transformer: nn.Module, layout: Layout, *, last: bool) -> N
     """Say before a backward pass whether it is the `last` of a step: stages 0 and 1 reduce only then."""
     if isinstance(transformer, FSDPModule):
         transformer.set_requires_gradient_sync(last or layout.zero >= 2)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return the part of `tensor` that this process holds, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like(part: Tensor, tensor: Tensor) -> Tensor:

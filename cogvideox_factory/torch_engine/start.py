@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from cogvideox_factory.metrics import say
 from cogvideox_factory.models import SchedulerConfig, TransformerConfig
 from cogvideox_factory.plan.flops import training_flops
 from cogvideox_factory.plan.peaks import find_peak
+from cogvideox_factory.run_folder import differences, require_same
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.device import device_name, pick_device, pick_dtype
+from cogvideox_factory.torch_engine.parallel import Ranks
 
 # Settings that may change between the start of a run and its resumption, because no number depends on them.
 _FREE = {
@@ -30,6 +32,9 @@ _FREE = {
     "log_every",
     "save_every",
     "keep_checkpoints",
+    "async_checkpoint",
+    "time_limit_minutes",
+    "allow_change",
     "resume",
     "num_workers",
     "checkpointing",
@@ -230,6 +235,75 @@ def identity(plan: Plan, described: str) -> dict[str, Any]:
         "validation.num_clips": config.validation.num_clips if config.validation.every else 0, **train, **adapters,
         **({} if config.train.schedule == "constant" else {"train.steps": config.train.steps}),
     }  # fmt: skip
+
+
+# Where things lie and what they are done on, which may differ from machine to machine.
+_LOCAL = {
+    "model.path", "model.transformer", "model.transformer_config", "data.root", "data.sets", "cache.dir", "train.dir",
+    "train.resume", "validation.images", "run.device",
+}  # fmt: skip
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """Return {section.setting: value} of all that every process of a run must have alike, and what computes it."""
+    settings = {key: value for key, value in _flat(config.model_dump(mode="json")).items() if key not in _LOCAL}
+    return {name: version for name, version in checkpoint.versions().items() if name != "python"} | settings
+
+
+def shared_files(plan: Plan, described: str) -> dict[str, Any]:
+    """Return what the data and the model are that a process finds, for a comparison with the others'."""
+    drawn = plan.config.model.transformer_config
+    return {
+        "the data": described,
+        "the transformer": str(plan.model) if drawn else weights.sample_digest(plan.transformer_folder),
+        "the VAE": weights.sample_digest(plan.folder / "vae"),
+    }
+
+
+def record_of(plan: Plan, ranks: Ranks, wanted: dict[str, Any], changes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what every checkpoint of a run says of it."""
+    return {
+        "identity": wanted, "changes": changes, "seed": plan.config.run.seed, "versions": checkpoint.versions(),
+        "layout": {"device": device_name(plan.device), **asdict(ranks.layout)},
+        "settings": plan.config.model_dump(mode="json"),
+    }  # fmt: skip
+
+
+def check_resume(plan: Plan, start: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """Say what differs from the run that `start` is of, and return all changes that run has been through.
+
+    Raises:
+        UnfitError: a setting that numbers depend on differs and is not in `train.allow_change`.
+        FactoryError: the checkpoint is behind the last step asked for.
+    """
+    config, state = plan.config, checkpoint.read_state(start)
+    step = state["step"]
+    changed = require_same(state["identity"], wanted, source=start, allow=config.train.allow_change)
+    if step > config.train.steps:
+        raise FactoryError(
+            f"train.steps={config.train.steps}, but {start} is at step {step} already. "
+            "Ask for more steps, or start a new run in another --train.dir."
+        )
+    before, now = _flat(state.get("settings", {})), _flat(config.model_dump(mode="json"))
+    free = {key: values for key, values in differences(before, now).items() if key in before and key in now}
+    notes = [f"{key} {a} -> {b}" for key, (a, b) in free.items() if key not in wanted and key.split(".")[0] in _READ]
+    if notes:
+        say(f"changed since step {step}, no number depends on it: {', '.join(notes)}")
+    for key, (a, b) in changed.items():
+        say(f"CHANGED FROM STEP {step} ON, as train.allow_change says: {key} {a} -> {b}")
+    new = [{"after_step": step, "setting": key, "from": a, "to": b} for key, (a, b) in changed.items()]
+    return [*state.get("changes", []), *new]
+
+
+_READ = {"train", "parallel", "validation", "sampling", "cache", "model", "run"}
+"""Sections that a training run reads; `data` is one digest."""
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def digest_of(items: list[str], *more: Any) -> str:

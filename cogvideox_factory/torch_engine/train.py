@@ -4,6 +4,7 @@
 four trainers; the loop itself is in `loop.py`.
 """
 
+import time
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvideox_factory import intake
+from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.cache import is_imported, open_cache, recorded_dtype
@@ -22,28 +23,31 @@ from cogvideox_factory.data.loader import CacheSource, Draws, Loader, RawSource
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.sampler import Sampler, hold_out
 from cogvideox_factory.diffusion.schedule import alphas_cumprod
-from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.errors import FactoryError, StorageError
 from cogvideox_factory.lora_files import save_lora
 from cogvideox_factory.metrics import say, speaking
 from cogvideox_factory.models import VaeConfig
 from cogvideox_factory.publish import replace_folder, require_room, sweep
 from cogvideox_factory.recipe import write_recipe
-from cogvideox_factory.run_folder import locked, require_same
-from cogvideox_factory.torch_engine import checkpoint, lora, prepare
+from cogvideox_factory.run_folder import check_allowed, locked
+from cogvideox_factory.time_limit import TimeLimit
+from cogvideox_factory.torch_engine import lora, prepare
 from cogvideox_factory.torch_engine.attention import backend_name
 from cogvideox_factory.torch_engine.bad_steps import BadSteps
 from cogvideox_factory.torch_engine.device import set_determinism, take_card
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.examine import first_not_finite
 from cogvideox_factory.torch_engine.ledger import Ledger, Work
-from cogvideox_factory.torch_engine.loop import Loop
+from cogvideox_factory.torch_engine.loop import Loop, state_tensors
 from cogvideox_factory.torch_engine.objective import Objective, Scales
 from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.parallel import Layout, Ranks, distribute, joined, num_processes
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
+from cogvideox_factory.torch_engine.saving import Saver
 from cogvideox_factory.torch_engine.start import (
     Plan,
     batch_sizes,
+    check_resume,
     digest_of,
     excluded_clips,
     find_start,
@@ -52,6 +56,9 @@ from cogvideox_factory.torch_engine.start import (
     model_flops,
     num_tokens,
     peak_tflops,
+    record_of,
+    shared_files,
+    shared_settings,
 )
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
@@ -70,6 +77,7 @@ def run(config: Config) -> Path:
     """
     if not config.cache.dir and not config.data_sets:
         raise FactoryError("train on what? give --cache.dir FOLDER (prepared) or --data.root FOLDER (raw clips)")
+    started = time.monotonic()
     take_card()
     plan = make_plan(config)
     _check_validation(plan)
@@ -84,7 +92,7 @@ def run(config: Config) -> Path:
     set_determinism(config.run.deterministic)
     seconds = config.parallel.timeout_seconds
     with joined(layout, num_heads=heads, device=plan.device, timeout_seconds=seconds) as ranks, speaking(ranks.leads):
-        return _run(plan, ranks, tracker)
+        return _run(plan, ranks, tracker, started)
 
 
 def _make_tracker(plan: Plan) -> Tracker | None:
@@ -95,32 +103,33 @@ def _make_tracker(plan: Plan) -> Tracker | None:
     return Tracker(train.tracker, project=train.tracker_project, folder=plan.run_folder, settings=settings)
 
 
-def _run(plan: Plan, ranks: Ranks, tracker: Tracker | None) -> Path:
+def _run(plan: Plan, ranks: Ranks, tracker: Tracker | None, started: float) -> Path:
     config = plan.config
-    source, described, weights = open_source(plan)
+    ranks.require_agreement(shared_settings(config))
+    source, described, set_weights = open_source(plan)
     sizes = batch_sizes(plan, source.buckets.values())
     if config.data.buckets:  # which clips a step has depends on these too
         described = digest_of(sorted(source.buckets), described, sorted(source.buckets.items()), sorted(sizes.items()))
-    if weights:
-        described = digest_of(sorted(source.sets), described, sorted(source.sets.items()), sorted(weights.items()))
+    if set_weights:
+        parts = sorted(source.sets.items()), sorted(set_weights.items())
+        described = digest_of(sorted(source.sets), described, *parts)
     excluded = excluded_clips(config.train.exclude) & set(source.buckets)
     if config.train.exclude:
         say(f"{len(excluded)} clips are left out by {config.train.exclude}")
     if excluded:
         described = digest_of(sorted(set(source.buckets) - excluded), described)
+    ranks.require_agreement(shared_files(plan, described))
+    wanted = identity(plan, described)
+    ranks.from_lead(lambda: check_allowed(config.train.allow_change, wanted))
     with ExitStack() as stack:
         ranks.from_lead(lambda: stack.enter_context(locked(plan.run_folder)))
         start = ranks.from_lead(lambda: find_start(plan))
-        wanted = identity(plan, described)
-        if start is not None:
-            state = checkpoint.read_state(start)
-            require_same(state["identity"], wanted, source=start)
-            if state["step"] > config.train.steps:
-                raise FactoryError(
-                    f"train.steps={config.train.steps}, but {start} is at step {state['step']} already. "
-                    "Ask for more steps, or start a new run in another --train.dir."
-                )
-        _train(plan, source, sizes, weights, ranks, tracker, excluded=excluded, start=start, wanted=wanted)
+        changes = ranks.from_lead(lambda: check_resume(plan, start, wanted)) if start else []
+        record = record_of(plan, ranks, wanted, changes)
+        _train(
+            plan, source, sizes, set_weights, ranks, tracker, excluded=excluded, start=start, record=record,
+            started=started,
+        )  # fmt: skip
     return plan.run_folder
 
 
@@ -154,8 +163,8 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str, dict[str, flo
             )
         clip_ids = sorted(clip.id for clip in index.clips)
         recorded = index.recorded.get("source", {}).get("weights", {})
-        weights = intake.set_weights(config) if config.data_sets else recorded
-        return CacheSource(index), digest_of(clip_ids, settings.to_json()), weights
+        set_weights = intake.set_weights(config) if config.data_sets else recorded
+        return CacheSource(index), digest_of(clip_ids, settings.to_json()), set_weights
     manifest = intake.checked_manifest(config, spec, plan.model)
     clip_ids = sorted(clip.id for clip in manifest.usable)
     source = RawSource(manifest.usable, latent_channels=plan.model.out_channels)
@@ -166,13 +175,14 @@ def _train(
     plan: Plan,
     source: CacheSource | RawSource,
     sizes: dict[str, int],
-    weights: dict[str, float],
+    set_weights: dict[str, float],
     ranks: Ranks,
     tracker: Tracker | None,
     *,
     excluded: set[str],
     start: Path | None,
-    wanted: dict[str, Any],
+    record: dict[str, Any],
+    started: float,
 ) -> None:
     config = plan.config
     train_ids, held_ids = sorted(set(source.buckets) - excluded), []
@@ -182,7 +192,7 @@ def _train(
             say(f"{unseen} other windows of the {len(held_ids)} clips held out are not trained on either")
     sampler = Sampler(
         train_ids, batch_size={key: size * config.train.gradient_accumulation for key, size in sizes.items()},
-        seed=config.run.seed, buckets=source.buckets, sets=source.sets, weights=weights,
+        seed=config.run.seed, buckets=source.buckets, sets=source.sets, weights=set_weights,
     )  # fmt: skip
     draws = make_draws(plan)
     loader = Loader(
@@ -208,6 +218,12 @@ def _train(
             ready = [frozen.encoder.batch(batch) for batch in ready]
         return first_not_finite(objective, update, ready, ranks)
 
+    saver = Saver(
+        plan.run_folder, keep=config.train.keep_checkpoints, ranks=ranks, device=plan.device,
+        in_background=config.train.async_checkpoint,
+        wait_seconds=config.parallel.timeout_seconds / 2,  # before the others give up waiting for this process
+    )  # fmt: skip
+    state_bytes = sum(t.numel() * t.element_size() for t in state_tensors(update, ema).values())
     loop = Loop(
         objective=objective, update=update, ema=ema, sampler=sampler, loader=loader, encoder=frozen.encoder,
         device=plan.device, run_folder=plan.run_folder, num_steps=config.train.steps,
@@ -217,8 +233,8 @@ def _train(
             "warmup_steps": config.train.warmup_steps, "num_cycles": config.train.num_cycles,
             "power": config.train.power,
         },
-        log_every=config.train.log_every, save_every=config.train.save_every,
-        keep_checkpoints=config.train.keep_checkpoints, identity=wanted,
+        log_every=config.train.log_every, save_every=config.train.save_every, saver=saver, record=record,
+        limit=TimeLimit(config.train.time_limit_minutes, save_bytes=state_bytes, started=started),
         ledger=ledger,
         bad_steps=BadSteps(
             plan.run_folder, policy=config.train.on_bad_step, loader=loader, ranks=ranks, examine=examine
@@ -239,7 +255,7 @@ def _train(
     _say_arithmetic(plan, sampler, update, start, ranks)
     if peak:
         say(f"MFU against {peak[0]:g} TFLOP/s a card ({peak[1]})")
-    ranks.from_lead(lambda: _make_ready(plan, loop.state_bytes()))
+    ranks.from_lead(lambda: _make_ready(plan, state_bytes))
     if tracker and ranks.leads:
         tracker.start()
     loop.run(start)
@@ -270,26 +286,30 @@ def make_draws(plan: Plan, *, quiet: bool = False) -> Draws:
 
 
 def load_transformer(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
-    """Load the transformer (or draw its weights), with a fresh LoRA or with all weights trainable, and divide it."""
+    """Load the transformer (or draw its weights), with a fresh LoRA or with all weights trainable.
+
+    It is divided before there is any memory behind it, so that a process reads and holds its own part alone.
+    """
     config = plan.config
-    dtype = plan.dtype
-    if ranks.mesh is not None and config.train.method == "full" and config.train.master_weights == "float32":
+    dtype, is_lora = plan.dtype, config.train.method == "lora"
+    if ranks.mesh is not None and not is_lora and config.train.master_weights == "float32":
         dtype = torch.float32  # what is kept; blocks are gathered in the run's dtype
-    if plan.is_random:
-        transformer = CogVideoXTransformer(plan.model)
-        transformer.initialize(config.run.seed)
-        transformer.to(device=plan.device, dtype=dtype)
-    else:
-        transformer = CogVideoXTransformer.from_folder(
-            plan.transformer_folder, config=plan.model, dtype=dtype, device=plan.device
-        )
+    with torch.device("meta"):
+        transformer = CogVideoXTransformer(plan.model).to(dtype)
     transformer.set_checkpointing(config.train.checkpointing)
-    if config.train.method == "lora":
+    if is_lora:
         targets = lora.add_lora(transformer, seed=config.run.seed, **config.lora.model_dump())
         say(f"LoRA rank {config.lora.rank} on {len(targets)} modules")
     else:
         transformer.requires_grad_(True)
     distribute(transformer, ranks, dtype=plan.dtype)
+    transformer.to_empty(device=plan.device)
+    if plan.is_random:
+        transformer.initialize(config.run.seed)
+    else:
+        transformer.load_folder(plan.transformer_folder)
+    if is_lora:
+        lora.initialize_lora(transformer, seed=config.run.seed)
     return transformer.train()
 
 
@@ -389,17 +409,37 @@ def make_samples(plan: Plan, frozen: Frozen, transformer: CogVideoXTransformer, 
     )  # fmt: skip
 
 
-def export(transformer: CogVideoXTransformer, run_folder: Path, *, method: str, ranks: Ranks) -> None:
-    """Write `final/`: a LoRA file or a transformer folder that diffusers loads as it is."""
-    if not ranks.leads:  # weights are gathered one at a time, from all
-        lora.lora_arrays(transformer) if method == "lora" else deque(transformer.iterate_arrays(), maxlen=0)
-        return
-    with replace_folder(run_folder / "final") as folder:
-        if method == "lora":
-            file = folder / "pytorch_lora_weights.safetensors"
-            save_lora(file, lora.lora_arrays(transformer), **lora.lora_settings(transformer))
-        else:
-            transformer.save(folder / "transformer")
+def export(
+    transformer: CogVideoXTransformer, run_folder: Path, *, method: str, ranks: Ranks,
+    max_shard_bytes: int = weights.MAX_SHARD_BYTES,
+) -> None:  # fmt: skip
+    """Write `final/`: a LoRA file or a transformer folder that diffusers loads as it is.
+
+    Divided weights are gathered one parameter at a time, from all processes; the leading one writes, shard by shard.
+
+    Raises:
+        StorageError: in all processes.
+    """
+    arrays = transformer.iterate_arrays() if method == "full" else iter(lora.lora_arrays(transformer).items())
+    problem: StorageError | None = None
+    if ranks.leads:
+        try:
+            with replace_folder(run_folder / "final") as folder:
+                if method == "lora":
+                    file = folder / "pytorch_lora_weights.safetensors"
+                    save_lora(file, dict(arrays), **lora.lora_settings(transformer))
+                else:
+                    config = transformer.config.to_dict()
+                    weights.save_folder(folder / "transformer", arrays, config=config, max_shard_bytes=max_shard_bytes)
+        except StorageError as error:
+            problem = error
+    deque(arrays, maxlen=0)  # the others wait for their parts to be asked for, to the end
+    ranks.from_lead(lambda: _raise(problem))
+
+
+def _raise(problem: StorageError | None) -> None:
+    if problem is not None:
+        raise problem
 
 
 def _image_scale(config: Config, vae: VaeConfig) -> float:

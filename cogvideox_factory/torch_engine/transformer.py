@@ -28,10 +28,11 @@ from cogvideox_factory import draws, weights
 from cogvideox_factory.diffusion.positions import sincos_table
 from cogvideox_factory.errors import FactoryError, UnfitError
 from cogvideox_factory.models import TransformerConfig
+from cogvideox_factory.tensors import StoredTensor
 from cogvideox_factory.torch_engine.block import VECTORS_PER_BLOCK, Block, Modulation
-from cogvideox_factory.torch_engine.border import to_array, to_tensor, whole
+from cogvideox_factory.torch_engine.border import local, rows_of, to_array, to_tensor, whole
 from cogvideox_factory.torch_engine.checkpointing import Checkpointing
-from cogvideox_factory.torch_engine.layout import diffusers_names, num_native_tokens
+from cogvideox_factory.torch_engine.layout import Slot, diffusers_names, num_native_tokens
 from cogvideox_factory.torch_engine.linear import Linear
 from cogvideox_factory.torch_engine.positions import Positions, make_positions
 from cogvideox_factory.torch_engine.sequence_parallel import SequenceGroup, Share, gather_rows
@@ -198,29 +199,34 @@ class CogVideoXTransformer(nn.Module):
         predictions are near the mean, 0. Neither is zero, as they would be in DiT: a LoRA on drawn weights must have
         something to turn.
         """
-        config = self.config
         own = self.state_dict()
-        for name, slot in diffusers_names(config).items():
-            target = own[slot.name][slot.start : slot.stop]
-            if name.endswith("pos_embedding"):
-                native = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-                target.zero_()
-                table = sincos_table(config, native, config.sample_height, config.sample_width)
-                target[0, config.max_text_seq_length :] = to_tensor(table).to(target)
-            elif len(slot.shape) == 1:
-                target.fill_(1.0 if "norm" in name.split(".")[-2] and name.endswith("weight") else 0.0)
-                if ".linear.bias" in name and name.startswith("transformer_blocks"):  # shift, scale, gate; twice
-                    target.view(2, 3, config.width)[:, 2] = (2 * config.num_layers) ** -0.5
-            else:
-                size = {"proj_out.weight": 0.2}.get(name, 0.1 if ".linear.weight" in name else 1.0)
-                drawn = draws.normal(seed, "initial weight", name, shape=slot.shape)
-                target.copy_(to_tensor(drawn).reshape(target.shape) * (size * math.prod(slot.shape[1:]) ** -0.5))
+        for name, slot in diffusers_names(self.config).items():
+            held = _held(own[slot.name], slot)
+            if held:
+                target, rows = held
+                target.copy_(self._initial(name, slot, seed)[rows].reshape(target.shape))
 
-    def load_arrays(self, arrays: Iterable[tuple[str, np.ndarray]], *, strict: bool = True) -> None:
+    def _initial(self, name: str, slot: Slot, seed: int) -> Tensor:
+        config = self.config
+        if name.endswith("pos_embedding"):
+            native = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+            table = sincos_table(config, native, config.sample_height, config.sample_width)
+            return F.pad(to_tensor(table).float(), (0, 0, config.max_text_seq_length, 0))[None]
+        if len(slot.shape) == 1:
+            values = torch.full(slot.shape, 1.0 if "norm" in name.split(".")[-2] and name.endswith("weight") else 0.0)
+            if ".linear.bias" in name and name.startswith("transformer_blocks"):  # shift, scale, gate; twice
+                values.view(2, 3, config.width)[:, 2] = (2 * config.num_layers) ** -0.5
+            return values
+        size = {"proj_out.weight": 0.2}.get(name, 0.1 if ".linear.weight" in name else 1.0)
+        drawn = draws.normal(seed, "initial weight", name, shape=slot.shape)
+        return to_tensor(drawn) * (size * math.prod(slot.shape[1:]) ** -0.5)
+
+    def load_arrays(self, arrays: Iterable[tuple[str, np.ndarray | StoredTensor]], *, strict: bool = True) -> None:
         """Copy arrays under their diffusers names into the model, one at a time, in the model's dtype.
 
         Args:
-            arrays: (name, array) pairs; a generator is read once and never held.
+            arrays: (name, array) pairs; a generator is read once and never held. Of what lies in a file, a process that
+                holds some rows of a weight reads those alone.
             strict: every tensor of the model must come.
 
         Raises:
@@ -237,8 +243,10 @@ class CogVideoXTransformer(nn.Module):
             elif name not in missing:
                 wrong.append(f"{name} comes twice")
             else:
-                target = own[slot.name][slot.start : slot.stop]
-                target.copy_(to_tensor(array).reshape(target.shape))
+                held = _held(own[slot.name], slot)
+                if held:
+                    target, rows = held
+                    target.copy_(to_tensor(array[rows]).reshape(target.shape))
             missing.pop(name, None)
         if strict:
             wrong += [f"{name} is missing" for name in missing]
@@ -288,8 +296,17 @@ class CogVideoXTransformer(nn.Module):
         with torch.device("meta"):
             model = cls(config or TransformerConfig.from_folder(folder))
         model = model.to(dtype).to_empty(device=device)
-        model.load_arrays(weights.iterate_tensors(folder, weights.MODEL_STEM))
+        model.load_folder(folder)
         return model
+
+    @torch.no_grad()
+    def load_folder(self, folder: Path) -> None:
+        """Fill the model, or what this process holds of it, from a `transformer` folder.
+
+        Raises:
+            MissingError, UnfitError: as `from_folder`.
+        """
+        self.load_arrays(weights.stored_tensors(folder, weights.MODEL_STEM))
 
     def save(self, folder: Path | str) -> None:
         """Write config and weights so that diffusers and `from_folder` load them; complete or not at all.
@@ -298,6 +315,17 @@ class CogVideoXTransformer(nn.Module):
             StorageError: the disk is full, read-only or failing.
         """
         weights.save_folder(Path(folder), self.iterate_arrays(), config=self.config.to_dict(), stem=weights.MODEL_STEM)
+
+
+def _held(parameter: Tensor, slot: Slot) -> tuple[Tensor, slice] | None:
+    """Return what this process holds of the rows of `slot`, and which rows of the checkpoint's tensor these are."""
+    first, last = rows_of(parameter)
+    low, high = max(first, slot.start), min(last, slot.stop)
+    if low >= high:
+        return None
+    target = local(parameter.detach())[low - first : high - first]
+    is_by_rows = slot.shape[0] == slot.stop - slot.start  # or it is one row
+    return target, slice(low - slot.start, high - slot.start) if is_by_rows else slice(None)
 
 
 class _PatchEmbed(nn.Module):

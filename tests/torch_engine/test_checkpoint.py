@@ -84,11 +84,10 @@ import os, signal, sys, torch
 from pathlib import Path
 from cogvideox_factory.torch_engine import checkpoint
 count = 0
-digest = checkpoint._digest
 def dying(path):
     os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save_checkpoint(Path(sys.argv[1]), 1, {"a": torch.ones(9)}, {}, keep=1)
-checkpoint._digest = dying
+checkpoint.digest = dying
 checkpoint.save_checkpoint(Path(sys.argv[1]), 2, {"a": torch.zeros(9)}, {}, keep=1)
 """
 

@@ -6,9 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from cogvideox_factory.data.export import export_to_video
-from cogvideox_factory.errors import StorageError
+from cogvideox_factory.errors import FactoryError, StorageError
 from cogvideox_factory.recipe import check
 from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import checkpoint, prepare, train, vae_blocks, watch
@@ -204,7 +205,7 @@ def test_videos_are_made_and_a_full_disk_survived_by_all_alike(folder, tmp_path)
     """Sample videos come from divided weights; a checkpoint that does not fit on the disk is missed by all together."""
     config = settings(
         folder, dir=str(tmp_path / "run"), parallel={"zero": 3, "sequence": 2}, steps=4, save_every=2,
-        validation={"every": 4, "num_clips": 2, "prompts": ["a red circle"]},
+        async_checkpoint=True, validation={"every": 4, "num_clips": 2, "prompts": ["a red circle"]},
     )  # fmt: skip
     run_in(2, train_with_a_full_disk, config, folder=tmp_path)
     assert len(list((tmp_path / "run" / "samples").glob("*.mp4"))) == 2
@@ -223,3 +224,44 @@ def train_with_a_full_disk(config):
 
     checkpoint.require_room = no_room
     train.run(config)
+
+
+def test_processes_that_are_not_of_one_run_are_told_apart(folder, tmp_path):
+    shutil.copytree(folder / "t2v", tmp_path / "other")
+    file = tmp_path / "other" / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    alike = {"dir": str(tmp_path / "run")}
+    other = settings(folder, **alike)
+    other = other.model_copy(update={"model": other.model.model_copy(update={"path": str(tmp_path / "other")})})
+    pairs = [
+        (settings(folder, **alike), settings(folder, **alike, learning_rate=2e-3)),
+        (settings(folder, **alike), settings(folder, **alike, parallel={"zero": 2})),
+        (settings(folder, **alike), other),
+    ]
+    results = run_in(2, refused_of_each, pairs, folder=tmp_path)
+    for number, says in enumerate(
+        (
+            "train.learning_rate is 0.002 there and 0.001 here",
+            "parallel.zero is 2 there and 0 here",
+            "the transformer is ",
+        )
+    ):
+        for rank in range(2):
+            message, echoed = results[rank][number]
+            assert message.startswith("process 1 is not of the same run as process 0: ")
+            assert says in message
+            assert echoed == (rank == 1)
+    assert not (tmp_path / "run").exists()
+
+
+def refused_of_each(pairs):
+    """Train with this process' settings of each pair; return what is said, and whether another says it too."""
+    found = []
+    for pair in pairs:
+        try:
+            train.run(pair[torch.distributed.get_rank()])
+        except FactoryError as error:
+            found.append((str(error), error.echoed))
+    return found

@@ -18,7 +18,7 @@ from cogvideox_factory.errors import FactoryError, MissingError, NonFiniteError,
 from cogvideox_factory.recipe import check, read_recipe
 from cogvideox_factory.run_folder import StoppedError, locked
 from cogvideox_factory.tiny.world import random_scene, render
-from cogvideox_factory.torch_engine import loop, prepare, train
+from cogvideox_factory.torch_engine import checkpoint, loop, prepare, saving, train
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline as OurPipeline
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.host_reads import HostReads
@@ -311,15 +311,15 @@ def test_a_second_process_is_kept_out(tiny_model, clips, caches, tmp_path):
 
 
 def test_a_full_disk_loses_a_checkpoint_but_not_the_run(tiny_model, clips, caches, tmp_path, monkeypatch, capsys):
-    original, calls = loop.checkpoint.save_checkpoint, []
+    original, calls = checkpoint.save_tensors, []
 
     def full_once(*args, **kwargs):
         calls.append(1)
         if len(calls) == 1:
             raise StorageError("the disk is full")
-        return original(*args, **kwargs)
+        original(*args, **kwargs)
 
-    monkeypatch.setattr(loop.checkpoint, "save_checkpoint", full_once)
+    monkeypatch.setattr(checkpoint, "save_tensors", full_once)
     run = train.run(cached(tiny_model, clips, caches, tmp_path))
     assert "NOT SAVED at step 3" in capsys.readouterr().out
     assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-000006"]
@@ -506,3 +506,91 @@ def test_resume_with_other_settings_is_refused_by_name(tiny_model, clips, caches
         train.run(cached(tiny_model, clips, caches, tmp_path, train={"learning_rate": 2e-2, "steps": 9}))
     with pytest.raises(FactoryError, match="holds a run already"):
         train.run(cached(tiny_model, clips, caches, tmp_path, train={"resume": "never"}))
+
+
+def test_a_resume_may_change_what_it_names_and_the_checkpoint_says_so(tiny_model, clips, caches, tmp_path, capsys):
+    run = train.run(cached(tiny_model, clips, caches, tmp_path))
+    change = {"learning_rate": 2e-2, "steps": 7, "save_every": 5, "allow_change": ["train.learning_rate"]}
+    train.run(cached(tiny_model, clips, caches, tmp_path, train=change))
+    said = capsys.readouterr().out
+    assert "CHANGED FROM STEP 6 ON, as train.allow_change says: train.learning_rate 0.01 -> 0.02" in said
+    assert "no number depends on it: train.steps 6 -> 7, train.save_every 3 -> 5" in said
+    train.run(cached(tiny_model, clips, caches, tmp_path, train=change | {"steps": 8}))
+    assert "CHANGED" not in capsys.readouterr().out, "it is the run's own rate by now"
+    state = json.loads((run / "checkpoint-000008" / "state.json").read_text())
+    assert state["changes"] == [{"after_step": 6, "setting": "train.learning_rate", "from": 0.01, "to": 0.02}]
+    with pytest.raises(UnfitError, match=r"train\.batch_size: the run has 2, you ask for 1[^:]*\n.*allow-change"):
+        train.run(cached(tiny_model, clips, caches, tmp_path, train=change | {"steps": 9, "batch_size": 1}))
+    with pytest.raises(FactoryError, match=r"allow_change=lora\.rank: another lora\.rank is another model"):
+        train.run(cached(tiny_model, clips, caches, tmp_path, train=change | {"allow_change": ["lora.rank"]}))
+
+
+def test_a_checkpoint_says_all_that_it_is_of(tiny_model, clips, caches, tmp_path):
+    run = train.run(cached(tiny_model, clips, caches, tmp_path, train={"steps": 4}))
+    state = json.loads((run / "checkpoint-000003" / "state.json").read_text())
+    assert (state["format"], state["step"], state["seed"]) == (1, 3, 42)
+    assert state["position"]["epoch"] == 1.0
+    assert len(state["position"]["next_clips"]) == 2
+    assert state["settings"]["train"]["learning_rate"] == 1e-2
+    assert state["versions"].keys() == {"cogvideox_factory", "torch", "python"}
+    assert (state["layout"]["size"], state["layout"]["device"]) == (1, "cpu")
+    assert state["changes"] == []
+
+
+def test_a_sampler_that_draws_other_clips_than_come_next_is_refused(tiny_model, clips, caches, tmp_path, monkeypatch):
+    train.run(cached(tiny_model, clips, caches, tmp_path))
+    original = loop.Sampler.batch
+    monkeypatch.setattr(loop.Sampler, "batch", lambda self, step: original(self, step + 1))
+    with pytest.raises(UnfitError, match=r"step 7 is of the clips .* Go on with the version it was saved by"):
+        train.run(cached(tiny_model, clips, caches, tmp_path, train={"steps": 8}))
+
+
+def test_saving_in_the_background_changes_no_byte(tiny_model, clips, caches, tmp_path):
+    options = {"ema_decay": 0.9, "save_every": 2, "steps": 5}
+    plain, behind = tmp_path / "plain", tmp_path / "behind"
+    train.run(cached(tiny_model, clips, caches, tmp_path, train=options | {"dir": str(plain)}))
+    train.run(
+        cached(tiny_model, clips, caches, tmp_path, train=options | {"dir": str(behind), "async_checkpoint": True})
+    )
+    assert_same(plain, behind)
+    for step in (2, 4, 5):
+        name = f"checkpoint-{step:06}/shard-00001.safetensors"
+        assert (plain / name).read_bytes() == (behind / name).read_bytes()
+
+
+def test_a_loss_that_is_not_finite_does_not_cost_the_checkpoint_that_is_being_written(
+    tiny_model, clips, caches, tmp_path, monkeypatch
+):
+    original, calls = loop.Objective.__call__, []
+    written, is_over = checkpoint.save_tensors, threading.Event()
+
+    def spoiled(self, batch):
+        calls.append(1)
+        return original(self, batch) * (float("nan") if len(calls) == 4 else 1.0)
+
+    def slow(*args, **kwargs):
+        assert is_over.wait(60)
+        written(*args, **kwargs)
+
+    def hear(self, words, *, must=False):
+        if self.is_busy:
+            is_over.set()
+        heard(self, words, must=must)
+
+    heard = saving.Saver.hear
+    monkeypatch.setattr(loop.Objective, "__call__", spoiled)
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    monkeypatch.setattr(saving.Saver, "hear", hear)
+    with pytest.raises(NonFiniteError):
+        train.run(cached(tiny_model, clips, caches, tmp_path, train={"async_checkpoint": True}))
+    assert (tmp_path / "run" / "checkpoint-000003" / "MANIFEST.json").is_file()
+
+
+def test_a_run_out_of_time_saves_leaves_and_goes_on_by_the_same_command(tiny_model, clips, caches, tmp_path):
+    whole = train.run(cached(tiny_model, clips, caches, tmp_path, train={"dir": str(tmp_path / "whole"), "steps": 4}))
+    options = {"dir": str(tmp_path / "cut"), "steps": 4}
+    for step in (1, 2):  # a limit that has passed already leaves each start one step
+        with pytest.raises(StoppedError, match=f"stopped by train.time_limit_minutes after step {step};"):
+            train.run(cached(tiny_model, clips, caches, tmp_path, train=options | {"time_limit_minutes": 1e-6}))
+        assert (tmp_path / "cut" / f"checkpoint-{step:06}").is_dir()
+    assert_same(whole, train.run(cached(tiny_model, clips, caches, tmp_path, train=options)))
