@@ -1,6 +1,7 @@
 """`generate` on 2 and 4 processes: the frames of one process, each file written once, and what is refused."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from cogvideox_factory.cli.generate import settings_of_run
 from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.models import TransformerConfig
-from cogvideox_factory.recipe import check
+from cogvideox_factory.recipe import check, write_recipe
 from cogvideox_factory.shapes import clip_shape
 from cogvideox_factory.torch_engine import generate, sampling, train
 from cogvideox_factory.torch_engine.parallel import Layout, Ranks
@@ -169,3 +171,12 @@ def test_layouts_that_would_do_nothing_are_refused(root, tiny_model, tmp_path, c
     values["cache"]["dir"] = str(tmp_path / "cache")
     with pytest.raises(FactoryError, match="training has no guidance"):
         train.run(check(values, source="test"))
+
+
+def test_a_run_folder_brings_no_layout_of_its_training(root, tiny_model, tmp_path):
+    config = settings(root, tiny_model("cogvideox-2b"), "cogvideox-2b", tmp_path / "out", parallel={"zero": 2})
+    write_recipe(tmp_path / "run" / "config.yaml", config)
+    shutil.copy(root / "cogvideox-2b.safetensors", tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    asked = settings_of_run(tmp_path / "run")
+    assert asked.generate.lora == [str(tmp_path / "run")]
+    assert generate.layout_for(asked, 2) == Layout(size=2)
