@@ -169,3 +169,18 @@ def test_a_config_that_is_no_object_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[1, 2]")
     with pytest.raises(UnfitError, match="must hold an object"):
         TransformerConfig.from_folder(tmp_path)
+
+
+def test_a_config_is_read_from_yaml_too(tmp_path):
+    import yaml
+
+    config = LARGER["10b"]
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump({"transformer": config.to_dict()}))
+    assert TransformerConfig.from_file(path) == config
+    path.write_text(yaml.safe_dump({"transformer": {"num_layer": 3}}))
+    with pytest.raises(UnfitError, match="unknown key 'num_layer'"):
+        TransformerConfig.from_file(path)
+    path.write_text(yaml.safe_dump(config.to_dict()))
+    with pytest.raises(UnfitError, match="one mapping, `transformer:`"):
+        TransformerConfig.from_file(path)
