@@ -12,6 +12,11 @@ from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import say
 
 
+_SETTINGS = {"task"} | {
+    f"{name}.{key}" for name, section in Config() if name != "task" for key in type(section).model_fields
+}
+
+
 def expand(command: str, argv: list[str]) -> list[str]:
     """Return `argv` in words of ours if it begins with `--original`, else as it is.
 
@@ -53,11 +58,20 @@ def _asked(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _words(settings: dict[str, Any]) -> list[str]:
-    """Return the flags for all settings that are not at their default."""
+    """Return the flags for all settings that are not at their default.
+
+    Raises:
+        FactoryError: a setting that this version does not have.
+    """
     words = []
     for name, value in settings.items():
         if value is None or value == _default(name):
             continue
+        if name not in _SETTINGS and name != "prepare.shard":
+            raise FactoryError(
+                f"that comes to {name}={value}, and this version has no such setting; leave out the flag that asks for "
+                "it (the optimizer that is always there is --optimizer adamw)"
+            )
         words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     return words
 

@@ -44,6 +44,17 @@ def choose_weights(given: Given) -> None:
         given.set("generate.lora", [lora])
 
 
+def choose_output(given: Given) -> None:
+    """Decide where to: one file, a video or the array of its frames."""
+    video, array = given["video_output_path"], given["npy_output_path"]
+    given.set("generate.out", video or array)
+    if array and not video:
+        given.set("generate.format", "npy")
+        given.say(f"--npy_output_path {array}: one file there, of all frames")
+    else:
+        given.say_inert(("npy_output_path",), "video_output_path has the frames; alone it writes their array")
+
+
 _FLAGS = (
     same("seed", "integer", "run.seed", 42),
     inert("distributed", "switch", "the launcher decides how many processes there are", False),
@@ -74,8 +85,11 @@ _FLAGS = (
     same("width", "integer", "generate.width", 1360),
     same("frame", "integer", "generate.num_frames", 77),
     same("max_sequence_length", "integer", "text.max_sequence_length", 224),
-    inert("npy_output_path", "text", "frames are written as a video only"),
-    same("video_output_path", "text", "generate.out", note="at the model's frame rate; no file is replaced"),
+    joint(
+        "npy_output_path", "text", "generate.out, generate.format", choose_output,
+        note="without video_output_path: one array of all frames in that folder",
+    ),
+    joint("video_output_path", "text", "generate.out", choose_output, note="at the model's frame rate"),
 )  # fmt: skip
 
 FLAGS = tuple(replace(flag, origin=MINDSPORE) for flag in _FLAGS)

@@ -1,17 +1,22 @@
 """The commands of the original's README, as its users type them: its scripts, its flags, on a tiny model."""
 
+import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from cogvideox_factory.cli import main
+from cogvideox_factory.cli import main, original
 from cogvideox_factory.config import Config
+from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.original.translate import SCRIPTS, translate
 from cogvideox_factory.recipe import check, read_recipe
+from cogvideox_factory.tiny.world import random_scene, render
 
 SCRIPTS_FOLDER = Path(__file__).parents[2] / "scripts"
 SIZE = {"H": "48", "W": "80", "F": "9", "MAX_SEQUENCE_LENGTH": "16"}
@@ -119,6 +124,45 @@ def test_image_to_video_by_their_programs(old_clips, tiny_model, tmp_path, capsy
     )
 
 
+def test_clips_of_many_shapes_by_a_bucket_file(tiny_model, tmp_path, capsys):
+    """Larger clips, and positions for them: the smallest resolution of a bucket file is 144p."""
+    folder = shutil.copytree(tiny_model("cogvideox1.5-5b"), tmp_path / "model")
+    config = json.loads((folder / "transformer/config.json").read_text()) | {"sample_height": 32, "sample_width": 32}
+    (folder / "transformer/config.json").write_text(json.dumps(config))
+    clips, buckets = tmp_path / "clips", tmp_path / "bucket.yaml"
+    (clips / "videos").mkdir(parents=True)
+    for index, (height, width) in enumerate([(144, 256), (256, 144)]):
+        frames = render(random_scene(0, index), num_frames=9, height=height, width=width, fps=8)
+        export_to_video(frames, clips / "videos" / f"{index}.mp4", fps=8)
+    (clips / "prompts.txt").write_text("one\ntwo\n")
+    (clips / "videos.txt").write_text("videos/0.mp4\nvideos/1.mp4\n")
+    buckets.write_text('bucket_config:\n  "144p": { 9: [1.0, 1] }\n')
+    model = f"--pretrained_model_name_or_path {folder} --max_sequence_length 16"
+    lists, cache = "--caption_column prompts.txt --video_column videos.txt", tmp_path / "cache"
+    words = f"{model} --data_root {clips} {lists} --output_dir {cache} --vae_cache --embeddings_cache"
+    words += f" --data.buckets {buckets} --height_buckets 64 --width_buckets 96 --frame_buckets 17"
+    assert main(["prepare", "--original", "prepare-dataset", *words.split()]) == 0
+    words = f"{model} --data_root {cache} --embeddings_cache --max_train_steps 2 --optimizer adamw"
+    words += f" --output_dir {tmp_path / 'run'} --dynamic_shape --bucket_config {buckets}"
+    assert main(["train", "--original", "text-to-video-sft", *words.split()]) == 0
+    shapes = {
+        line.split(" of ")[1].split(" ")[0] for line in capsys.readouterr().out.splitlines() if " tokens; " in line
+    }
+    assert shapes == {"9x144x256", "9x256x144"}
+
+
+def test_buckets_for_a_cache_of_one_size_are_told(prepared, tmp_path):
+    words = f"--pretrained_model_name_or_path m --data_root {prepared} --max_train_steps 2 --bucket_config b.yaml"
+    script = SCRIPTS["text-to-video-sft"]
+    with pytest.raises(FactoryError, match=r"--data\.buckets b\.yaml"):
+        translate(script, [*words.split(), "--embeddings_cache"], origin="mindspore")
+    found = translate(script, [*words.split(), "--vae_cache", "--embeddings_cache"], origin="mindspore")
+    assert "--bucket_config: no effect, the cache was prepared at one size" in found.said
+    words = f"--pretrained_model_name_or_path m --data_root {prepared} --vae_cache --num_train_epochs 2"
+    found = translate(script, words.split(), origin="mindspore")
+    assert found.settings["train.steps"] == 2, "four clips, four a step, twice"
+
+
 def test_the_pytorch_projects_command_line_trains_from_clips(old_clips, tiny_model, tmp_path):
     words = f"--pretrained_model_name_or_path {tiny_model('cogvideox-2b')} --data_root {old_clips} "
     words += "--caption_column prompt.txt --video_column videos.txt --height_buckets 48 --width_buckets 80 "
@@ -223,6 +267,11 @@ def test_their_programs_are_modules_of_that_name(name):
         command = [sys.executable, "-m", f"cogvideox_factory.original.{name}", "--help"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         assert "--npy_output_path" in done.stdout
+
+
+def test_a_setting_that_is_not_there_is_told_and_not_passed_on():
+    with pytest.raises(FactoryError, match=r"train\.colour=red, and this version has no such setting"):
+        original._words({"train.colour": "red"})
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cogvideox_factory.config import Config
+from cogvideox_factory.config import Config, Train
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.original.modes import MEANINGS
 from cogvideox_factory.original.page import update
@@ -191,7 +191,9 @@ SETS = [
     ("infer", ALONE, "--height 480 --width 720 --frame 49",
      {"generate.height": 480, "generate.width": 720, "generate.num_frames": 49}),
     ("infer", ALONE, "--max_sequence_length 226", {"text.max_sequence_length": 226}),
-    ("infer", ALONE, "--video_output_path o/a.mp4", {"generate.out": "o/a.mp4"}),
+    ("infer", ALONE, "--video_output_path o/a.mp4", {"generate.out": "o/a.mp4", "generate.format": "mp4"}),
+    ("infer", ALONE, "--npy_output_path o/npy", {"generate.out": "o/npy", "generate.format": "npy"}),
+    ("infer", ALONE, "--npy_output_path o/npy --video_output_path a.mp4", {"generate.out": "a.mp4"}),
 ]  # fmt: skip
 
 # What is typed, and what is said of it.
@@ -266,7 +268,8 @@ SAYS = [
     ("infer", "--zero_stage 3", "whole on its card"),
     ("infer", "--enable_sequence_parallelism True", "one card makes a video"),
     ("infer", "--sequence_parallel_shards 8", "one card makes a video"),
-    ("infer", "--npy_output_path d", "as a video only"),
+    ("infer", "--npy_output_path d", "one file there, of all frames"),
+    ("infer", "--npy_output_path d --video_output_path a.mp4", "video_output_path has the frames"),
     ("infer", "", "A panda"),
 ]
 
@@ -315,6 +318,8 @@ def config_of(translation: Translation) -> Config:
 
 @pytest.mark.parametrize(("script", "num_processes", "words", "settings"), SETS, ids=lambda value: str(value)[:60])
 def test_a_flag_sets(script, num_processes, words, settings):
+    if absent := [name for name in settings if name.startswith("train.") and name[6:] not in Train.model_fields]:
+        pytest.skip(f"this version has no {', '.join(absent)}")
     config = config_of(bring(script, words, num_processes=num_processes))
     for name, value in settings.items():
         section, _, field = name.partition(".")

@@ -70,9 +70,9 @@ def generate(model: Path, out: Path, *words: object) -> int:
 def test_weights_and_their_config_go_together_in_train_and_generate(model, clips, bare, described, tmp_path):
     words = ["--model.transformer-config", described, "--model.transformer", bare]
     assert train(model, clips, tmp_path / "run", *words) == 0, "a LoRA over named weights"
-    assert generate(model, tmp_path / "named.mp4", *words) == 0
-    assert generate(model, tmp_path / "own.mp4") == 0
-    assert (tmp_path / "named.mp4").read_bytes() == (tmp_path / "own.mp4").read_bytes(), "they are the model's own"
+    assert generate(model, tmp_path / "named.npy", *words) == 0
+    assert generate(model, tmp_path / "own.npy") == 0
+    assert (tmp_path / "named.npy").read_bytes() == (tmp_path / "own.npy").read_bytes(), "they are the model's own"
 
 
 def test_random_weights_train_and_the_result_needs_no_file(model, clips, described, tmp_path):
