@@ -13,7 +13,8 @@ from cogvideox_factory.models import TransformerConfig
 
 def forward_flops(config: TransformerConfig, *, video_tokens: int, text_length: int) -> int:
     """Return the FLOPs of one sample's forward pass: 24 S D^2 L for the linears of blocks, 4 S^2 D L for attention,
-    and the few of embeddings, modulation and output."""
+    and the few of embeddings, modulation and output. The last block owes its text rows nothing behind attention, which
+    is 18 T D^2 less."""
     return sum(_forward_parts(config, video_tokens, text_length).values())
 
 
@@ -31,7 +32,7 @@ def training_flops(
         video_tokens: N of the sample.
         text_length: T.
         method: "full" or "lora".
-        adapter_weights: elements of all LoRA factors; each acts on every token.
+        adapter_weights: elements of all LoRA factors; each is taken to act on every token.
     """
     parts = _forward_parts(config, video_tokens, text_length)
     inputs, times, outputs = parts["inputs"], parts["times"], parts["outputs"]
@@ -54,7 +55,7 @@ def _forward_parts(config: TransformerConfig, video_tokens: int, text_length: in
         "times": 2 * (d * t + ofs * ofs),
         "second times": 2 * (t * t + ofs * ofs),
         "modulation": 2 * t * d * (12 * layers + 2),  # two halves of six vectors a block; the output's shift and scale
-        "linears": 24 * tokens * d * d * layers,
+        "linears": 24 * tokens * d * d * layers - 18 * text_length * d * d,
         "attention": 4 * tokens * tokens * d * layers,
         "outputs": 2 * video_tokens * d * patch * config.out_channels,
     }

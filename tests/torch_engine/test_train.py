@@ -582,7 +582,7 @@ def test_a_loss_that_is_not_finite_does_not_cost_the_checkpoint_that_is_being_wr
     monkeypatch.setattr(checkpoint, "save_tensors", slow)
     monkeypatch.setattr(saving.Saver, "hear", hear)
     with pytest.raises(NonFiniteError):
-        train.run(cached(tiny_model, clips, caches, tmp_path, train={"async_checkpoint": True}))
+        train.run(cached(tiny_model, clips, caches, tmp_path, train={"async_checkpoint": True, "on_bad_step": "stop"}))
     assert (tmp_path / "run" / "checkpoint-000003" / "MANIFEST.json").is_file()
 
 
