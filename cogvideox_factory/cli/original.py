@@ -11,10 +11,8 @@ from cogvideox_factory.config import Config
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import say
 
-
-_SETTINGS = {"task"} | {
-    f"{name}.{key}" for name, section in Config() if name != "task" for key in type(section).model_fields
-}
+_SHARD = "prepare.shard"
+"""A flag of `prepare` alone, which no recipe holds."""
 
 
 def expand(command: str, argv: list[str]) -> list[str]:
@@ -65,19 +63,20 @@ def _words(settings: dict[str, Any]) -> list[str]:
     """
     words = []
     for name, value in settings.items():
-        if value is None or value == _default(name):
-            continue
-        if name not in _SETTINGS and name != "prepare.shard":
-            raise FactoryError(
-                f"that comes to {name}={value}, and this version has no such setting; leave out the flag that asks for "
-                "it (the optimizer that is always there is --optimizer adamw)"
-            )
-        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+        if value is not None and value != _default(name, value):
+            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
-def _default(name: str) -> Any:
-    defaults: Any = Config()
+def _default(name: str, wanted: Any) -> Any:
+    found: Any = Config()
+    if name == _SHARD:
+        return None
     for part in name.split("."):
-        defaults = getattr(defaults, part, None)
-    return defaults
+        if not hasattr(found, part):
+            raise FactoryError(
+                f"that comes to {name}={wanted}, and this version has no such setting; leave out the flag that asks "
+                "for it (the optimizer that is always there is --optimizer adamw)"
+            )
+        found = getattr(found, part)
+    return found
