@@ -111,7 +111,7 @@ def _forget_lost_terminals() -> None:
                     os.dup2(nowhere.fileno(), descriptor)
 
 
-_FATAL = {"task", "model", "train.method", "train.master_weights", "run.dtype"}
+_FATAL = {"task", "model", "train.method", "train.master_weights", "train.optimizer", "run.dtype"}
 """Settings that decide what the state of a run is; so does every setting of `lora`."""
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cogvideox_factory.config.data import Data
+from cogvideox_factory.config.training import Train
 
 if TYPE_CHECKING:
     from cogvideox_factory.config import Config
@@ -52,6 +53,12 @@ def problems_of(config: "Config") -> list[str]:
     for applies, why, names in _WITHOUT_EFFECT:
         if applies(config):
             problems += [f"{name} has no effect with {why}; remove it" for name in names if _is_set(config, name)]
+    problems += _problems_of_optimizer(config.train)
+    if config.train.compile == "max_autotune" and config.run.deterministic:
+        problems.append(
+            "train.compile=max_autotune chooses kernels by the clock, so a run does not repeat bit for bit as "
+            "run.deterministic=true asks; use train.compile=default, or run.deterministic=false"
+        )
     if config.generate.lora_weight and len(config.generate.lora_weight) != len(config.generate.lora):
         problems.append(
             f"generate.lora_weight has {len(config.generate.lora_weight)} values for "
@@ -64,6 +71,26 @@ def _is_set(config: "Config", name: str) -> bool:
     section, field = name.split(".")
     values = getattr(config, section)
     return getattr(values, field) != type(values).model_fields[field].default
+
+
+def _problems_of_optimizer(train: Train) -> list[str]:
+    problems, stochastic = [], train.master_weights == "stochastic_bf16"
+    if stochastic and train.optimizer not in ("adamw", "adamw8bit"):
+        problems.append(
+            f"train.master_weights=stochastic_bf16 is for adamw and adamw8bit, not train.optimizer={train.optimizer}; "
+            "use one of those, or float32"
+        )
+    if train.optimizer_offload and train.optimizer not in ("adamw", "adam"):
+        problems.append(
+            f"train.optimizer_offload is for adamw and adam, not train.optimizer={train.optimizer}, which is slow on a "
+            "processor; use one of those, or leave it on the device"
+        )
+    if train.optimizer_offload and stochastic:
+        problems.append(
+            "train.optimizer_offload moves float32 masters, which train.master_weights=stochastic_bf16 does without; "
+            "choose one"
+        )
+    return problems
 
 
 def _problems_of_sets(data: Data, task: str) -> list[str]:
@@ -110,6 +137,12 @@ _WITHOUT_EFFECT: tuple[tuple[Callable[["Config"], bool], str, tuple[str, ...]], 
         lambda config: config.train.method == "lora",
         "train.method=lora",
         ("train.master_weights",),
+    ),
+    (lambda config: config.train.optimizer == "came", "train.optimizer=came", ("train.epsilon",)),
+    (
+        lambda config: config.train.optimizer not in ("prodigy", "came"),
+        "train.optimizer other than prodigy and came",
+        ("train.beta3",),
     ),
     (lambda config: config.train.schedule != "cosine_with_restarts", "this schedule", ("train.num_cycles",)),
     (lambda config: config.train.schedule != "polynomial", "this schedule", ("train.power",)),

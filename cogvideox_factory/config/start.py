@@ -34,5 +34,8 @@ class Run(Section):
     a finished cache was made in."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
     """TFLOP/s of one card in the run's dtype, dense, for the MFU of a run. Default: the maker's, where it is known."""
+    tf32: bool = False
+    """Train and generate with float32 matrix products and convolutions in TF32 (10 bits of 23): several times faster on
+    a CUDA card, where a run is in float32. Elsewhere it changes nothing."""
     deterministic: bool = True
     """Use only kernels that repeat bit for bit."""

@@ -35,6 +35,13 @@ class Train(Section):
     """Clips in one forward pass, over all processes together; each takes an equal share."""
     gradient_accumulation: Positive = 1
     """Forward passes a step; the global batch is batch_size x this."""
+    optimizer: Literal["adamw", "adam", "adamw8bit", "prodigy", "came"] = "adamw"
+    """adam: with weight decay in the gradient. adamw8bit: moments of 2 bytes a weight, not 8. prodigy: finds the step
+    size itself, of which learning_rate 1.0 is a factor. came: 4 bytes a weight, for one moment and means of rows and
+    columns of the other."""
+    optimizer_offload: bool = False
+    """adamw and adam: keep their moments, and the float32 copies of half-precision weights, in host memory and update
+    there; a step then waits for copies and the processor."""
     learning_rate: Annotated[float, Field(ge=0)] = 1e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
@@ -46,20 +53,26 @@ class Train(Section):
     power: Annotated[float, Field(gt=0)] = 1.0
     """Exponent of the polynomial schedule."""
     beta1: Decay = 0.9
-    """AdamW: decay of the first moment."""
+    """Decay of the first moment."""
     beta2: Decay = 0.95
-    """AdamW: decay of the second moment."""
+    """Decay of the second moment."""
+    beta3: Decay | None = None
+    """prodigy: decay of the sums behind the step size (default: sqrt(beta2)). came: of the instability (0.9999)."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW: added to the denominator."""
+    """Added to the denominator (came has its own)."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """AdamW: decoupled weight decay."""
+    """Share of a weight taken off a step, times the learning rate; with adam, its part in the gradient."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this global norm."""
     master_weights: Literal["float32", "stochastic_bf16"] = "float32"
     """Full fine-tuning in half precision. float32: exact copies (16 more bytes a parameter with the moments).
-    stochastic_bf16: bf16 weights and moments, rounded stochastically (8 bytes a parameter in all)."""
+    stochastic_bf16 (adamw, adamw8bit): bf16 weights and moments (8 bytes a parameter in all; 6 with adamw8bit),
+    rounded stochastically."""
     checkpointing: Literal["none", "full", "save_attention"] = "save_attention"
     """What the backward pass recomputes. save_attention keeps attention outputs, the dearest part."""
+    compile: Literal["none", "default", "max_autotune"] = "none"
+    """torch.compile of each block, in training. Each shape is compiled once, which takes minutes. max_autotune tries
+    kernels for each product, and may choose others in another run."""
     caption_dropout: Share = 0.1
     """Chance that a sample is trained with the empty caption (keeps guidance calibrated)."""
     image_dropout: Share = 0.05

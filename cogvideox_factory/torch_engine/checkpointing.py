@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from cogvideox_factory.errors import FactoryError, nearest
 from cogvideox_factory.torch_engine.attention import SAVED_OPS
 from cogvideox_factory.torch_engine.feed_forward import output_unread
+from cogvideox_factory.torch_engine.sequence_parallel import RING_OP
 
 Checkpointing = Literal["none", "full", "save_attention"]
 
@@ -58,7 +59,7 @@ def _full() -> _Contexts:
 
 
 def _save_attention() -> _Contexts:
-    first, second = create_selective_checkpoint_contexts(list(SAVED_OPS))
+    first, second = create_selective_checkpoint_contexts([*SAVED_OPS, RING_OP])
     return first, second if torch.compiler.is_compiling() else _both(second, output_unread())
 
 

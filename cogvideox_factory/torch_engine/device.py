@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from cogvideox_factory.errors import FactoryError, MissingError, nearest
+from cogvideox_factory.metrics import say
 from cogvideox_factory.models import TransformerConfig, facts_for
 
 logger = logging.getLogger(__name__)
@@ -175,3 +176,18 @@ def set_determinism(enabled: bool) -> None:
     # Otherwise every new tensor is filled with NaN first.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = False
+
+
+def set_tf32(enabled: bool, device: torch.device) -> None:
+    """Let float32 matrix products and convolutions on `device` keep 10 bits of 23 (`enabled`), or all.
+
+    Without this call torch does convolutions in TF32 and matrix products not.
+    """
+    if device.type != "cuda":
+        if enabled:
+            say(f"run.tf32 changes nothing on {device_name(device)}: TF32 is a format of CUDA cards")
+        return
+    # It sets `torch.backends.cuda.matmul.fp32_precision`, and the one number that inductor's tuning reads and that
+    # setting alone leaves contradictory.
+    torch.set_float32_matmul_precision("high" if enabled else "highest")
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if enabled else "ieee"

@@ -36,7 +36,8 @@ def first_not_finite(
                 seen.append("the loss")
     if (found := ranks.agree(next(iter(seen), None))) or update is None:
         return found
-    with _watched(objective.transformer, _gradients) as seen:
+    # Compiled blocks have no place to look into, and would be compiled anew for it.
+    with _watched(objective.transformer, _gradients) as seen, torch.compiler.set_stance("force_eager"):
         for index, batch in enumerate(batches):
             reduce_gradients(objective.transformer, ranks.layout, last=index == len(batches) - 1)
             (objective(dict(batch)).mean() * (update.loss_scale.scale / len(batches))).backward()

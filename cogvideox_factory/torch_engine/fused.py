@@ -10,6 +10,7 @@ Vectors (scale, shift, gate) are [D] when the batch has one sample, [B, 1, D] ot
 Legend: B batch, S joint tokens, T text tokens, D width, I O inputs and outputs of a weight.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,9 +52,17 @@ def norm_forward(x, scale, shift, text_scale, text_shift, text_length: int, eps:
         return out, mean, rstd
     out, mean, rstd = torch.native_layer_norm(x, size, None, None, eps)
     text, video = out[:, :text_length], out[:, text_length:]
-    torch.addcmul(text_shift, text, text_scale, out=text)
-    torch.addcmul(shift, video, scale, out=video)
+    _write(text, torch.addcmul, text_shift, text, text_scale)
+    _write(video, torch.addcmul, shift, video, scale)
     return out, mean, rstd
+
+
+def _write(out: Tensor, function: Callable[..., Tensor], *args: Tensor) -> None:
+    """Put `function(*args)` into the view `out`."""
+    if torch.compiler.is_compiling():  # compilers take no strided `out`, and need none
+        out.copy_(function(*args))
+    else:
+        function(*args, out=out)
 
 
 def norm_backward(grad, x, mean, rstd, vectors, text_length: int, *, vectors_too: bool):
@@ -129,7 +138,7 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor, text_gate: Tensor, text_length
     """Compute `gated_residual` outside autograd."""
     out = torch.addcmul(x, y, gate)
     if text_length:  # few rows: doing them twice is cheaper than two strided passes
-        torch.addcmul(x[:, :text_length], y[:, :text_length], text_gate, out=out[:, :text_length])
+        _write(out[:, :text_length], torch.addcmul, x[:, :text_length], y[:, :text_length], text_gate)
     return out
 
 
@@ -137,7 +146,7 @@ def gate_rows(grad: Tensor, gate: Tensor, text_gate: Tensor, text_length: int) -
     """Return `grad` [B, S, D] times the gate of each row."""
     out = grad * gate
     if text_length:
-        torch.mul(grad[:, :text_length], text_gate, out=out[:, :text_length])
+        _write(out[:, :text_length], torch.mul, grad[:, :text_length], text_gate)
     return out
 
 

@@ -24,7 +24,7 @@ from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.attention import backend_name
 from cogvideox_factory.torch_engine.checkpoint import versions
-from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_determinism, take_card
+from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_determinism, set_tf32, take_card
 from cogvideox_factory.torch_engine.parallel import Layout, Ranks, joined, num_processes
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline, first_step
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
@@ -54,6 +54,7 @@ def run(config: Config) -> list[Path]:
     set_determinism(config.run.deterministic)
     seconds, heads = config.parallel.timeout_seconds, transformer.num_attention_heads
     with joined(layout, num_heads=heads, device=device, timeout_seconds=seconds) as ranks, speaking(ranks.leads):
+        set_tf32(config.run.tf32, device)
         paths, left = ranks.from_lead(lambda: _plan(config, transformer, shape, layout, device, dtype))
         if left:
             prompts = [job.prompt for job, _ in left]

@@ -1,8 +1,8 @@
-"""Updating weights: AdamW over float32 master weights, or bfloat16 throughout with stochastic rounding.
+"""Updating weights: what happens between `backward` and the next forward pass.
 
-An `Update` owns what happens between `backward` and the next forward pass: accumulation, clipping by the global
-norm, skipping a non-finite step, the optimizer, and writing masters back into the model. Nothing in it waits for
-the device.
+An `Update` accumulates, clips by the global norm, skips a step that is not finite, lets the optimizer work on float32
+master weights (or on bfloat16 ones, rounded stochastically), and writes masters back into the model. Nothing in it
+waits for the device, unless the optimizer works in host memory: then it waits for the gradients, once a step.
 """
 
 from collections.abc import Iterable
@@ -12,69 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cogvideox_factory.draws import generator
 from cogvideox_factory.errors import FactoryError
-from cogvideox_factory.torch_engine.parallel import Layout, Ranks, like, local, total_norm
+from cogvideox_factory.torch_engine.border import local
+from cogvideox_factory.torch_engine.device import pin
+from cogvideox_factory.torch_engine.optimizers import common_state, make_optimizer, whole_state
+from cogvideox_factory.torch_engine.parallel import Layout, Ranks, host_mesh, like, total_norm
 from cogvideox_factory.torch_engine.spikes import Spikes
-
-
-class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) on bfloat16 weights and moments: 8 bytes a parameter with the gradient.
-
-    bfloat16 keeps 8 bits, so rounding to nearest loses every update below 1/256 of a weight; rounding up or down
-    with the probability of the remainder keeps them on average (Gupta et al. 2015, arXiv 1502.02551).
-    """
-
-    found_inf: Tensor | None = None
-
-    def __init__(
-        self, params: Iterable[Tensor], *, lr: float, betas: tuple[float, float], eps: float,
-        weight_decay: float, seed: int,
-    ) -> None:  # fmt: skip
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.seed = seed
-        self.num_steps = 0
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Apply one update; `num_steps` counts from 1 and seeds the rounding."""
-        assert closure is None
-        self.num_steps += 1
-        index = 0
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, group, index)
-                index += 1
-
-    def _update(self, param: Tensor, group: dict, index: int) -> None:
-        state = self.state[param]
-        if not state:
-            state["exp_avg"] = torch.zeros_like(param)
-            state["exp_avg_sq"] = torch.zeros_like(param)
-        beta1, beta2 = group["betas"]
-        assert param.grad is not None
-        grad = param.grad.float()
-        first = state["exp_avg"].float().lerp_(grad, 1 - beta1)
-        second = state["exp_avg_sq"].float().lerp_(grad.square(), 1 - beta2)
-        denominator = (second / (1 - beta2**self.num_steps)).sqrt_().add_(group["eps"])
-        new = param.float().mul_(1 - group["lr"] * group["weight_decay"])
-        new.addcdiv_(first, denominator, value=-group["lr"] / (1 - beta1**self.num_steps))
-        draws = torch.Generator(param.device)
-        draws.manual_seed(int(generator(self.seed, "rounding", self.num_steps, index).integers(2**62)))
-        for target, value in ((param, new), (state["exp_avg"], first), (state["exp_avg_sq"], second)):
-            rounded = round_stochastically(value, draws)
-            if self.found_inf is not None:
-                rounded = torch.where(self.found_inf.bool(), target, rounded)
-            target.copy_(rounded)
-
-
-def round_stochastically(value: Tensor, draws: torch.Generator) -> Tensor:
-    """Round float32 to bfloat16, up or down with the probability of the distance, so the mean is kept."""
-    bits = value.contiguous().view(torch.int32)
-    carry = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=draws)
-    # Adding below the kept 16 bits carries into them as often as the remainder says; sign and magnitude separate.
-    return ((bits + carry) & -65536).view(torch.float32).to(torch.bfloat16)
 
 
 class LossScale:
@@ -112,9 +55,13 @@ class Update:
         max_grad_norm: float,
         stochastic_bf16: bool,
         seed: int,
+        optimizer: str = "adamw",
+        beta3: float | None = None,
+        offload: bool = False,
         ranks: Ranks | None = None,
         spike_factor: float | None = None,
     ) -> None:
+        assert not (offload and stochastic_bf16), "weights that the model computes with stay with it"
         self.ranks = ranks or Ranks(layout=Layout())
         self.trained = {name: p for name, p in named_parameters if p.requires_grad}
         if not self.trained:
@@ -123,59 +70,69 @@ class Update:
         self.max_grad_norm = max_grad_norm
         self.loss_scale = LossScale(dtype, device)
         self.num_skipped = torch.zeros((), device=device)
+        self.offload = offload
+        self._host_mesh = host_mesh(next(iter(self.trained.values()))) if offload else None
+        self._sums: dict[str, Tensor] = {}
+        """Accumulated float32 gradients of half-precision weights."""
         self.masters: dict[str, Tensor] = {}
-        hyper = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        if stochastic_bf16:
-            for p in self.trained.values():
-                if p.dtype != torch.bfloat16:
-                    p.data = p.data.to(torch.bfloat16)
-            self.masters = {name: self._part(p) for name, p in self.trained.items()}
-            self.optimizer: torch.optim.Optimizer = StochasticAdamW(self.masters.values(), seed=seed, **hyper)
+        for name, p in self.trained.items():
+            if stochastic_bf16 and p.dtype != torch.bfloat16:
+                p.data = p.data.to(torch.bfloat16)
+            self.masters[name] = self._master(name, p, stochastic=stochastic_bf16)
+        self.optimizer = make_optimizer(
+            optimizer, list(self.masters.values()), shapes=[p.shape for p in self.trained.values()], betas=betas,
+            beta3=beta3, eps=eps, weight_decay=weight_decay, total=self.ranks.over_shards, seed=seed,
+        )  # fmt: skip
+
+    def _master(self, name: str, parameter: nn.Parameter, *, stochastic: bool) -> Tensor:
+        """Return the weights to optimise: float32, in host memory with `offload`; or the parameter's own memory."""
+        own = stochastic or parameter.dtype == torch.float32
+        if not own:
+            self._sums[name] = self._sum(parameter)
+        if self.offload:
+            master = pin(local(parameter).detach().to("cpu", torch.float32, copy=True)).requires_grad_()
+            master.grad = pin(torch.zeros_like(master))
+        elif own:
+            master = parameter
+            if isinstance(parameter, DTensor):  # a weight of its own in the same memory
+                master = local(parameter).detach().requires_grad_()
         else:
-            self.masters = {name: self._master(p) for name, p in self.trained.items()}
-            self.optimizer = torch.optim.AdamW(list(self.masters.values()), fused=True, **hyper)
+            master = parameter.detach().float().requires_grad_()
+            master.grad = self._sums[name]
+        return master
 
     @staticmethod
-    def _part(parameter: Tensor) -> Tensor:
-        """Return what this process holds of `parameter`, as a weight of its own in the same memory."""
-        return parameter if not isinstance(parameter, DTensor) else local(parameter).detach().requires_grad_()
-
-    def _master(self, parameter: nn.Parameter) -> Tensor:
-        """Return the float32 weights to optimise; gradients of a half-precision parameter are moved there at once,
-        so accumulation is exact and each half gradient lives only until it is added."""
-        if parameter.dtype == torch.float32:
-            return self._part(parameter)
-        master = parameter.detach().float().requires_grad_()
-        master.grad = torch.zeros_like(master)
+    def _sum(parameter: nn.Parameter) -> Tensor:
+        """Return what gradients of a half-precision parameter are added to at once, in float32: accumulation is exact
+        and each half gradient lives only until it is added."""
+        total = torch.zeros_like(parameter, dtype=torch.float32)
 
         def move(p: Tensor) -> None:
-            assert master.grad is not None
             assert p.grad is not None
-            master.grad.add_(p.grad)
+            total.add_(p.grad)
             p.grad = None
 
         parameter.register_post_accumulate_grad_hook(move)
-        return master
+        return total
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> Tensor:
         """Clip, update and clear the gradients; return the global gradient norm (a device scalar).
 
-        A step whose norm is not finite, or a spike, leaves weights and moments as they are and is counted in
+        A step whose norm is not finite, or a spike, leaves weights and state as they are and is counted in
         `num_skipped`.
         """
-        for name, p in self._divided():
-            self.masters[name].grad = None if p.grad is None else local(p.grad)
-        grads = [p.grad for p in self.masters.values() if p.grad is not None]
-        norm = total_norm(grads, self.ranks) / self.loss_scale.scale
+        grads = self._gradients()
+        norm = total_norm(grads.values(), self.ranks) / self.loss_scale.scale
         accepted = self.spikes.accept(norm)
         factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale.scale
-        torch._foreach_mul_(grads, torch.where(accepted, factor, 0.0))
-        self.optimizer.found_inf = (~accepted).float()  # type: ignore[attr-defined]
+        torch._foreach_mul_(list(grads.values()), torch.where(accepted, factor, 0.0))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        skipped = accepted.logical_not().float()
+        self.optimizer.found_inf = self._hand_over(grads, skipped)  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.num_skipped += ~accepted
+        self.num_skipped += skipped
         self.loss_scale.update(norm.isfinite())
         self._write_back()
         self.clear_gradients()
@@ -184,47 +141,58 @@ class Update:
     @torch.no_grad()
     def clear_gradients(self) -> None:
         """Forget what backward passes have added up."""
-        for p in self.masters.values():
-            if p.grad is not None:
-                p.grad.zero_()
-        for name, p in self._divided():
-            p.grad = self.masters[name].grad = None
+        for name, grad in self._gradients().items():
+            if isinstance(self.trained[name], DTensor):
+                self.trained[name].grad = None
+            else:
+                grad.zero_()
 
     @torch.no_grad()
     def weight_norm(self) -> Tensor:
         """Return the norm of all trained weights (a device scalar); it is finite exactly if they are."""
-        return total_norm([local(master) for master in self.masters.values()], self.ranks)
+        weights = self.trained if self.offload else self.masters
+        return total_norm([local(weight) for weight in weights.values()], self.ranks)
 
-    def _divided(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the weights of which this process holds a part, which is its master."""
-        return [(name, p) for name, p in self.trained.items() if isinstance(p, DTensor)]
+    def _gradients(self) -> dict[str, Tensor]:
+        """Return what this process holds of every gradient, where the model is."""
+        grads = dict(self._sums)
+        for name, p in self.trained.items():
+            if name not in grads and p.grad is not None:
+                grads[name] = local(p.grad)
+        return grads
+
+    def _hand_over(self, grads: dict[str, Tensor], found_inf: Tensor) -> Tensor:
+        """Give the optimizer its gradients; return `found_inf` where it works."""
+        for name, master in self.masters.items():
+            if not self.offload:
+                master.grad = grads.get(name)
+            elif name in grads:
+                assert master.grad is not None
+                master.grad.copy_(grads[name], non_blocking=True)
+        # The copy of one number waits for those queued before it.
+        return found_inf.cpu() if self.offload else found_inf
 
     @torch.no_grad()
     def _write_back(self) -> None:
         pairs = [
-            (p, self.masters[name]) for name, p in self.trained.items()
-            if p is not self.masters[name] and not isinstance(p, DTensor)
+            (local(p), self.masters[name]) for name, p in self.trained.items()
+            if self.offload or self.masters[name].dtype != p.dtype
         ]  # fmt: skip
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all state by name: weights, moments, counters (every value a tensor of one element or more)."""
-        state = {f"model.{name}": like(master, self.trained[name]) for name, master in self.masters.items()}
+        whole = whole_state(self.optimizer)
+        state = {f"model.{name}": self.divided(name, master) for name, master in self.masters.items()}
         for name, master in self.masters.items():
-            for key, value in self._moments(master).items():
-                state[f"optimizer.{key}.{name}"] = like(value, self.trained[name])
-        return state
+            for key, value in self.optimizer.state[master].items():
+                state[f"optimizer.{key}.{name}"] = value if key in whole else self.divided(name, value)
+        return state | {f"optimizer.{key}": value for key, value in common_state(self.optimizer).items()}
 
-    def _moments(self, master: Tensor) -> dict[str, Tensor]:
-        """Return the optimizer's tensors of one weight, made as zeros before the first step."""
-        state = self.optimizer.state[master]
-        if not state:
-            state["exp_avg"] = torch.zeros_like(master)
-            state["exp_avg_sq"] = torch.zeros_like(master)
-            if isinstance(self.optimizer, torch.optim.AdamW):
-                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-        return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    def divided(self, name: str, part: Tensor) -> Tensor:
+        """Return `part`, which goes with the rows that this process holds of weight `name`, as part of a whole."""
+        return like(part, self.trained[name], mesh=self._host_mesh)
 
     def scalars(self) -> dict[str, Any]:
         """Return the counters that are no tensors of the model's size (this waits for the device)."""
@@ -242,7 +210,7 @@ class Update:
         self.loss_scale.good_steps.fill_(scalars["loss_scale_good_steps"])
         self.num_skipped.fill_(scalars["num_skipped"])
         self.spikes.restore(scalars.get("recent_norms", []))
-        if isinstance(self.optimizer, StochasticAdamW):
+        if hasattr(self.optimizer, "num_steps"):
             self.optimizer.num_steps = int(scalars["num_updates"])
         self._write_back()
 
@@ -267,4 +235,4 @@ class Ema:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the averages by checkpoint name."""
-        return {f"ema.{name}": like(part, self._update.trained[name]) for name, part in self.averages.items()}
+        return {f"ema.{name}": self._update.divided(name, part) for name, part in self.averages.items()}

@@ -31,7 +31,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from cogvideox_factory.errors import FactoryError
-from cogvideox_factory.torch_engine.border import local
 from cogvideox_factory.torch_engine.sequence_parallel import SequenceGroup, ulysses_degree
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 
@@ -152,6 +151,14 @@ class Ranks:
         values: list[Any] = [None] * self.layout.size
         dist.all_gather_object(values, value, group=self.talk)
         return values
+
+    def over_shards(self, x: Tensor) -> Tensor:
+        """Return the sum of `x` over the processes that divide a copy of the weights among them."""
+        if self.mesh is None or self.layout.grid[1] == 1:
+            return x
+        total = x.clone()
+        dist.all_reduce(total, group=self.mesh.get_group("shards"))
+        return total
 
     def agree(self, value: str | None) -> str | None:
         """Return the value of the first process that has one; each calls this at the same point."""
@@ -331,20 +338,34 @@ def reduce_gradients(transformer: nn.Module, layout: Layout, *, last: bool) -> N
         transformer.set_requires_gradient_sync(last or layout.zero >= 2)
 
 
-def like(part: Tensor, tensor: Tensor) -> Tensor:
-    """Return `part`, which goes with `local(tensor)`, as a tensor divided as `tensor` is."""
-    if not isinstance(tensor, DTensor) or part.shape != local(tensor).shape:
+def like(part: Tensor, tensor: Tensor, *, mesh: DeviceMesh | None = None) -> Tensor:
+    """Return `part`, which goes with the rows of `local(tensor)`, as a tensor divided as `tensor` is.
+
+    Args:
+        part: [rows, ...]; its other axes may be any.
+        tensor: whole or divided.
+        mesh: the processes of `tensor`, where `part` is in host memory and `tensor` is not.
+    """
+    if not isinstance(tensor, DTensor):
         return part
-    return DTensor.from_local(
-        part, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride(), run_check=False
+    if mesh is None:
+        mesh = tensor.device_mesh
+    shape = torch.Size((tensor.shape[0], *part.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, mesh, tensor.placements, shape=shape, stride=stride, run_check=False)
+
+
+def host_mesh(tensor: Tensor) -> DeviceMesh | None:
+    """Return the processes that divide `tensor`, for parts in host memory; every process must call this alike."""
+    if not isinstance(tensor, DTensor):
+        return None
+    mesh = tensor.device_mesh
+    return (
+        mesh if mesh.device_type == "cpu" else init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.mesh_dim_names)
     )
 
 
 def total_norm(grads: Iterable[Tensor], ranks: Ranks) -> Tensor:
     """Return the norm of all gradients as one vector, from the parts that each process holds (a device scalar)."""
     norm = torch.nn.utils.get_total_norm(list(grads))
-    if ranks.mesh is None:
-        return norm
-    square = norm.square()
-    dist.all_reduce(square, group=ranks.mesh.get_group("shards"))
-    return square.sqrt()
+    return norm if ranks.mesh is None else ranks.over_shards(norm.square()).sqrt()

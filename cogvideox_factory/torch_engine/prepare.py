@@ -24,7 +24,15 @@ from cogvideox_factory.errors import DataError, UnfitError
 from cogvideox_factory.metrics import progress_bar, say
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
-from cogvideox_factory.torch_engine.device import DTYPES, pick_device, pick_dtype, pin, set_determinism, take_card
+from cogvideox_factory.torch_engine.device import (
+    DTYPES,
+    pick_device,
+    pick_dtype,
+    pin,
+    set_determinism,
+    set_tf32,
+    take_card,
+)
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
@@ -45,6 +53,7 @@ class TorchEngine:
         take_card()
         device = pick_device(work.device)
         set_determinism(work.deterministic)
+        set_tf32(False, device)  # a cache that says float32 holds float32
         if work.captions:
             _encode_captions(work, device)
         return _encode_clips(work, device) if work.clips or work.images else {}

@@ -184,15 +184,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, packed, share):
-        q = packed[:, :, 0]
-        total = None
-        for keys, num_keys in _travel(packed[:, :, 1:], share):
-            if not num_keys:
-                continue
-            part = attention_forward(q, keys[:, :num_keys, 0], keys[:, :num_keys, 1], None)
-            total = part if total is None else _merge(*total, *part)
-        assert total is not None
-        out, lse = total[0].to(q.dtype), total[1]
+        out, lse = ring_attention_forward(packed, share.num_tokens, share.sequence.ring.group_name)
         ctx.share = share
         ctx.save_for_backward(packed, out, lse)
         return out
@@ -201,34 +193,79 @@ class _RingAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads):
         packed, out, lse = ctx.saved_tensors
-        share = ctx.share
-        ring = share.sequence.ring
-        q, grad = packed[:, :, 0], grads[0].contiguous()
-        dq = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
-        of_keys = torch.zeros_like(packed[:, :, 1:], dtype=dq.dtype)  # follows the keys it belongs to
-        for keys, num_keys in _travel(packed[:, :, 1:], share):
-            if num_keys:
-                k, v = keys[:, :num_keys].unbind(2)
-                dq_part, dk, dv = attention_backward(grad, q, k, v, None, out, lse)
-                dq += dq_part
-                of_keys[:, :num_keys, 0] += dk
-                of_keys[:, :num_keys, 1] += dv
-            of_keys = _pass_on(of_keys, ring)()
-        return torch.cat([dq.unsqueeze(2), of_keys], dim=2).to(packed.dtype), None
+        ring, num_tokens = ctx.share.sequence.ring.group_name, ctx.share.num_tokens
+        return ring_attention_backward(grads[0].contiguous(), packed, out, lse, num_tokens, ring), None
 
 
-def _travel(keys: Tensor, share: Share):
+# Operators of their own, because no compiler follows tensors from rank to rank.
+
+
+@torch.library.custom_op("cogvideox::ring_attention_forward", mutates_args=())
+def ring_attention_forward(packed: Tensor, num_tokens: int, ring: str) -> tuple[Tensor, Tensor]:
+    """Return the output [B, T, L, K] and the log-sum-exp [B, L, T] of `packed` [B, T, 3, L, K].
+
+    `num_tokens` of the stream are tokens; `ring` is the name of the group of processes.
+    """
+    q, total = packed[:, :, 0], None
+    for keys, num_keys in _travel(packed[:, :, 1:], num_tokens, _group(ring)):
+        if not num_keys:
+            continue
+        part = attention_forward(q, keys[:, :num_keys, 0], keys[:, :num_keys, 1], None)
+        total = part if total is None else _merge(*total, *part)
+    assert total is not None
+    return total[0].to(q.dtype).contiguous(), total[1].contiguous()
+
+
+@torch.library.register_fake("cogvideox::ring_attention_forward")
+def _(packed, num_tokens, ring):
+    batch, rows, _, heads, size = packed.shape
+    lse = packed.new_empty(batch, heads, rows, dtype=torch.promote_types(packed.dtype, torch.float32))
+    return packed.new_empty(batch, rows, heads, size), lse
+
+
+@torch.library.custom_op("cogvideox::ring_attention_backward", mutates_args=())
+def ring_attention_backward(
+    grad: Tensor, packed: Tensor, out: Tensor, lse: Tensor, num_tokens: int, ring: str
+) -> Tensor:
+    """Return the gradient of `packed` from that of the output [B, T, L, K]."""
+    q, group = packed[:, :, 0], _group(ring)
+    dq = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+    of_keys = torch.zeros_like(packed[:, :, 1:], dtype=dq.dtype)  # follows the keys it belongs to
+    for keys, num_keys in _travel(packed[:, :, 1:], num_tokens, group):
+        if num_keys:
+            k, v = keys[:, :num_keys].unbind(2)
+            dq_part, dk, dv = attention_backward(grad, q, k, v, None, out, lse)
+            dq += dq_part
+            of_keys[:, :num_keys, 0] += dk
+            of_keys[:, :num_keys, 1] += dv
+        of_keys = _pass_on(of_keys, group)()
+    return torch.cat([dq.unsqueeze(2), of_keys], dim=2).to(packed.dtype)
+
+
+@torch.library.register_fake("cogvideox::ring_attention_backward")
+def _(grad, packed, out, lse, num_tokens, ring):
+    return packed.new_empty(packed.shape)
+
+
+RING_OP = torch.ops.cogvideox.ring_attention_forward.default
+"""As `attention.SAVED_OPS`, where ranks divide the stream."""
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
+
+
+def _travel(keys: Tensor, num_tokens: int, ring: dist.ProcessGroup):
     """Yield (keys and values, how many of them are tokens) of every rank of the ring, this rank's first.
 
     The next ones are on their way while the caller works.
     """
-    ring, rows = share.sequence.ring, keys.shape[1]
-    own = dist.get_group_rank(ring, dist.get_rank())
+    rows, own = keys.shape[1], dist.get_group_rank(ring, dist.get_rank())
     for step in range(ring.size()):
         last = step == ring.size() - 1
         coming = None if last else _pass_on(keys, ring)
         whose = (own - step) % ring.size()
-        yield keys, min(max(share.num_tokens - whose * rows, 0), rows)
+        yield keys, min(max(num_tokens - whose * rows, 0), rows)
         if coming:
             keys = coming()
 

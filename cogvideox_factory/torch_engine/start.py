@@ -229,7 +229,8 @@ def identity(plan: Plan, described: str) -> dict[str, Any]:
     start = f"{plan.model}{start}" if config.model.transformer_config else start
     return {
         "task": config.task, "model": digest_of([start, *(_listing(part) for part in parts)]),
-        "run.seed": config.run.seed, "run.dtype": str(plan.dtype).removeprefix("torch."), "data": described,
+        "run.seed": config.run.seed, "run.dtype": str(plan.dtype).removeprefix("torch."), "run.tf32": config.run.tf32,
+        "data": described,
         "data.flip_probability": config.data.flip_probability, "data.vae_tiling": config.data.vae_tiling,
         "text.max_sequence_length": plan.text_length,
         "validation.num_clips": config.validation.num_clips if config.validation.every else 0, **train, **adapters,

@@ -7,7 +7,7 @@ four trainers; the loop itself is in `loop.py`.
 import time
 from collections import deque
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from cogvideox_factory.errors import FactoryError, StorageError
 from cogvideox_factory.lora_files import save_lora
 from cogvideox_factory.metrics import say, speaking
 from cogvideox_factory.models import VaeConfig
+from cogvideox_factory.optimizer_memory import optimizer_memory
 from cogvideox_factory.publish import replace_folder, require_room, sweep
 from cogvideox_factory.recipe import write_recipe
 from cogvideox_factory.run_folder import check_allowed, locked
@@ -34,7 +35,8 @@ from cogvideox_factory.time_limit import TimeLimit
 from cogvideox_factory.torch_engine import lora, prepare
 from cogvideox_factory.torch_engine.attention import backend_name
 from cogvideox_factory.torch_engine.bad_steps import BadSteps
-from cogvideox_factory.torch_engine.device import set_determinism, take_card
+from cogvideox_factory.torch_engine.compilation import compile_blocks, require_compiler
+from cogvideox_factory.torch_engine.device import set_determinism, set_tf32, take_card
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.examine import first_not_finite
 from cogvideox_factory.torch_engine.ledger import Ledger, Work
@@ -87,6 +89,8 @@ def run(config: Config) -> Path:
             "guidance. Leave it at 1, and raise parallel.sequence if one video is too much for a process."
         )
     tracker = _make_tracker(plan)
+    if config.train.compile != "none":
+        require_compiler(plan.device)
     layout = Layout(size=num_processes(), **config.parallel.model_dump(exclude={"timeout_seconds"}))
     heads = plan.model.num_attention_heads
     set_determinism(config.run.deterministic)
@@ -106,6 +110,7 @@ def _make_tracker(plan: Plan) -> Tracker | None:
 def _run(plan: Plan, ranks: Ranks, tracker: Tracker | None, started: float) -> Path:
     config = plan.config
     ranks.require_agreement(shared_settings(config))
+    set_tf32(config.run.tf32, plan.device)
     source, described, set_weights = open_source(plan)
     sizes = batch_sizes(plan, source.buckets.values())
     if config.data.buckets:  # which clips a step has depends on these too
@@ -202,6 +207,9 @@ def _train(
     # The text encoder is the largest part; it is done with, where it can be, before the transformer is loaded.
     frozen = load_frozen(plan, source, ranks)
     transformer = load_transformer(plan, ranks)
+    if config.train.compile != "none":
+        num_graphs = compile_blocks(transformer, config.train.compile, num_shapes=len(sizes))
+        say(f"compiling blocks ({config.train.compile}): at most {num_graphs} graphs, for {len(sizes)} shapes")
     update = make_update(plan, transformer, ranks)
     ema = Ema(update, decay=config.train.ema_decay) if config.train.ema_decay else None
     objective = make_objective(plan, transformer)
@@ -341,7 +349,8 @@ def make_update(plan: Plan, transformer: CogVideoXTransformer, ranks: Ranks) -> 
     return Update(
         transformer.named_parameters(), dtype=plan.dtype, device=plan.device, betas=(train.beta1, train.beta2),
         eps=train.epsilon, weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm,
-        stochastic_bf16=stochastic, seed=plan.config.run.seed, ranks=ranks, spike_factor=train.spike_factor,
+        stochastic_bf16=stochastic, seed=plan.config.run.seed, optimizer=train.optimizer, beta3=train.beta3,
+        offload=train.optimizer_offload, ranks=ranks, spike_factor=train.spike_factor,
     )  # fmt: skip
 
 
@@ -481,4 +490,25 @@ def _say_arithmetic(plan: Plan, sampler: Sampler, update: Update, start: Path | 
         f"checkpointing {train.checkpointing}, "
         f"attention {backend_name(plan.device, plan.dtype, plan.model.attention_head_dim)}"
     )
+    _say_optimizer(plan, update)
     say(f"going on from {start}" if start else f"a fresh run in {plan.run_folder}")
+
+
+def _say_optimizer(plan: Plan, update: Update) -> None:
+    train, trained = plan.config.train, list(update.trained.values())
+    memory = optimizer_memory(
+        train.optimizer, [p.shape for p in trained], half=any(p.dtype != torch.float32 for p in trained),
+        stochastic=train.master_weights == "stochastic_bf16", offload=train.optimizer_offload,
+    )  # fmt: skip
+    count = sum(p.numel() for p in trained)
+    parts = {name: value / count for name, value in asdict(memory).items() if value}
+    say(
+        f"optimizer {train.optimizer}: {sum(parts.values()):.3g} bytes a trained parameter "
+        f"({', '.join(f'{name} {value:.3g}' for name, value in parts.items())}"
+        f"{'; masters and state in host memory' if train.optimizer_offload else ''})"
+    )
+    if train.optimizer == "prodigy" and train.learning_rate < 0.1:
+        say(
+            f"train.learning_rate={train.learning_rate:g}: prodigy finds the step size itself and multiplies it with "
+            "this; it is made for 1.0"
+        )

@@ -31,7 +31,7 @@ from cogvideox_factory.metrics import MetricsLog, duration, say
 from cogvideox_factory.models import VaeConfig
 from cogvideox_factory.recipe import write_recipe
 from cogvideox_factory.torch_engine.border import to_tensor
-from cogvideox_factory.torch_engine.device import pick_device, set_determinism
+from cogvideox_factory.torch_engine.device import pick_device, set_determinism, set_tf32
 from cogvideox_factory.torch_engine.optim import Update
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE, pixels_from_uint8, sample_posterior, uint8_from_pixels
 from cogvideox_factory.torch_engine.vae_balance import balance_latents
@@ -68,6 +68,7 @@ def run(config: Config) -> Path:
         raise FactoryError(f"{out} holds a run already; choose another --vae.dir (and --vae.start {out / 'vae'})")
     device = pick_device(config.run.device)
     set_determinism(config.run.deterministic)
+    set_tf32(config.run.tf32, device)
     vae = _load(config, device)
     clips = _Clips(intake.checked_manifest(config, spec).usable, spec)
     train_ids, held_ids = hold_out(clips.ids, config.vae.num_held_out)

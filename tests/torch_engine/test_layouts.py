@@ -85,12 +85,15 @@ def assert_close(one, other):
 LAYOUTS = {
     2: [
         {"parallel": {}},
-        {"task": "i2v", "method": "lora", "parallel": {"zero": 3}},
-        {"parallel": {"sequence": 2, "zero": 2}, "gradient_accumulation": 2, "batch_size": 2},
+        {"task": "i2v", "method": "lora", "parallel": {"zero": 3}, "optimizer": "prodigy", "learning_rate": 1.0},
+        {"parallel": {"sequence": 2, "zero": 2}, "gradient_accumulation": 2, "batch_size": 2, "optimizer": "adamw8bit"},
     ],
     4: [
         {"parallel": {"zero": 3, "sequence": 2}},
-        {"task": "i2v", "method": "lora", "parallel": {"zero": 1, "replicas": 2}, "checkpointing": "save_attention"},
+        {
+            "task": "i2v", "method": "lora", "parallel": {"zero": 1, "replicas": 2}, "optimizer": "came",
+            "checkpointing": "save_attention",
+        },
         {"parallel": {"sequence": 4}},
     ],
 }  # fmt: skip

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from cogvideox_factory.torch_engine.optim import Ema, Update, round_stochastically
+from cogvideox_factory.torch_engine.low_precision import round_stochastically
+from cogvideox_factory.torch_engine.optim import Ema, Update
 
 CPU = torch.device("cpu")
 

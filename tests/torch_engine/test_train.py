@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -196,14 +197,18 @@ def test_a_fine_tuned_transformer_loads_in_diffusers_with_equal_weights(tiny_mod
         assert np.array_equal(value, theirs.state_dict()[name].numpy()), name
 
 
-@pytest.mark.parametrize("master_weights", ["float32", "stochastic_bf16"])
-def test_full_fine_tuning_in_bfloat16_follows_float32(tiny_model, clips, caches, tmp_path, master_weights):
+@pytest.mark.parametrize(
+    ("master_weights", "optimizer"),
+    [("float32", "adamw"), ("stochastic_bf16", "adamw"), ("stochastic_bf16", "adamw8bit")],
+)
+def test_full_fine_tuning_in_bfloat16_follows_float32(tiny_model, clips, caches, tmp_path, master_weights, optimizer):
     options = {"method": "full", "steps": 12, "save_every": 12}
     exact = train.run(cached(tiny_model, clips, caches, tmp_path, train=options | {"dir": str(tmp_path / "exact")}))
     half = train.run(
         cached(
             tiny_model, clips, caches, tmp_path, run={"dtype": "bfloat16"},
-            train=options | {"dir": str(tmp_path / "half"), "master_weights": master_weights},
+            train=options
+            | {"dir": str(tmp_path / "half"), "master_weights": master_weights, "optimizer": optimizer},
         )
     )  # fmt: skip
     for (_, a), (_, b) in zip(losses(exact), losses(half), strict=True):
@@ -211,11 +216,14 @@ def test_full_fine_tuning_in_bfloat16_follows_float32(tiny_model, clips, caches,
     assert losses(half)[-1][1] < losses(half)[0][1]
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_raw_clips_flips_dora_and_validation_resume_exactly(tiny_model, clips, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize(("method", "optimizer"), [("lora", "prodigy"), ("full", "came")])
+def test_raw_clips_flips_dora_and_validation_resume_exactly(
+    tiny_model, clips, tmp_path, monkeypatch, method, optimizer
+):
     """Everything that draws numbers or keeps state at once, logged every third step, without a cache."""
     prompts = {"every": 2, "num_clips": 1, "prompts": ["a red circle"]}
     options = {"method": method, "ema_decay": 0.9, "gradient_accumulation": 2, "log_every": 3, "save_every": 4}
+    options |= {"optimizer": optimizer, "learning_rate": 1.0 if optimizer == "prodigy" else 1e-3}
 
     def make(name: str):
         return settings(
@@ -240,9 +248,9 @@ def test_raw_clips_flips_dora_and_validation_resume_exactly(tiny_model, clips, t
     assert losses(whole) == losses(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_float16_trains_with_a_loss_scale_and_resumes_exactly(tiny_model, clips, caches, tmp_path, method):
-    options = {"method": method, "steps": 4, "save_every": 2}
+@pytest.mark.parametrize(("method", "optimizer"), [("lora", "adamw8bit"), ("full", "adam")])
+def test_float16_trains_with_a_loss_scale_and_resumes_exactly(tiny_model, clips, caches, tmp_path, method, optimizer):
+    options = {"method": method, "save_every": 2, "optimizer": optimizer, "optimizer_offload": optimizer == "adam"}
     make = lambda name, steps: cached(  # noqa: E731
         tiny_model, clips, caches, tmp_path, run={"dtype": "float16"},
         train=options | {"dir": str(tmp_path / name), "steps": steps},
@@ -594,3 +602,22 @@ def test_a_run_out_of_time_saves_leaves_and_goes_on_by_the_same_command(tiny_mod
             train.run(cached(tiny_model, clips, caches, tmp_path, train=options | {"time_limit_minutes": 1e-6}))
         assert (tmp_path / "cut" / f"checkpoint-{step:06}").is_dir()
     assert_same(whole, train.run(cached(tiny_model, clips, caches, tmp_path, train=options)))
+
+
+def test_a_compiled_run_goes_the_same_way(tiny_model, clips, caches, tmp_path, monkeypatch, capsys):
+    """With validation and sample videos in between, which are not compiled; by the quick half of the compiler."""
+    monkeypatch.setattr(train, "compile_blocks", partial(train.compile_blocks, backend="aot_eager"))
+    options = {"steps": 3, "ema_decay": 0.9}
+    watched = {"every": 2, "num_clips": 1, "prompts": ["a red circle"]}
+    runs = [
+        train.run(
+            cached(
+                tiny_model, clips, caches, tmp_path, validation=watched, sampling={"steps": 2},
+                train=options | {"dir": str(tmp_path / mode), "compile": mode},
+            )
+        )
+        for mode in ("none", "default")
+    ]  # fmt: skip
+    plain, compiled = ([x for _, x in losses(run)] for run in runs)
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    assert "compiling blocks (default): at most 2 graphs, for 1 shapes" in capsys.readouterr().out

@@ -1,0 +1,120 @@
+"""Compiled blocks against plain ones: the same loss and gradients, one graph a shape, in every layout."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.utils import counters
+
+from cogvideox_factory.errors import FactoryError, MissingError
+from cogvideox_factory.torch_engine import lora
+from cogvideox_factory.torch_engine.border import whole
+from cogvideox_factory.torch_engine.compilation import compile_blocks, require_compiler
+from cogvideox_factory.torch_engine.parallel import Layout, distribute, make_ranks
+from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
+from tests.torch_engine.processes import run_in
+from tests.torch_engine.test_transformer import config_of, positions_for
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
+# Traces and differentiates as inductor's graphs are, and spends no time on machine code.
+QUICK = "aot_eager"
+
+
+@pytest.fixture(autouse=True)
+def fresh_counters():
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def model(checkpointing: str, *, adapters=False, heads=2) -> CogVideoXTransformer:
+    """Return two layers."""
+    made = CogVideoXTransformer(config_of("cogvideox-5b", num_attention_heads=heads, attention_head_dim=16))
+    made.initialize(3)
+    made.set_checkpointing(checkpointing)
+    if adapters:
+        lora.add_lora(made, rank=2, alpha=2, seed=0)
+        draw = torch.Generator().manual_seed(1)
+        for parameter in lora.lora_parameters(made):
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    else:
+        made.requires_grad_(True)
+    return made.train()
+
+
+def inputs_of(made: CogVideoXTransformer, batch: int):
+    draw, config = torch.Generator().manual_seed(2), made.config
+    latents = torch.randn(batch, 4, config.in_channels, 8, 12, generator=draw)
+    prompt = torch.randn(batch, config.max_text_seq_length, config.text_embed_dim, generator=draw)
+    return latents, prompt, torch.full((batch,), 500)
+
+
+def step(made: CogVideoXTransformer, batch: int = 1):
+    """Return the loss and all gradients of a batch."""
+    inputs = inputs_of(made, batch)
+    loss = made(*inputs, positions=positions_for(made, *inputs[:2])).square().mean()
+    loss.backward()
+    grads = {name: whole(p.grad).clone() for name, p in made.named_parameters() if p.grad is not None}
+    made.zero_grad()
+    return loss.item(), grads
+
+
+def assert_same(ours, theirs):
+    (loss, grads), (expected, others) = ours, theirs
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert grads.keys() == others.keys()
+    largest = max(grad.abs().max() for grad in others.values())
+    for name, grad in others.items():
+        assert (grads[name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-7 * largest, name
+
+
+@needs_compiler
+def test_machine_code_gives_the_same_loss_and_gradients():
+    compiled, plain = model("save_attention"), model("save_attention")
+    assert compile_blocks(compiled, "default", num_shapes=1) == 1
+    expected = step(plain)
+    for _ in range(2):
+        assert_same(step(compiled), expected)
+    with torch.no_grad():  # another batch, as sample videos have
+        inputs = inputs_of(compiled, 2)
+        compiled(*inputs, positions=positions_for(compiled, *inputs[:2]))
+    assert counters["stats"]["unique_graphs"] == 1, "of two blocks, and what is not trained is not compiled"
+
+
+def test_there_is_a_graph_for_each_shape_and_no_more():
+    """A LoRA has two: nothing before the first block asks for a gradient."""
+    compiled, plain = (model("full", adapters=True) for _ in range(2))
+    limit = compile_blocks(compiled, "default", num_shapes=2, backend=QUICK)
+    for batch in (1, 2, 1):
+        assert_same(step(compiled, batch), step(plain, batch))
+    assert counters["stats"]["unique_graphs"] == limit == 4
+    with pytest.raises(FailOnRecompileLimitHit):
+        step(compiled, 3)
+
+
+def divided():
+    """Return this rank's compiled and plain steps, weights and tokens divided, keys on a ring, and the graphs made."""
+    ranks = make_ranks(Layout(size=2, zero=3, sequence=2), num_heads=3, device_type="cpu")
+    results = []
+    for compiled in (False, True):
+        made = model("save_attention", heads=3)
+        distribute(made, ranks, dtype=torch.float32)
+        if compiled:
+            compile_blocks(made, "default", num_shapes=1, backend=QUICK)
+        results.append(step(made))
+    return *results, counters["stats"]["unique_graphs"]
+
+
+def test_divided_weights_and_tokens_compile_whole(tmp_path):
+    for plain, compiled, num_graphs in run_in(2, divided, folder=tmp_path):
+        assert_same(compiled, plain)
+        assert num_graphs == 1
+
+
+def test_what_cannot_be_compiled_is_refused(monkeypatch):
+    with pytest.raises(FactoryError, match=r"compile='max-autotune' \(did you mean 'max_autotune'"):
+        compile_blocks(model("none"), "max-autotune", num_shapes=1)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(MissingError, match=r"no-such-compiler is not here.*--train\.compile none"):
+        require_compiler(torch.device("cpu"))
