@@ -25,6 +25,12 @@ class MissingError(FactoryError):
     exit_code = 4
 
 
+class ExhaustedError(FactoryError):
+    """A device without enough memory for what was asked (exit code 4)."""
+
+    exit_code = 4
+
+
 class UnfitError(FactoryError):
     """A cache, checkpoint or weight file that is damaged or belongs to something else (exit code 5)."""
 

@@ -27,6 +27,20 @@ def problems_of(config: "Config") -> list[str]:
             "model.transformer_config alone means random weights, and a LoRA over those learns nothing; "
             "set train.method to full, or name weights for it with model.transformer"
         )
+    if config.train.swapped_blocks and config.train.method == "full":
+        problems.append(
+            "train.swapped_blocks is for frozen weights, and train.method=full trains them all; use train.method=lora, "
+            "or divide them with parallel.zero=3"
+        )
+    for name, wanted in (
+        ("train.swapped_blocks", config.train.swapped_blocks > 0),
+        ("lora.base", config.lora.base != "model"),
+    ):
+        if wanted and config.parallel.zero:
+            problems.append(
+                f"{name} keeps frozen weights whole in every process and parallel.zero={config.parallel.zero} divides "
+                f"them; choose one: parallel.zero=0, or no {name}"
+            )
     if config.vae.config and config.vae.start:
         problems.append("vae.config starts from random weights and vae.start from given ones; give one")
     if config.vae.config and config.vae.parts == "decoder":
@@ -131,7 +145,7 @@ _WITHOUT_EFFECT: tuple[tuple[Callable[["Config"], bool], str, tuple[str, ...]], 
     (
         lambda config: config.train.method == "full",
         "train.method=full",
-        ("lora.rank", "lora.alpha", "lora.use_rslora", "lora.use_dora", "lora.target_modules"),
+        ("lora.rank", "lora.alpha", "lora.use_rslora", "lora.use_dora", "lora.target_modules", "lora.base"),
     ),
     (
         lambda config: config.train.method == "lora",
@@ -143,6 +157,11 @@ _WITHOUT_EFFECT: tuple[tuple[Callable[["Config"], bool], str, tuple[str, ...]], 
         lambda config: config.train.optimizer not in ("prodigy", "came"),
         "train.optimizer other than prodigy and came",
         ("train.beta3",),
+    ),
+    (
+        lambda config: config.train.checkpointing == "none",
+        "train.checkpointing=none",
+        ("train.checkpointing_layers",),
     ),
     (lambda config: config.train.schedule != "cosine_with_restarts", "this schedule", ("train.num_cycles",)),
     (lambda config: config.train.schedule != "polynomial", "this schedule", ("train.power",)),

@@ -20,6 +20,9 @@ class Lora(Section):
     """Weight-decomposed adapters (Liu et al. 2024)."""
     target_modules: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
     """Module names (as in diffusers), matched by ending, or regular expressions."""
+    base: Literal["model", "int8", "fp8", "nf4"] = "model"
+    """How the frozen matrices of the blocks are kept: in the run's dtype, in 8 bits a weight (int8, fp8: a scale a
+    row) or in 4 (nf4). Needs the extra lowbit. What is trained fits the plain model."""
 
 
 class Train(Section):
@@ -73,6 +76,12 @@ class Train(Section):
     compile: Literal["none", "default", "max_autotune"] = "none"
     """torch.compile of each block, in training. Each shape is compiled once, which takes minutes. max_autotune tries
     kernels for each product, and may choose others in another run."""
+    checkpointing_layers: Positive | None = None
+    """Layers, from the first, that do so; the others keep everything and are faster. Default: all."""
+    activation_offload: bool = False
+    """Keep what the backward pass needs in host memory, fetched one block ahead. Needs an accelerator."""
+    swapped_blocks: NotNegative = 0
+    """LoRA: blocks whose frozen weights live in host memory and visit the accelerator one block ahead of their turn."""
     caption_dropout: Share = 0.1
     """Chance that a sample is trained with the empty caption (keeps guidance calibrated)."""
     image_dropout: Share = 0.05

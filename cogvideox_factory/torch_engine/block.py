@@ -14,6 +14,7 @@ from cogvideox_factory.torch_engine import checkpointing
 from cogvideox_factory.torch_engine.feed_forward import FeedForward
 from cogvideox_factory.torch_engine.fused import gated_linear, modulated_norm
 from cogvideox_factory.torch_engine.linear import Linear
+from cogvideox_factory.torch_engine.offload import Shelf
 from cogvideox_factory.torch_engine.rotary import norm_rotate, norm_rotate_attention
 from cogvideox_factory.torch_engine.sequence_parallel import Share, sequence_attention
 
@@ -89,6 +90,8 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ff = FeedForward(config.width, eps=config.norm_eps)
         self.checkpointing: checkpointing.Checkpointing = "none"
+        self.shelf: Shelf | None = None
+        """Where what is kept for the backward pass waits, if not on the device."""
 
     def set_checkpointing(self, mode: str) -> None:
         """Choose what is kept for the backward pass, see `checkpointing`.
@@ -119,7 +122,11 @@ class Block(nn.Module):
             video_only: leave out the text rows, and all work on them behind attention; not with a `share`.
         """
         # Checkpointing is inside the module, so that hooks on it (sharding, compilation) see one call, not two.
-        return checkpointing.run(self.checkpointing, self._forward, x, vectors, rotary, text_length, share, video_only)
+        args = x, vectors, rotary, text_length, share, video_only
+        if self.shelf is None or not torch.is_grad_enabled():
+            return checkpointing.run(self.checkpointing, self._forward, *args)
+        with self.shelf.keeping(self, (*vectors, *(rotary or ()))):
+            return checkpointing.run(self.checkpointing, self._forward, *args, shelf=self.shelf)
 
     def _forward(
         self,

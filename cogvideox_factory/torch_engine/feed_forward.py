@@ -25,7 +25,7 @@ from cogvideox_factory.torch_engine.fused import (
     norm_backward,
     norm_forward,
 )
-from cogvideox_factory.torch_engine.linear import Linear, is_plain, linear, product
+from cogvideox_factory.torch_engine.linear import Linear, dense, is_plain, linear, product
 
 FROZEN_KEPT = 11 / 16
 """Part of the hidden columns kept when no weight here is trained: 2.75 of 4 units, for 5 % more matrix products."""
@@ -82,7 +82,7 @@ class _FeedForward(torch.autograd.Function):
         eps, kept, output_unread,
     ):  # fmt: skip
         normed, mean, rstd = norm_forward(x, scale, shift, text_scale, text_shift, text_length, eps)
-        hidden = linear(normed.flatten(0, 1), up, up_bias)  # [B * S, H]
+        hidden = linear(normed.flatten(0, 1), dense(up), up_bias)  # [B * S, H]
         saved = hidden if kept == len(up) else hidden[:, :kept].contiguous()
         ctx.save_for_backward(
             x,
@@ -103,7 +103,7 @@ class _FeedForward(torch.autograd.Function):
         ctx.text_length, ctx.eps = text_length, eps
         if output_unread:
             return normed  # any tensor of that shape
-        update = linear(F.gelu(hidden, approximate="tanh"), down, down_bias).view_as(x)
+        update = linear(F.gelu(hidden, approximate="tanh"), dense(down), down_bias).view_as(x)
         return add_gated(x, update, gate, text_gate, text_length)
 
     @staticmethod
@@ -111,6 +111,7 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, *grads):
         x, mean, rstd, hidden, scale, shift, gate, text_scale, text_shift, text_gate, *weights = ctx.saved_tensors
         up, up_bias, down, down_bias = weights
+        up, down = dense(up), dense(down)
         text, needs = ctx.text_length, ctx.needs_input_grad
         needs_up, needs_up_bias, *needs_down = needs[7:11]
         needs_gates = needs[3] or needs[6]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cogvideox_factory.torch_engine.linear import is_plain, linear, product
+from cogvideox_factory.torch_engine.linear import dense, is_plain, linear, product
 
 aten = torch.ops.aten
 
@@ -189,13 +189,13 @@ class _GatedLinear(torch.autograd.Function):
     def forward(ctx: Any, x, a, weight, bias, gate, text_gate, text_length):
         ctx.save_for_backward(a if any(ctx.needs_input_grad[2:6]) else None, weight, bias, gate, text_gate)
         ctx.text_length = text_length
-        return add_gated(x, linear(a, weight, bias), gate, text_gate, text_length)
+        return add_gated(x, linear(a, dense(weight), bias), gate, text_gate, text_length)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads):
         a, weight, bias, gate, text_gate = ctx.saved_tensors
-        grad = grads[0].contiguous()
+        weight, grad = dense(weight), grads[0].contiguous()
         needs = ctx.needs_input_grad
         d_a = None
         if needs[1]:

@@ -19,12 +19,14 @@ from cogvideox_factory.jobs import Job, left_to_make, make_records, plan_jobs, t
 from cogvideox_factory.lora_files import load_lora, resolve_lora
 from cogvideox_factory.metrics import duration, progress_bar, say, speaking
 from cogvideox_factory.models import TransformerConfig
+from cogvideox_factory.plan.generation import Generation, generation_savings
 from cogvideox_factory.publish import publish_text, require_room
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.attention import backend_name
 from cogvideox_factory.torch_engine.checkpoint import versions
 from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_determinism, set_tf32, take_card
+from cogvideox_factory.torch_engine.exhausted import InHand, told
 from cogvideox_factory.torch_engine.parallel import Layout, Ranks, joined, num_processes
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline, first_step
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
@@ -37,6 +39,9 @@ def run(config: Config) -> list[Path]:
     """Make every video the settings ask for that is not there, with all processes started; return the paths of all.
 
     Everything that can be refused is refused before the model loads.
+
+    Raises:
+        ExhaustedError: the device has too little memory.
     """
     take_card()
     folder = weights.resolve_model(config.model.path, revision=config.model.revision)
@@ -57,19 +62,34 @@ def run(config: Config) -> list[Path]:
         set_tf32(config.run.tf32, device)
         paths, left = ranks.from_lead(lambda: _plan(config, transformer, shape, layout, device, dtype))
         if left:
-            prompts = [job.prompt for job, _ in left]
-            embeds = ranks.from_lead(lambda: _encode(config, folder, prompts, transformer, device, dtype)).to(device)
-            pipe = _load(config, folder, transformer, ranks)
-            say(
-                f"{len(left)} video(s) of {shape.num_frames} frames {shape.height}x{shape.width} at {shape.fps:g} fps, "
-                f"{config.sampling.steps} steps, {dtype} on {device}, attention: {backend_name(device, dtype)}"
-            )
-            _make_all(config, pipe, left, shape, embeds, ranks)
+            video = Generation(
+                model=transformer, num_frames=shape.num_frames, height=shape.height, width=shape.width,
+                item_bytes=dtype.itemsize, tiling=config.sampling.tiling,
+            )  # fmt: skip
+            in_hand = InHand("before the first video")
+            with told(device, in_hand, lambda: generation_savings(video, accelerator=device.type != "cpu")):
+                prompts = [job.prompt for job, _ in left]
+                embeds = ranks.from_lead(lambda: _encode(config, folder, prompts, transformer, device, dtype)).to(
+                    device
+                )
+                pipe = _load(config, folder, transformer, ranks)
+                say(
+                    f"{len(left)} video(s) of {shape.num_frames} frames {shape.height}x{shape.width} at "
+                    f"{shape.fps:g} fps, {config.sampling.steps} steps, {dtype} on {device}, attention: "
+                    f"{backend_name(device, dtype)}"
+                )
+                _make_all(config, pipe, left, shape, embeds, ranks, in_hand)
     return paths
 
 
 def _make_all(
-    config: Config, pipe: CogVideoXPipeline, left: Left, shape: ClipShape, embeds: torch.Tensor, ranks: Ranks
+    config: Config,
+    pipe: CogVideoXPipeline,
+    left: Left,
+    shape: ClipShape,
+    embeds: torch.Tensor,
+    ranks: Ranks,
+    in_hand: InHand,
 ) -> None:
     """Make this process' share of what is `left`; `embeds` [1 + B, S, E] begin with the negative prompt."""
     if ranks.layout.size > 1:
@@ -84,6 +104,7 @@ def _make_all(
     with progress_bar("denoising", len(share) * _num_steps(config)) as advance:
         for index, writes in share:
             job, record = left[index]
+            in_hand.what = f"while making {job.path.name}"
             frames = _make(config, pipe, job, shape, embeds[1 + index : 2 + index], embeds[:1], advance)
             if writes:
                 _write(config, job, record, frames, shape)

@@ -1,8 +1,9 @@
-"""Linear layers that stay fast where the CPU has no half-precision instructions.
+"""Linear layers that stay fast where the CPU has no half-precision instructions, and know weights of few bits.
 
 Without AVX512-BF16 or AMX, torch multiplies bfloat16 matrices in software: about 8 times slower than in float32, and
 200 times in the one layout that the gradient of a Linear's input needs. Such products go through float32 here and are
-rounded once at the end, as the instructions would do. Everywhere else this is torch's own Linear.
+rounded once at the end, as the instructions would do. Frozen weights of few bits (`low_bit`) are made a matrix again
+for each product, forward and backward, and never kept as one. Everywhere else this is torch's own Linear.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 _SOFTWARE = {
@@ -37,8 +39,8 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x weight^T + bias for `x` [..., I], `weight` [O, I] and `bias` [O]."""
-    if emulated(x):
-        return _EmulatedLinear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
+    if emulated(x) or is_low_bit(weight):
+        return _SparingLinear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
     return F.linear(x, weight, bias)
 
 
@@ -47,17 +49,31 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() @ b.float()).to(a.dtype) if emulated(a) else a @ b
 
 
+def is_low_bit(weight: object) -> bool:
+    """Whether `weight` is kept in few bits, as one of torchao's tensors."""
+    divided = hasattr(weight, "full_tensor")  # among processes, which wraps tensors as well
+    return is_traceable_wrapper_subclass(weight) and not divided
+
+
+def dense(weight: Tensor) -> Tensor:
+    """Return `weight` as a plain tensor of its dtype; weights of few bits are made one, to be dropped after use."""
+    if not is_low_bit(weight):
+        return weight
+    restore = getattr(weight, "get_original_weight", weight.dequantize)  # nf4's name for it
+    return restore()
+
+
 def is_plain(module: nn.Module, x: Tensor) -> bool:
     """Whether calling `module` on `x` is only `F.linear` with its own parameters, so that they may be used directly.
 
-    It is not once something wraps it (adapters, low-bit weights), hooks into it, shards its weight, or when autocast
-    is on: then it must be called as a module.
+    It is not once something wraps it (adapters), hooks into it, shards its weight, or when autocast is on: then it
+    must be called as a module. A weight of few bits is used directly through `dense`.
     """
     return (
         type(module) in (Linear, nn.Linear)
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and type(module.weight) in (nn.Parameter, Tensor)
+        and (type(module.weight) in (nn.Parameter, Tensor) or is_low_bit(module.weight))
         and module.weight.dtype == x.dtype
         and not torch.is_autocast_enabled(x.device.type)
     )
@@ -68,13 +84,15 @@ def emulated(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _SOFTWARE
 
 
-class _EmulatedLinear(torch.autograd.Function):
-    """Linear through float32 that saves its half-precision operands, not their float32 copies."""
+class _SparingLinear(torch.autograd.Function):
+    """Linear that saves its operands as they are, not what is made of them: float32 copies, matrices of few bits."""
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        if not emulated(x):
+            return F.linear(x, dense(weight), bias)
+        return F.linear(x.float(), dense(weight).float(), None if bias is None else bias.float()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -83,7 +101,7 @@ class _EmulatedLinear(torch.autograd.Function):
         grad = grads[0].flatten(0, -2)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            product(grads[0], weight) if needs_x else None,
+            product(grads[0], dense(weight)) if needs_x else None,
             product(grad.T, x.flatten(0, -2)) if needs_weight else None,
             grad.sum(0) if needs_bias else None,
         )

@@ -26,6 +26,7 @@ from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.bad_steps import BadSteps, bad_among
 from cogvideox_factory.torch_engine.device import host_memory, peak_memory
 from cogvideox_factory.torch_engine.encode import Encoder
+from cogvideox_factory.torch_engine.exhausted import InHand
 from cogvideox_factory.torch_engine.ledger import Ledger, Step, Work, averages, rows_of
 from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.optim import Ema, Update
@@ -66,6 +67,7 @@ class Loop:
     tracker: Tracker | None
     watch: Watch
     ranks: Ranks
+    in_hand: InHand
     _clock: float = 0.0
     _clock_step: int = 0
 
@@ -111,6 +113,7 @@ class Loop:
                 samples.close()
 
     def _step(self, step: int, batches: Iterator[dict[str, Any]]) -> None:
+        self.in_hand.what = f"at step {step}, with clips of {self.sampler.bucket(step - 1)}"
         losses = []
         for micro in range(self.num_micros):
             reduce_gradients(self.objective.transformer, self.ranks.layout, last=micro == self.num_micros - 1)
@@ -179,6 +182,7 @@ class Loop:
     def _look(self, step: int, log: MetricsLog) -> None:
         began = time.monotonic()
         with self.averaged_weights():
+            self.in_hand.what = f"while looking after step {step}"
             self.watch.look(step, log)
         self.limit.spent("look", time.monotonic() - began)
         self._restart_clocks(step)

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.torch_engine.border import put_rows, whole
-from cogvideox_factory.torch_engine.linear import Linear, emulated, linear, product
+from cogvideox_factory.torch_engine.linear import Linear, dense, emulated, is_low_bit, linear, product
 
 # Legend: N tokens of all samples, I input channels, O output channels of the fused Linear, P rows of one
 # target, R rank (of all parts together where several are stacked)
@@ -119,7 +120,7 @@ class LoraLinear(Linear):
         chains: dict[Rows, list[tuple[LoraFactors, float]]] = {}
         for _, part, scale in self._active():
             chains.setdefault(part.rows, []).append((part, scale))
-        weight, pieces, end = self.weight, [], 0
+        weight, pieces, end = dense(self.weight), [], 0
         for rows in sorted(chains, key=lambda rows: rows.start):
             piece = weight[rows.start : rows.stop].float()
             for part, scale in chains[rows]:
@@ -132,7 +133,13 @@ class LoraLinear(Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the adapters that are on into the base weight, rounding once; `unmerge` restores every bit."""
+        """Fold the adapters that are on into the base weight, rounding once; `unmerge` restores every bit.
+
+        Raises:
+            FactoryError: the base is kept in few bits, which would lose the adapters' small changes.
+        """
+        if is_low_bit(self.weight):
+            raise FactoryError("a base of few bits cannot take adapters in; load the plain model and merge there.")
         if self.original is None and any(self._active()):
             merged = self.updated_weight().to(self.weight.dtype)
             self.original = self.weight.data
@@ -147,7 +154,8 @@ class LoraLinear(Linear):
     @torch.no_grad()
     def reset_magnitudes(self, adapter_name: str) -> None:
         """Set DoRA's magnitudes to the row lengths of the base weight: with B = 0 the adapter then changes nothing."""
-        weight = whole(self.weight) if any(p.magnitude is not None for p in self.parts(adapter_name).values()) else None
+        has_magnitudes = any(part.magnitude is not None for part in self.parts(adapter_name).values())
+        weight = dense(whole(self.weight)) if has_magnitudes else None
         for part in self.parts(adapter_name).values():
             if part.magnitude is not None and weight is not None:
                 rows = weight[part.rows.start : part.rows.stop].float()
@@ -163,13 +171,13 @@ class LoraLinear(Linear):
     @torch.no_grad()
     def _row_norms(self, part: LoraFactors, scale: float) -> torch.Tensor:
         """Return the length of each row of `W + scale * B A` in float32: [P]."""
-        rows = self.weight[part.rows.start : part.rows.stop].float()
+        rows = dense(self.weight)[part.rows.start : part.rows.stop].float()
         return torch.linalg.vector_norm(torch.addmm(rows, part.lora_B, part.lora_A, alpha=scale), dim=1)
 
     def _row_gain_minus_one(self, active: list[tuple[str, LoraFactors, float]]) -> torch.Tensor:
         """Return magnitude / row length - 1 in float32, 0 on rows that no DoRA touches: [O]."""
         pieces, end = [], 0
-        zeros = self.weight.new_zeros(self.out_features, dtype=torch.float32)
+        zeros = torch.zeros(self.out_features, dtype=torch.float32, device=self.weight.device)
         for _, part, scale in sorted(active, key=lambda item: item[1].rows.start):
             pieces.append(zeros[end : part.rows.start])
             assert part.magnitude is not None, "one adapter is DoRA on all of its targets or on none"
@@ -199,7 +207,7 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(ctx: Any, x, weight, bias, slices, *factors):
         flat = x.reshape(-1, x.shape[-1])  # [N, I]
         hidden = product(flat, _stack(factors[::2], x.dtype).T)  # [N, R]
-        out = linear(flat, weight, bias)  # [N, O]
+        out = linear(flat, dense(weight), bias)  # [N, O]
         ups = factors[1::2]
         for (start, stop, scale), up, low in zip(slices, ups, hidden.split([up.shape[1] for up in ups], dim=1)):
             # The sign is there for -0.0: with B = 0 this computes out - (+0), which keeps every bit of `out`,
@@ -224,7 +232,7 @@ class _LowRankLinear(torch.autograd.Function):
         )  # [N, R]
         grad_x = None
         if needs_x:
-            grad_x = product(grad, weight)  # [N, I]
+            grad_x = product(grad, dense(weight))  # [N, I]
             _add_product(grad_x, grad_hidden, _stack(downs, grad.dtype))
             grad_x = grad_x.view_as(x)
         grad_factors: list[torch.Tensor | None] = [None] * len(factors)

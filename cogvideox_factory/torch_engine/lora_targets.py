@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from cogvideox_factory.errors import FactoryError, nearest
+from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.torch_engine.layout import diffusers_names
 from cogvideox_factory.torch_engine.lora_linear import Rows
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
+
+_BLOCK = re.compile(r"^transformer_blocks\.\d+\.")
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The targets of every published CogVideoX LoRA: the joint attention of each block."""
@@ -30,7 +33,7 @@ class Target:
     @property
     def key(self) -> str:
         """What its parameters go by within the layer: its name, short of a block they share, without dots."""
-        block = re.match(r"transformer_blocks\.\d+\.", self.path)
+        block = _BLOCK.match(self.path)
         return self.rows.name.removeprefix(block[0] if block else "").replace(".", "_")
 
 
@@ -47,6 +50,19 @@ def find_targets(transformer: CogVideoXTransformer) -> dict[str, Target]:
             rows = Rows(name=name.removesuffix(".weight"), start=slot.start, stop=slot.stop)
             found[rows.name] = Target(path=path, rows=rows, in_features=linear.in_features)
     return found
+
+
+def adapted_layers(config: TransformerConfig, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Return what `patterns` match of the linear layers of blocks, by their names within a block.
+
+    Raises:
+        FactoryError: as `match_targets`, before a model is there.
+    """
+    slots = diffusers_names(config)
+    names = [name.removesuffix(".weight") for name, slot in slots.items() if len(slot.shape) == 2]
+    matched = match_targets(names, patterns)
+    in_blocks = [name for name in matched if _BLOCK.match(name)]
+    return tuple(dict.fromkeys(_BLOCK.sub("", name) for name in in_blocks))
 
 
 def shapes_of(targets: dict[str, Target]) -> dict[str, tuple[int, ...]]:
@@ -70,7 +86,7 @@ def match_targets(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
         hits = {name for name in names if _matches(name, pattern)}
         if not hits:
             endings = sorted({".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1)})
-            kinds = sorted({re.sub(r"^transformer_blocks\.\d+\.", "", name) for name in names})
+            kinds = sorted({_BLOCK.sub("", name) for name in names})
             raise FactoryError(
                 f"target_modules: {pattern!r} matches no linear layer of this transformer"
                 f"{nearest(pattern, endings)}. It has, in each block or once: {', '.join(kinds)}."

@@ -17,7 +17,7 @@ Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., FSDP (arXiv 2304.11277
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -310,8 +310,12 @@ def _new_group(ranks: Iterable[int], backend: str | None = None) -> dist.Process
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def distribute(transformer: CogVideoXTransformer, ranks: Ranks, *, dtype: torch.dtype) -> None:
+def distribute(
+    transformer: CogVideoXTransformer, ranks: Ranks, *, dtype: torch.dtype, whole: Collection[nn.Parameter] = ()
+) -> None:
     """Divide the weights of a loaded (and LoRA-ed) `transformer`, which then computes in `dtype`.
+
+    Those in `whole`, all frozen, every process keeps as they are.
 
     Gradients come back in float32, averaged over all ranks. Every block is a unit of its own; the modulation, which
     has a fifth of a model's weights, is another.
@@ -328,8 +332,9 @@ def distribute(transformer: CogVideoXTransformer, ranks: Ranks, *, dtype: torch.
     blocks = list(transformer.transformer_blocks)
     for unit in [transformer.modulation, *blocks]:
         # The last block's backward comes right after its forward: dropping its weights would be for nothing.
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=drops and unit is not blocks[-1])
-    fully_shard(transformer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        keeps = not drops or unit is blocks[-1]
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not keeps, ignored_params=set(whole))
+    fully_shard(transformer, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=set(whole))
 
 
 def reduce_gradients(transformer: nn.Module, layout: Layout, *, last: bool) -> None:

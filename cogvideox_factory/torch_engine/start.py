@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import say
 from cogvideox_factory.models import SchedulerConfig, TransformerConfig
 from cogvideox_factory.plan.flops import training_flops
+from cogvideox_factory.plan.memory import Training
 from cogvideox_factory.plan.peaks import find_peak
 from cogvideox_factory.run_folder import differences, require_same
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.device import device_name, pick_device, pick_dtype
-from cogvideox_factory.torch_engine.parallel import Ranks
+from cogvideox_factory.torch_engine.lora_targets import adapted_layers
+from cogvideox_factory.torch_engine.low_bit import require_torchao
+from cogvideox_factory.torch_engine.parallel import Layout, Ranks
 
 # Settings that may change between the start of a run and its resumption, because no number depends on them.
 _FREE = {
@@ -43,6 +46,9 @@ _FREE = {
     "log_samples",
     "tracker",
     "tracker_project",
+    "checkpointing_layers",
+    "activation_offload",
+    "swapped_blocks",
 }
 
 
@@ -90,10 +96,41 @@ def make_plan(config: Config) -> Plan:
     shape = intake.training_shape(config, model)
     config = complete(config, model, shape)
     device = pick_device(config.run.device)
+    _check_memory(config, model, device)
     return Plan(
         config=config, folder=folder, transformer_folder=transformer_folder, model=model, scheduler=scheduler,
         shape=shape, device=device, dtype=pick_dtype(config.run.dtype, device, model),
     )  # fmt: skip
+
+
+def _check_memory(config: Config, model: TransformerConfig, device: torch.device) -> None:
+    """Check what keeps memory small against the machine and the model.
+
+    Raises:
+        FactoryError: a setting that would do nothing here, or counts more layers than there are.
+        MissingError: torchao is wanted and not installed.
+    """
+    train = config.train
+    if train.activation_offload:
+        _require_accelerator("train.activation_offload", device)
+    if train.swapped_blocks:
+        _require_accelerator("train.swapped_blocks", device)
+    for name in ("checkpointing_layers", "swapped_blocks"):
+        count = getattr(train, name)
+        if count and count > model.num_layers:
+            raise FactoryError(
+                f"train.{name}={count}: this model has {model.num_layers} layers. Use at most {model.num_layers}."
+            )
+    if config.lora.base != "model":
+        require_torchao(config.lora.base)
+
+
+def _require_accelerator(name: str, device: torch.device) -> None:
+    if device.type == "cpu":
+        raise FactoryError(
+            f"{name} moves what an accelerator has no room for to host memory; on the CPU all is there already. "
+            "Remove it, or choose another --run.device."
+        )
 
 
 def complete(config: Config, model: TransformerConfig, shape: ClipShape) -> Config:
@@ -305,6 +342,27 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
     return flat
+
+
+def training_numbers(plan: Plan, sizes: Mapping[str, int], layout: Layout) -> Training:
+    """Return the run as `plan.memory` counts it: its largest pass, with `sizes` clips of each shape in all processes.
+
+    Raises:
+        FactoryError: adapters for modules that the model does not have.
+    """
+    train, config = plan.config.train, plan.config
+    largest = max(sizes, key=lambda key: sizes[key] * num_tokens(plan, Bucket.parse(key)))
+    per_pass = -(-sizes[largest] // layout.num_data_ranks)
+    return Training(
+        model=plan.model, video_tokens=num_tokens(plan, Bucket.parse(largest)), text_tokens=plan.text_length,
+        batch_size=per_pass, item_bytes=plan.dtype.itemsize, method=train.method, rank=config.lora.rank,
+        adapted=adapted_layers(plan.model, config.lora.target_modules),
+        use_dora=config.lora.use_dora, base=config.lora.base, checkpointing=train.checkpointing,
+        checkpointing_layers=train.checkpointing_layers, activation_offload=train.activation_offload,
+        swapped_blocks=train.swapped_blocks, stochastic=train.master_weights == "stochastic_bf16",
+        average=train.ema_decay is not None, processes=layout.size, replicas=layout.replicas,
+        sequence=layout.sequence, zero=layout.zero,
+    )  # fmt: skip
 
 
 def digest_of(items: list[str], *more: Any) -> str:

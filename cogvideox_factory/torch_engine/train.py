@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config
@@ -28,6 +28,7 @@ from cogvideox_factory.lora_files import save_lora
 from cogvideox_factory.metrics import say, speaking
 from cogvideox_factory.models import VaeConfig
 from cogvideox_factory.optimizer_memory import optimizer_memory
+from cogvideox_factory.plan import memory
 from cogvideox_factory.publish import replace_folder, require_room, sweep
 from cogvideox_factory.recipe import write_recipe
 from cogvideox_factory.run_folder import check_allowed, locked
@@ -39,9 +40,13 @@ from cogvideox_factory.torch_engine.compilation import compile_blocks, require_c
 from cogvideox_factory.torch_engine.device import set_determinism, set_tf32, take_card
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.examine import first_not_finite
+from cogvideox_factory.torch_engine.exhausted import InHand, told
 from cogvideox_factory.torch_engine.ledger import Ledger, Work
+from cogvideox_factory.torch_engine.linear import is_low_bit
 from cogvideox_factory.torch_engine.loop import Loop, state_tensors
+from cogvideox_factory.torch_engine.low_bit import quantize
 from cogvideox_factory.torch_engine.objective import Objective, Scales
+from cogvideox_factory.torch_engine.offload import Offload
 from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.parallel import Layout, Ranks, distribute, joined, num_processes
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
@@ -61,7 +66,9 @@ from cogvideox_factory.torch_engine.start import (
     record_of,
     shared_files,
     shared_settings,
+    training_numbers,
 )
+from cogvideox_factory.torch_engine.swap import Swap
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
@@ -131,10 +138,14 @@ def _run(plan: Plan, ranks: Ranks, tracker: Tracker | None, started: float) -> P
         start = ranks.from_lead(lambda: find_start(plan))
         changes = ranks.from_lead(lambda: check_resume(plan, start, wanted)) if start else []
         record = record_of(plan, ranks, wanted, changes)
-        _train(
-            plan, source, sizes, set_weights, ranks, tracker, excluded=excluded, start=start, record=record,
-            started=started,
-        )  # fmt: skip
+        numbers, in_hand = training_numbers(plan, sizes, ranks.layout), InHand("before the first step")
+        accelerator = plan.device.type != "cpu"
+        with told(plan.device, in_hand, lambda: memory.savings(numbers, accelerator=accelerator)):
+            say(_needs(memory.need(numbers)))
+            _train(
+                plan, source, sizes, set_weights, ranks, tracker, excluded=excluded, start=start, record=record,
+                started=started, in_hand=in_hand,
+            )  # fmt: skip
     return plan.run_folder
 
 
@@ -188,6 +199,7 @@ def _train(
     start: Path | None,
     record: dict[str, Any],
     started: float,
+    in_hand: InHand,
 ) -> None:
     config = plan.config
     train_ids, held_ids = sorted(set(source.buckets) - excluded), []
@@ -258,7 +270,7 @@ def _train(
             samples=make_samples(plan, frozen, transformer, ranks), objective=objective, encoder=frozen.encoder,
             device=plan.device, run_folder=plan.run_folder, ranks=ranks,
         ),
-        ranks=ranks,
+        ranks=ranks, in_hand=in_hand,
     )  # fmt: skip
     _say_arithmetic(plan, sampler, update, start, ranks)
     if peak:
@@ -299,14 +311,16 @@ def load_transformer(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
     It is divided before there is any memory behind it, so that a process reads and holds its own part alone.
     """
     config = plan.config
+    if config.lora.base != "model" or config.train.swapped_blocks:
+        return _load_sparingly(plan, ranks)
     dtype, is_lora = plan.dtype, config.train.method == "lora"
     if ranks.mesh is not None and not is_lora and config.train.master_weights == "float32":
         dtype = torch.float32  # what is kept; blocks are gathered in the run's dtype
     with torch.device("meta"):
         transformer = CogVideoXTransformer(plan.model).to(dtype)
-    transformer.set_checkpointing(config.train.checkpointing)
+    transformer.set_checkpointing(config.train.checkpointing, config.train.checkpointing_layers)
     if is_lora:
-        targets = lora.add_lora(transformer, seed=config.run.seed, **config.lora.model_dump())
+        targets = lora.add_lora(transformer, seed=config.run.seed, **config.lora.model_dump(exclude={"base"}))
         say(f"LoRA rank {config.lora.rank} on {len(targets)} modules")
     else:
         transformer.requires_grad_(True)
@@ -318,6 +332,31 @@ def load_transformer(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
         transformer.load_folder(plan.transformer_folder)
     if is_lora:
         lora.initialize_lora(transformer, seed=config.run.seed)
+    if config.train.activation_offload:
+        Offload(transformer.blocks, device=plan.device)
+    return transformer.train()
+
+
+def _load_sparingly(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
+    """Load the transformer of a LoRA in host memory, so that it never is on the device whole or as it is in the files.
+
+    Its blocks are rounded to few bits there one matrix at a time, or keep their weights on the host.
+    """
+    config = plan.config
+    transformer = CogVideoXTransformer.from_folder(plan.transformer_folder, dtype=plan.dtype)
+    transformer.set_checkpointing(config.train.checkpointing, config.train.checkpointing_layers)
+    if config.lora.base != "model":
+        quantize(transformer, config.lora.base, device=plan.device)
+    targets = lora.add_lora(transformer, seed=config.run.seed, **config.lora.model_dump(exclude={"base"}))
+    say(f"LoRA rank {config.lora.rank} on {len(targets)} modules")
+    whole: set[nn.Parameter] = set()
+    if config.train.swapped_blocks:
+        whole = Swap(transformer.blocks, config.train.swapped_blocks, device=plan.device).parameters
+    transformer.to(plan.device)
+    whole |= {parameter for parameter in transformer.parameters() if is_low_bit(parameter)}
+    distribute(transformer, ranks, dtype=plan.dtype, whole=whole)
+    if config.train.activation_offload:
+        Offload(transformer.blocks, device=plan.device)
     return transformer.train()
 
 
@@ -463,6 +502,17 @@ def _check_validation(plan: Plan) -> None:
         )
     for image in images:
         read_image(Path(image), plan.shape.height, plan.shape.width)
+
+
+def _needs(need: memory.Need) -> str:
+    """Return the line about memory that a run begins with."""
+    parts = {
+        "weights": need.weights + need.gathered, "optimizer": need.masters + need.moments + need.average,
+        "gradients": need.gradients, "activations": need.activations, "a block at work": need.working,
+    }  # fmt: skip
+    listed = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items())
+    host = f"; {need.host / 2**30:.2f} GiB of host memory" if need.host else ""
+    return f"training needs about {need.device / 2**30:.2f} GiB a process: {listed}{host}"
 
 
 def _say_arithmetic(plan: Plan, sampler: Sampler, update: Update, start: Path | None, ranks: Ranks) -> None:

@@ -17,7 +17,7 @@ S = T + N joint tokens, D width, E size of the time embedding, P elements of a p
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import numpy as np
 import torch
@@ -121,22 +121,32 @@ class CogVideoXTransformer(nn.Module):
             self.config, latent_frames, latent_height, latent_width, text_length, torch.device(device), dtype
         )
 
-    def set_checkpointing(self, mode: str) -> None:
+    def set_checkpointing(self, mode: str, num_layers: int | None = None) -> None:
         """Choose what a block keeps for its backward pass: "none", "full" or "save_attention" (see `checkpointing`).
 
+        With `num_layers` the first so many do, and the rest keep everything. The first, because the backward pass
+        begins at the end: what the last layers kept is gone before the first recompute of another.
+
         Raises:
-            FactoryError: no such mode.
+            FactoryError: no such mode, or not so many layers.
         """
-        for block in self.transformer_blocks:
-            assert isinstance(block, Block)
-            block.set_checkpointing(mode)
+        count = len(self.blocks)
+        if num_layers is not None and not 1 <= num_layers <= count:
+            raise FactoryError(
+                f"checkpointing_layers={num_layers}: this model has {count} layers. Use 1 to {count}, or none for all."
+            )
+        for index, block in enumerate(self.blocks):
+            block.set_checkpointing(mode if index < (num_layers or count) else "none")
 
     @property
     def checkpointing(self) -> Checkpointing:
-        """What the blocks keep."""
-        block = self.transformer_blocks[0]
-        assert isinstance(block, Block)
-        return block.checkpointing
+        """What the blocks keep, the first at least."""
+        return self.blocks[0].checkpointing
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks, in order."""
+        return cast(list[Block], list(self.transformer_blocks))
 
     def _conditioning(self, timesteps: Tensor, ofs: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return the activated embedding of time (and ofs), [B, E]; it is all that the norms need to know."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.models import PUBLISHED, tiny_facts
 from cogvideox_factory.torch_engine import attention, linear, rotary
 from cogvideox_factory.torch_engine.block import VECTORS_PER_BLOCK, Block
@@ -164,7 +165,7 @@ def kernel_calls(monkeypatch):
     attention.set_attention_backend(None)
 
 
-def train_step(mode: str, *, frozen: bool = False, dtype=torch.float32, seen: Counter | None = None):
+def train_step(mode: str, layers: int | None = None, *, frozen=False, dtype=torch.float32, seen: Counter | None = None):
     """Return loss and gradients of one step of a model of two blocks."""
     model = CogVideoXTransformer(tiny_facts("cogvideox-5b").transformer).to(dtype)
     if frozen:
@@ -172,7 +173,7 @@ def train_step(mode: str, *, frozen: bool = False, dtype=torch.float32, seen: Co
         for parameter in model.parameters():
             if parameter.requires_grad:  # B too, which starts at zero
                 parameter.data.normal_(generator=torch.Generator().manual_seed(1))
-    model.set_checkpointing(mode)
+    model.set_checkpointing(mode, layers)
     draw = torch.Generator().manual_seed(0)
     latents, prompt = torch.randn(1, 3, 16, 8, 12, generator=draw), torch.randn(1, 16, 32, generator=draw)
     positions = model.positions(
@@ -213,6 +214,22 @@ def test_no_mode_changes_a_bit(mode, dtype, frozen):
         # A frozen feed-forward multiplies part of its columns out again, in products of another size.
         same = torch.equal(grad, expected[name]) if not frozen else torch.allclose(grad, expected[name], rtol=1e-6)
         assert same or (grad - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("mode", ["full", "save_attention"])
+def test_layers_may_differ_and_change_no_bit(mode, kernel_calls):
+    expected_loss, expected = train_step("none")
+    kernel_calls.clear()
+    loss, grads = train_step(mode, 1)
+    assert kernel_calls["forward"] == (3 if mode == "full" else 2)  # the first of two layers alone runs again
+    assert torch.equal(loss, expected_loss)
+    assert all(torch.equal(grad, expected[name]) for name, grad in grads.items())
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+def test_no_more_layers_recompute_than_there_are(layers):
+    with pytest.raises(FactoryError, match=f"checkpointing_layers={layers}: this model has 2 layers. Use 1 to 2"):
+        train_step("full", layers)
 
 
 def test_a_recomputed_block_leaves_its_last_product_out():

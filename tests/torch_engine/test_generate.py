@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from cogvideox_factory.cli import main
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.picture import write_png
-from cogvideox_factory.errors import DataError, FactoryError, StorageError
+from cogvideox_factory.errors import DataError, ExhaustedError, FactoryError, StorageError
 from cogvideox_factory.jobs import read_record
 from cogvideox_factory.lora_files import load_lora, save_lora
 from cogvideox_factory.recipe import check
@@ -190,3 +191,15 @@ def test_frames_the_vae_adds_are_cut_with_a_word(tiny_model, tmp_path, capsys):
 def test_one_file_for_many_prompts_is_refused(tiny_model, tmp_path):
     with pytest.raises(FactoryError, match="one file for 2 videos"):
         generate.run(settings(tiny_model, tmp_path, prompt=["a", "b"], out=str(tmp_path / "x.MP4")))
+
+
+def test_out_of_memory_tells_which_video_and_what_would_help(tiny_model, tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(CogVideoXPipeline, "__call__", full)
+    with pytest.raises(ExhaustedError) as caught:
+        generate.run(settings(tiny_model, tmp_path, prompt=["x"], num_frames=17))
+    assert caught.value.exit_code == 4
+    assert "out of memory while making 000-x.mp4: " in str(caught.value)
+    assert "--generate.num-frames 9: about " in str(caught.value)

@@ -9,6 +9,9 @@ import torch
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.border import whole
+from cogvideox_factory.torch_engine.linear import is_low_bit
+from cogvideox_factory.torch_engine.low_bit import quantize
+from cogvideox_factory.torch_engine.offload import Offload
 from cogvideox_factory.torch_engine.parallel import (
     Layout,
     Ranks,
@@ -17,6 +20,7 @@ from cogvideox_factory.torch_engine.parallel import (
     reduce_gradients,
     total_norm,
 )
+from cogvideox_factory.torch_engine.swap import Swap
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.test_transformer import config_of, positions_for
@@ -31,6 +35,8 @@ class Case:
     checkpointing: str = "none"
     adapters: bool = False
     micros: int = 1
+    small: bool = False
+    """A base of few bits, a block whose weights come and go, activations elsewhere."""
 
 
 def loss_and_gradients(case: Case, ranks: Ranks):
@@ -39,13 +45,20 @@ def loss_and_gradients(case: Case, ranks: Ranks):
     model = CogVideoXTransformer(config)
     model.initialize(3)
     model.set_checkpointing(case.checkpointing)
+    if case.small:
+        quantize(model, "int8", device=torch.device("cpu"))
     if case.adapters:
         lora.add_lora(model, rank=2, alpha=2, seed=0)
         for parameter in lora.lora_parameters(model):
             parameter.data.add_(0.1)
     else:
         model.requires_grad_(True)
-    distribute(model, ranks, dtype=torch.float32)
+    whole_weights = {p for p in model.parameters() if is_low_bit(p)}
+    if case.small:
+        whole_weights |= Swap(model.blocks, 1, device=torch.device("cpu")).parameters
+    distribute(model, ranks, dtype=torch.float32, whole=whole_weights)
+    if case.small:
+        Offload(model.blocks, device=torch.device("cpu"), smallest=1024)
     draw = torch.Generator().manual_seed(1)
     latents = torch.randn(NUM_CLIPS, 4, config.in_channels, 8, 12, generator=draw)
     prompt = torch.randn(NUM_CLIPS, config.max_text_seq_length, config.text_embed_dim, generator=draw)
@@ -84,6 +97,7 @@ CASES = {
         (Case(checkpointing="full"), Layout(size=2, zero=3)),
         (Case(adapters=True, variant="cogvideox1.5-5b-i2v"), Layout(size=2, zero=0)),
         (Case(adapters=True), Layout(size=2, zero=3)),
+        (Case(adapters=True, small=True), Layout(size=2, zero=0)),
         (Case(heads=3, variant="cogvideox-2b"), Layout(size=2, zero=3, sequence=2)),
     ],
     4: [

@@ -1,6 +1,7 @@
 """Whole training runs with the tiny model: exactness, resume, what the run folder holds, what is refused."""
 
 import json
+import re
 import signal
 import sys
 import threading
@@ -15,11 +16,19 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from torch import Tensor
 
 from cogvideox_factory.data.export import export_to_video
-from cogvideox_factory.errors import FactoryError, MissingError, NonFiniteError, StorageError, UnfitError
+from cogvideox_factory.errors import (
+    ExhaustedError,
+    FactoryError,
+    MissingError,
+    NonFiniteError,
+    StorageError,
+    UnfitError,
+)  # fmt: skip
 from cogvideox_factory.recipe import check, read_recipe
 from cogvideox_factory.run_folder import StoppedError, locked
 from cogvideox_factory.tiny.world import random_scene, render
-from cogvideox_factory.torch_engine import checkpoint, loop, prepare, saving, train
+from cogvideox_factory.torch_engine import checkpoint, loop, offload, prepare, saving, start, train
+from cogvideox_factory.torch_engine.lora import lora_arrays
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline as OurPipeline
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.host_reads import HostReads
@@ -485,6 +494,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(
         ({"data": {"num_frames": 5}}, UnfitError, "video.num_frames"),
         ({"data": {"trigger_word": "sks"}}, UnfitError, "trigger_word"),
         ({"lora": {"target_modules": ["to_z"]}}, FactoryError, "to_z"),
+        ({"train": {"activation_offload": True}}, FactoryError, "on the CPU all is there already"),
+        ({"train": {"swapped_blocks": 1}}, FactoryError, "on the CPU all is there already"),
+        (
+            {"train": {"checkpointing": "full", "checkpointing_layers": 3}},
+            FactoryError,
+            "train.checkpointing_layers=3: this model has 2 layers. Use at most 2.",
+        ),
         ({"train": {"resume": "nowhere"}}, UnfitError, "MANIFEST.json is missing"),
         (
             {"train": {"master_weights": "stochastic_bf16", "method": "full"}, "lora": {"rank": 64, "alpha": 64.0}},
@@ -621,3 +637,63 @@ def test_a_compiled_run_goes_the_same_way(tiny_model, clips, caches, tmp_path, m
     plain, compiled = ([x for _, x in losses(run)] for run in runs)
     assert compiled == pytest.approx(plain, rel=1e-5)
     assert "compiling blocks (default): at most 2 graphs, for 1 shapes" in capsys.readouterr().out
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_saves_memory_changes_no_bit_of_a_run(tiny_model, clips, caches, tmp_path, monkeypatch):
+    """Swapped blocks, activations on the host and layers that recompute, as on a card, between two CPU buffers."""
+    monkeypatch.setattr(start, "_require_accelerator", lambda name, device: None)
+    monkeypatch.setattr(offload, "SMALLEST", 1024)
+    options = {"steps": 3, "checkpointing": "full"}
+    train.run(cached(tiny_model, clips, caches, tmp_path / "plain", train=options))
+    sparing = {"swapped_blocks": 2, "activation_offload": True}
+    train.run(cached(tiny_model, clips, caches, tmp_path / "sparing", train=options | sparing))
+    assert_same(tmp_path / "plain" / "run", tmp_path / "sparing" / "run")
+
+
+def test_a_lora_over_a_base_of_few_bits_loads_over_the_plain_model(tiny_model, clips, caches, tmp_path, capsys):
+    pytest.importorskip("torchao", reason="the extra lowbit is not installed")
+    config = cached(tiny_model, clips, caches, tmp_path, train={"steps": 3}, lora={"base": "int8"})
+    train.run(config)
+    assert "training needs about" in capsys.readouterr().out
+    pipe = OurPipeline.from_pretrained(tiny_model(VARIANT["t2v"]), device="cpu", text_encoder=False)
+    pipe.load_lora_weights(tmp_path / "run", adapter_name="mine")
+    assert any(np.abs(array).max() > 0 for name, array in lora_arrays(pipe.transformer, "mine").items() if "B" in name)
+
+
+def test_out_of_memory_tells_where_and_what_would_help(tiny_model, clips, caches, tmp_path, monkeypatch):
+    calls = 0
+    forward = CogVideoXTransformer.forward
+
+    def full(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.\nmore words")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(CogVideoXTransformer, "forward", full)
+    with pytest.raises(ExhaustedError) as caught:
+        train.run(cached(tiny_model, clips, caches, tmp_path))
+    assert caught.value.exit_code == 4
+    first, _, *savings, last = str(caught.value).splitlines()
+    assert re.fullmatch(
+        r"out of memory at step 2, with clips of 9x64x96: \d+\.\d\d GiB were in use at most, cpu has \d+\.\d\d GiB\.",
+        first,
+    )
+    assert last == "torch says: Tried to allocate 2.00 GiB."
+    assert any("--train.checkpointing full" in line for line in savings)
+    assert any("--train.batch-size for 1 clip(s) a process, not 2" in line for line in savings)
+    bytes_told = [float(re.search(r"about ([\d.]+) GiB less", line)[1]) for line in savings]
+    assert bytes_told == sorted(bytes_told, reverse=True)
+
+
+def test_other_errors_are_not_taken_for_it(tiny_model, clips, caches, tmp_path, monkeypatch):
+    def broken(self, *args, **kwargs):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(CogVideoXTransformer, "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train.run(cached(tiny_model, clips, caches, tmp_path))
