@@ -26,6 +26,9 @@ MATRIX_BYTES = {
 }
 """Of a base of few bits: bytes a weight, and bytes a row besides."""
 
+STATE_BYTES = {"adamw": 8, "adam": 8, "adamw8bit": 2 + 2 * 4 / 256, "prodigy": 16, "came": 4}
+"""What an optimizer remembers of a parameter of a large matrix, with float32 moments (see `plan.optimizer`)."""
+
 _FROZEN_KEPT = 2.75
 _LIVE = 2
 """Blocks whose activations or weights are on the device at a time when the others' are in host memory."""
@@ -52,6 +55,9 @@ class Training:
     checkpointing_layers: int | None = None
     activation_offload: bool = False
     swapped_blocks: int = 0
+    optimizer: str = "adamw"
+    optimizer_offload: bool = False
+    """float32 weights and what the optimizer remembers are in host memory."""
     stochastic: bool = False
     """Weights, gradients and moments in bfloat16 (full fine-tuning)."""
     average: bool = False
@@ -132,10 +138,13 @@ def need(run: Training) -> Need:
     state = 2 if run.stochastic else 4  # bytes of a gradient and of each moment
     divided = trained // shards
     activations, host = _activations(run)
+    masters = 4 * divided if run.method == "full" and stored == 2 and not run.stochastic else 0
+    moments = round(STATE_BYTES[run.optimizer] * divided * (state / 4 if run.optimizer != "adamw8bit" else 1))
+    if run.optimizer_offload:
+        host, masters, moments = host + 4 * divided + moments, 0, 0
     return Need(
         weights=on_device + adapters, gathered=_gathered(run, shards, stored),
-        masters=4 * divided if run.method == "full" and stored == 2 and not run.stochastic else 0,
-        moments=2 * state * divided, gradients=state * (trained if run.zero == 1 else divided),
+        masters=masters, moments=moments, gradients=state * (trained if run.zero == 1 else divided),
         average=4 * divided if run.average else 0,
         activations=activations, working=_working(run), host=host + _swapped_bytes(run, here=0),
     )  # fmt: skip
@@ -308,6 +317,10 @@ def _changes(run: Training, accelerator: bool) -> Iterator[tuple[str, Training]]
         yield "--train.activation-offload True", replace(run, activation_offload=True)
     if run.method == "full" and run.item_bytes == 2 and not run.stochastic:
         yield "--train.master-weights stochastic_bf16", replace(run, stochastic=True)
+    if run.optimizer == "adamw":
+        yield "--train.optimizer adamw8bit", replace(run, optimizer="adamw8bit")
+    if accelerator and not run.optimizer_offload and run.optimizer in ("adam", "adamw") and not run.stochastic:
+        yield "--train.optimizer-offload True", replace(run, optimizer_offload=True)
     if run.method == "full":
         yield "--train.method lora", replace(run, method="lora", stochastic=False)
     if run.method == "lora" and not run.zero:

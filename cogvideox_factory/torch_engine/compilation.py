@@ -79,7 +79,7 @@ def require_compiler(device: torch.device) -> None:
             f"train.compile needs a C++ compiler, and {wanted} is not here. Install it (apt-get install g++), or set "
             "--train.compile none."
         )
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+    if device.type != "cpu" and importlib.util.find_spec("triton") is None:
         raise MissingError(
             "train.compile needs Triton on a card. Install: pip install triton, or --train.compile none."
         )

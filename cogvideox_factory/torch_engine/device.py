@@ -190,4 +190,4 @@ def set_tf32(enabled: bool, device: torch.device) -> None:
     # It sets `torch.backends.cuda.matmul.fp32_precision`, and the one number that inductor's tuning reads and that
     # setting alone leaves contradictory.
     torch.set_float32_matmul_precision("high" if enabled else "highest")
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if enabled else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if enabled else "ieee"  # pyright: ignore[reportAttributeAccessIssue]

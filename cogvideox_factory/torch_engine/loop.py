@@ -24,13 +24,14 @@ from cogvideox_factory.run_folder import StoppedError, StopRequest, stop_request
 from cogvideox_factory.time_limit import TimeLimit
 from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.bad_steps import BadSteps, bad_among
+from cogvideox_factory.torch_engine.border import local
 from cogvideox_factory.torch_engine.device import host_memory, peak_memory
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.exhausted import InHand
 from cogvideox_factory.torch_engine.ledger import Ledger, Step, Work, averages, rows_of
 from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.optim import Ema, Update
-from cogvideox_factory.torch_engine.parallel import Ranks, local, reduce_gradients
+from cogvideox_factory.torch_engine.parallel import Ranks, reduce_gradients
 from cogvideox_factory.torch_engine.saving import Saver
 from cogvideox_factory.torch_engine.watch import Watch, to_device
 from cogvideox_factory.tracker import Tracker

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogvideox_factory.draws import generator
-from cogvideox_factory.optimizer_memory import BLOCK, SMALLEST
+from cogvideox_factory.plan.optimizer import BLOCK, SMALLEST
 from cogvideox_factory.torch_engine.guarded import Guarded
 
 # --- AdamW in bfloat16 ------------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ class Update:
         self.num_skipped.fill_(scalars["num_skipped"])
         self.spikes.restore(scalars.get("recent_norms", []))
         if hasattr(self.optimizer, "num_steps"):
-            self.optimizer.num_steps = int(scalars["num_updates"])
+            self.optimizer.num_steps = int(scalars["num_updates"])  # type: ignore[attr-defined]
         self._write_back()
 
 

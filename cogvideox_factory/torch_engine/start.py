@@ -359,7 +359,8 @@ def training_numbers(plan: Plan, sizes: Mapping[str, int], layout: Layout) -> Tr
         adapted=adapted_layers(plan.model, config.lora.target_modules),
         use_dora=config.lora.use_dora, base=config.lora.base, checkpointing=train.checkpointing,
         checkpointing_layers=train.checkpointing_layers, activation_offload=train.activation_offload,
-        swapped_blocks=train.swapped_blocks, stochastic=train.master_weights == "stochastic_bf16",
+        swapped_blocks=train.swapped_blocks, optimizer=train.optimizer,
+        optimizer_offload=train.optimizer_offload, stochastic=train.master_weights == "stochastic_bf16",
         average=train.ema_decay is not None, processes=layout.size, replicas=layout.replicas,
         sequence=layout.sequence, zero=layout.zero,
     )  # fmt: skip

@@ -27,8 +27,8 @@ from cogvideox_factory.errors import FactoryError, StorageError
 from cogvideox_factory.lora_files import save_lora
 from cogvideox_factory.metrics import say, speaking
 from cogvideox_factory.models import VaeConfig
-from cogvideox_factory.optimizer_memory import optimizer_memory
 from cogvideox_factory.plan import memory
+from cogvideox_factory.plan.optimizer import optimizer_memory
 from cogvideox_factory.publish import replace_folder, require_room, sweep
 from cogvideox_factory.recipe import write_recipe
 from cogvideox_factory.run_folder import check_allowed, locked

@@ -230,9 +230,13 @@ def test_the_best_saving_comes_first_and_is_what_it_says():
 
 
 def test_nothing_is_advised_that_is_set_already():
-    run = real(checkpointing="full", base="nf4", swapped_blocks=42, activation_offload=True, rank=16)
+    run = real(
+        checkpointing="full", base="nf4", swapped_blocks=42, activation_offload=True, rank=16, optimizer="adamw8bit"
+    )
     assert savings(run, accelerator=True) == []
-    sharded = real(method="full", processes=8, zero=3, sequence=8, checkpointing="full", stochastic=True)
+    sharded = real(
+        method="full", processes=8, zero=3, sequence=8, checkpointing="full", stochastic=True, optimizer="adamw8bit"
+    )
     assert [setting for _, setting in savings(sharded, accelerator=False)] == ["--train.method lora"]
 
 

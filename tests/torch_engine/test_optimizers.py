@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.optim import AdamW8bit
 
-from cogvideox_factory.optimizer_memory import optimizer_memory
+from cogvideox_factory.plan.optimizer import optimizer_memory
 from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.border import whole
 from cogvideox_factory.torch_engine.low_precision import Code

@@ -1,4 +1,4 @@
-from cogvideox_factory.optimizer_memory import optimizer_memory
+from cogvideox_factory.plan.optimizer import optimizer_memory
 
 
 def test_the_figures_users_know():
