@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.interleave import Ratio, interleave
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.learning_rate import learning_rate
 from cogvideox_factory.metrics import console
 from cogvideox_factory.models import PUBLISHED
 from cogvideox_factory.recipe import check
@@ -202,17 +203,16 @@ class TheirTrainer:
 def require_equal_losses(loop: Loop, theirs: TheirTrainer) -> None:
     """Take a few steps of both on the same clips and draws; their losses agree, so their updates do too."""
     batches = loop.loader.batches(0, NUM_COMPARED)
-    for step in range(1, NUM_COMPARED + 1):
-        batch = next(batches)
+    for step, batch in enumerate(batches, start=1):
         tensors = to_device(batch, CPU)
-        with torch.no_grad():
-            ours = loop.objective(tensors).mean().item()
-        loop._step(step, iter([batch]))
+        loss = loop.objective(tensors).mean()
+        loss.backward()
+        loop.update.step(learning_rate(step, **loop.rate))
         moments = torch.cat([tensors[key].float().transpose(1, 2) for key in ("mean", "logvar")], dim=1)
         drawn = {key: tensors[key] for key in ("posterior_noise", "noise", "timesteps")}
         other = theirs.step(moments, tensors["prompt_embeds"].float(), drawn)
+        ours = loss.item()
         assert abs(ours - other) < 2e-4 * abs(other), f"step {step}: losses {ours:.6f} and {other:.6f}"
-    loop._pending.clear()
 
 
 def tiny_ratio(name: str, config: Config, folder: Path, *, target: float | None) -> Ratio:
