@@ -1,4 +1,4 @@
-"""Compiling the transformer's blocks for training: one graph for each shape, which all blocks share.
+"""Compiling the transformer's blocks for training: a graph or three for each shape, which all blocks share.
 
 A block is compiled from its forward down, checkpointing included, so what stands around it (hooks that gather divided
 weights) stays as it is. Shapes are fixed, which makes the fastest code; a shape more is a compilation more. What is
@@ -42,9 +42,11 @@ def compile_blocks(transformer: CogVideoXTransformer, mode: str, *, num_shapes: 
         raise FactoryError(f"compile={mode!r}{nearest(mode, list(_MODES))}: give {', '.join(get_args(Compile))}.")
     if backend == "inductor":
         require_compiler(next(transformer.parameters()).device)
-    # With all weights before it frozen, the first block's input asks for no gradient, and is another graph.
+    # With all weights before it frozen, the first block's input asks for no gradient; the last block drops the text,
+    # where no other process needs it. Both are graphs of their own.
     frozen = any(not parameter.requires_grad for parameter in transformer.patch_embed.parameters())
-    num_graphs = num_shapes * (2 if frozen else 1)
+    kinds = 1 + frozen + (transformer.sequence is None)
+    num_graphs = num_shapes * min(kinds, len(transformer.transformer_blocks))
     from torch._inductor import config as inductor  # a second that other runs need not wait
 
     inductor.deterministic = torch.are_deterministic_algorithms_enabled()

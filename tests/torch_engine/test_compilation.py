@@ -28,9 +28,10 @@ def fresh_counters():
     torch._dynamo.reset()
 
 
-def model(checkpointing: str, *, adapters=False, heads=2) -> CogVideoXTransformer:
-    """Return two layers."""
-    made = CogVideoXTransformer(config_of("cogvideox-5b", num_attention_heads=heads, attention_head_dim=16))
+def model(checkpointing: str, *, adapters=False, heads=2, layers=2) -> CogVideoXTransformer:
+    """Return two layers, or more."""
+    config = config_of("cogvideox-5b", num_attention_heads=heads, attention_head_dim=16, num_layers=layers)
+    made = CogVideoXTransformer(config)
     made.initialize(3)
     made.set_checkpointing(checkpointing)
     if adapters:
@@ -70,25 +71,27 @@ def assert_same(ours, theirs):
 
 
 @needs_compiler
-def test_machine_code_gives_the_same_loss_and_gradients():
+def test_machine_code_gives_the_same_loss_and_gradients(monkeypatch, tmp_path):
+    # A process that was killed leaves half a library in the usual folder.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     compiled, plain = model("save_attention"), model("save_attention")
-    assert compile_blocks(compiled, "default", num_shapes=1) == 1
+    assert compile_blocks(compiled, "default", num_shapes=1) == 2
     expected = step(plain)
     for _ in range(2):
         assert_same(step(compiled), expected)
     with torch.no_grad():  # another batch, as sample videos have
         inputs = inputs_of(compiled, 2)
         compiled(*inputs, positions=positions_for(compiled, *inputs[:2]))
-    assert counters["stats"]["unique_graphs"] == 1, "of two blocks, and what is not trained is not compiled"
+    assert counters["stats"]["unique_graphs"] == 2, "the last block is another; what is not trained is not compiled"
 
 
 def test_there_is_a_graph_for_each_shape_and_no_more():
-    """A LoRA has two: nothing before the first block asks for a gradient."""
-    compiled, plain = (model("full", adapters=True) for _ in range(2))
+    """A LoRA has three: before the first block nothing asks for a gradient, behind the last nobody reads the text."""
+    compiled, plain = (model("full", adapters=True, layers=4) for _ in range(2))
     limit = compile_blocks(compiled, "default", num_shapes=2, backend=QUICK)
     for batch in (1, 2, 1):
         assert_same(step(compiled, batch), step(plain, batch))
-    assert counters["stats"]["unique_graphs"] == limit == 4
+    assert counters["stats"]["unique_graphs"] == limit == 6
     with pytest.raises(FailOnRecompileLimitHit):
         step(compiled, 3)
 
