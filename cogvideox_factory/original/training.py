@@ -167,7 +167,7 @@ FLAGS = (
     inert("hub_token", "text", "nothing is pushed (HF_TOKEN or `hf auth login` keeps a token out of sight)"),
     inert("hub_model_id", "text", "nothing is pushed"),
     inert("logging_dir", "text", "tensorboard/ lies in output_dir", "logs"),
-    inert("allow_tf32", "switch", "float32 is exact here", False, origin=PYTORCH),
+    same("allow_tf32", "switch", "run.tf32", False, origin=PYTORCH),
     same("nccl_timeout", "number", "parallel.timeout_seconds", note="without it: ours, 1800 s"),
     joint(
         "report_to", "text", "", choices.choose_report, "tensorboard",

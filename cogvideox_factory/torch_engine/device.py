@@ -4,9 +4,11 @@ Everything else in this tower is written against `torch.accelerator`; here and i
 device kinds. Ascend comes through torch_npu, which torch loads by itself where it is installed.
 """
 
+import importlib.util
 import logging
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import torch
@@ -191,3 +193,21 @@ def set_tf32(enabled: bool, device: torch.device) -> None:
     # setting alone leaves contradictory.
     torch.set_float32_matmul_precision("high" if enabled else "highest")
     torch.backends.cudnn.conv.fp32_precision = "tf32" if enabled else "ieee"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def require_compiler(device: torch.device) -> None:
+    """Check for what turns graphs into machine code: a C++ compiler, and on a card Triton.
+
+    Raises:
+        MissingError: it is not here.
+    """
+    wanted = os.environ.get("CXX", "g++")  # as torch looks for it
+    if shutil.which(wanted) is None:
+        raise MissingError(
+            f"train.compile needs a C++ compiler, and {wanted} is not here. Install it (apt-get install g++), or set "
+            "--train.compile none."
+        )
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise MissingError(
+            "train.compile needs Triton on a card. Install: pip install triton, or --train.compile none."
+        )

@@ -36,8 +36,8 @@ from cogvideox_factory.time_limit import TimeLimit
 from cogvideox_factory.torch_engine import lora, prepare
 from cogvideox_factory.torch_engine.attention import backend_name
 from cogvideox_factory.torch_engine.bad_steps import BadSteps
-from cogvideox_factory.torch_engine.compilation import compile_blocks, require_compiler
-from cogvideox_factory.torch_engine.device import set_determinism, set_tf32, take_card
+from cogvideox_factory.torch_engine.compilation import compile_blocks
+from cogvideox_factory.torch_engine.device import require_compiler, set_determinism, set_tf32, take_card
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.examine import first_not_finite
 from cogvideox_factory.torch_engine.exhausted import InHand, told
@@ -221,7 +221,7 @@ def _train(
     transformer = load_transformer(plan, ranks)
     if config.train.compile != "none":
         num_graphs = compile_blocks(transformer, config.train.compile, num_shapes=len(sizes))
-        say(f"compiling blocks ({config.train.compile}): at most {num_graphs} graphs, for {len(sizes)} shapes")
+        say(f"compiling blocks ({config.train.compile}): {num_graphs} graphs, for {len(sizes)} shapes")
     update = make_update(plan, transformer, ranks)
     ema = Ema(update, decay=config.train.ema_decay) if config.train.ema_decay else None
     objective = make_objective(plan, transformer)
