@@ -1,15 +1,20 @@
 """A run folder: one process at a time writes it, and a run goes on only with the settings it was started with."""
 
 import fcntl
+import re
 import shutil
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from cogvideox_factory.errors import FactoryError, StorageError, UnfitError
+
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
 
 
 class StoppedError(FactoryError):
@@ -43,20 +48,32 @@ def locked(run: Path) -> Iterator[None]:
 
 
 @contextmanager
-def stop_requests() -> Iterator["StopRequest"]:
-    """Catch SIGTERM, SIGINT and SIGUSR1 so that the step in hand can be finished and saved."""
-    request = StopRequest()
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+def stop_handler(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Let `handler` take SIGTERM, SIGINT, SIGUSR1 and SIGHUP (the last not under nohup, which ignores it).
+
+    Raises:
+        ValueError: outside the main thread, where signals belong to whoever runs it.
+    """
+    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in signals}
     try:
-        before = {number: signal.signal(number, request.handle) for number in signals}
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def stop_requests() -> Iterator["StopRequest"]:
+    """Catch the signals that ask a run to stop, so that the step in hand can be finished and saved."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    try:
+    with stop_handler(request.handle):
         yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class StopRequest:
@@ -70,6 +87,14 @@ class StopRequest:
         if self.name is not None:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+
+
+def list_checkpoints(run: Path) -> list[int]:
+    """Return the steps of the complete checkpoints of a run folder, oldest first."""
+    if not Path(run).is_dir():
+        return []
+    matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in Path(run).iterdir())
+    return sorted(int(match[1]) for match, path in matches if match and (path / "MANIFEST.json").is_file())
 
 
 def require_same(recorded: dict[str, Any], wanted: dict[str, Any], *, source: Path) -> None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": "videos + captions -> cache of latents and text embeddings",
     "import-prepared": "a folder the older trainers prepared -> the same cache",
     "train": "cache or raw clips -> run folder with a LoRA or a fine-tuned transformer",
+    "launch": "starts `train` on many cards, and again after a crash",
     "generate": "prompts (and images) -> mp4",
     "evaluate": "metrics of a folder of videos; judges of what they show",
     "train-vae": "clips -> a VAE of this architecture, for models of your own",
@@ -27,7 +28,8 @@ A recipe comes first, flags override single settings of it:
 `cogvideox COMMAND --help` lists every setting of a command with its default and unit.
 
 Exit codes: 0 done, 1 our bug, 2 usage or setting, 3 data rejected, 4 missing dependency, model or device,
-5 cache or checkpoint unfit, 6 storage, 7 non-finite numbers, 75 stopped on request (run again to go on), 130 Ctrl-C."""
+5 cache or checkpoint unfit, 6 storage, 7 non-finite numbers, 8 another process of the run failed,
+75 stopped on request (run again to go on), 130 Ctrl-C."""
 
 
 def usage() -> str:

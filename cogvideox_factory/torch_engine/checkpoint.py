@@ -11,8 +11,6 @@ One flipped bit in a weight file loads without an error, so every file is hashed
 
 import hashlib
 import json
-import re
-import shutil
 import warnings
 from collections.abc import Generator
 from pathlib import Path
@@ -25,11 +23,11 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cogvideox_factory.errors import StorageError, UnfitError
-from cogvideox_factory.publish import publish_folder, require_room
+from cogvideox_factory.publish import publish_folder, remove_folder, require_room
+from cogvideox_factory.run_folder import list_checkpoints
 from cogvideox_factory.torch_engine.parallel import Layout, Ranks
 
 FORMAT = 1
-_NAME = re.compile(r"checkpoint-(\d{6,})")
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -62,7 +60,7 @@ def save_checkpoint(
     if ranks.leads:
         others = [number for number in list_checkpoints(run) if number != step]
         for old in others[: max(0, len(others) - (keep - 1))]:
-            shutil.rmtree(checkpoint_folder(run, old))
+            remove_folder(checkpoint_folder(run, old))
     return target
 
 
@@ -156,14 +154,6 @@ def verify_checkpoint(folder: Path) -> None:
     for name, recorded in manifest.items():
         if _digest(Path(folder) / name) != recorded:
             raise UnfitError(f"{folder / name} was changed or damaged after it was written. Use another checkpoint.")
-
-
-def list_checkpoints(run: Path) -> list[int]:
-    """Return the steps of the complete checkpoints of a run folder, oldest first."""
-    if not Path(run).is_dir():
-        return []
-    matches = ((_NAME.fullmatch(path.name), path) for path in Path(run).iterdir())
-    return sorted(int(match[1]) for match, path in matches if match and (path / "MANIFEST.json").is_file())
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:

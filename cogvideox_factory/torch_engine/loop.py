@@ -26,6 +26,7 @@ from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.parallel import Ranks, local, reduce_gradients
 from cogvideox_factory.torch_engine.watch import SampleVideos, held_out_loss, to_device
+from cogvideox_factory.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +66,8 @@ class Loop:
     """Tokens of a sample of each shape."""
     watch: Watch
     ranks: Ranks
+    hang_seconds: float = 0.0
+    """Without a step after which the run ends (0: never)."""
     _pending: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     _clock: float = 0.0
     _clock_step: int = 0
@@ -76,22 +79,25 @@ class Loop:
         batches = self.loader.batches(first, self.num_steps)
         self._clock, self._clock_step = time.monotonic(), first
         try:
-            with stop_requests() as stop:
+            with stop_requests() as stop, Watchdog(self.hang_seconds) as watchdog:
                 if not start and self.watch.every:
                     self._look(0, log)
                 for step in range(first + 1, self.num_steps + 1):
                     self._step(step, batches)
+                    watchdog.beat()
                     last = step == self.num_steps
                     stop.name = self.ranks.agree(stop.name)
                     saves = step % self.save_every == 0 or last or stop.name is not None
                     if step % self.log_every == 0 or saves or step == 1:
                         self._log(step, log)
                     if saves:
-                        self._save(step, must=last or stop.name is not None)
+                        with watchdog.pause():
+                            self._save(step, must=last or stop.name is not None)
                     if stop.name and not last:
                         self._leave(step, stop)
                     if self.watch.every and (step % self.watch.every == 0 or last):
-                        self._look(step, log)
+                        with watchdog.pause():
+                            self._look(step, log)
         finally:
             log.close()
 

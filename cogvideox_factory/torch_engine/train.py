@@ -66,7 +66,7 @@ def run(config: Config) -> Path:
     take_card()
     plan = make_plan(config)
     _check_validation(plan)
-    layout = Layout(size=num_processes(), **config.parallel.model_dump(exclude={"timeout_seconds"}))
+    layout = Layout(size=num_processes(), **config.parallel.model_dump(exclude={"timeout_seconds", "hang_seconds"}))
     heads = plan.model.num_attention_heads
     set_determinism(config.run.deterministic)
     seconds = config.parallel.timeout_seconds
@@ -189,7 +189,7 @@ def _train(
             every=config.validation.every, source=source, clip_ids=held_ids, draws=make_draws(plan, quiet=True),
             samples=make_samples(plan, frozen, transformer),
         ),
-        ranks=ranks,
+        ranks=ranks, hang_seconds=config.parallel.hang_seconds,
     )  # fmt: skip
     _say_arithmetic(plan, sampler, update, start, ranks)
     ranks.from_lead(lambda: _make_ready(plan, loop.state_bytes()))

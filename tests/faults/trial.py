@@ -48,6 +48,10 @@ class Trial:
     """What noticed the fault."""
     is_control: bool = False
     """Nothing was wrong, so a refusal is a false one."""
+    steps_redone: int | None = None
+    """Logged steps of training that had to be done again."""
+    recovery_seconds: float | None = None
+    """From the fault to the next step."""
 
     @property
     def passed(self) -> bool:
@@ -99,7 +103,7 @@ class Child:
             os.dup2(self._file.fileno(), 1)
             os.dup2(self._file.fileno(), 2)
             sys.stdout = sys.stderr = os.fdopen(os.dup(1), "w", buffering=1)
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             answer, code = {"value": function(*args)}, 0
         except FactoryError as error:
