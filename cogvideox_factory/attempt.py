@@ -32,7 +32,7 @@ _FAILURE = re.compile(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)")
 
 
 def record(main: Callable[[], int]) -> int:
-    """Run `main` and return its exit code; as one process of a supervised run, keep its output and its end."""
+    """Run `main` and return its exit code; as one process of a supervised run, end with it, and leave word of it."""
     if FOLDER not in os.environ:
         return main()
     folder, rank = Path(os.environ[FOLDER]), os.environ["RANK"]
@@ -43,15 +43,17 @@ def record(main: Callable[[], int]) -> int:
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     note = folder / f"rank-{rank}.json"
     publish_text(note, json.dumps({"pid": os.getpid()}))
+    is_done = False
     try:
         code = main()
+        is_done = code == 0
     except SystemExit as leaving:  # a parser's
         code = leaving.code if isinstance(leaving.code, int) else 1
     except BaseException:  # noqa: BLE001 - whatever it is, the process ends with it, and its log has it
         traceback.print_exc()
         code = 1
     publish_text(note, json.dumps({"pid": os.getpid(), "code": code}))
-    if code:  # what a broken connection has left behind must not keep the process from ending
+    if not is_done:  # threads that a broken connection has left waiting must not keep the process from ending
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -103,8 +105,10 @@ class Processes:
         """End all that live, whatever they do, and wait until they are gone (not for long: a disk may hold them)."""
         self.put_down |= self.alive
         self.send(signal.SIGKILL)
-        for rank in self.put_down:
-            select.select([self._handles[rank]], [], [], 10)
+        handles = [self._handles[rank] for rank in self.put_down]
+        for handle in handles:
+            if handle is not None:
+                select.select([handle], [], [], 10)
 
     def close(self) -> None:
         """Let go of the handles."""

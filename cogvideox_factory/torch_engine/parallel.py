@@ -15,10 +15,12 @@ Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., FSDP (arXiv 2304.11277
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar, cast
 
 import torch
@@ -34,7 +36,8 @@ from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 
 ZERO_STAGES = (0, 1, 2, 3)
 
-_PARTING = timedelta(seconds=5)
+_PARTING_SECONDS = 5.0
+_partings = count()
 
 T = TypeVar("T")
 
@@ -189,12 +192,17 @@ def joined(layout: Layout, *, num_heads: int, device: torch.device, timeout_seco
 def _part(ranks: Ranks) -> None:
     """Wait a little for the others, since a connection that closes cuts off whoever still reads from it.
 
-    They come if the run is over or refused in all of them; if it failed here alone, they will not.
+    They come if the run is over or refused in all of them; if it failed here alone, they will not. Said through the
+    store and not by a barrier, which could not be given up.
     """
-    with suppress(RuntimeError):
-        parting = dist.barrier(group=ranks.talk, async_op=True)
-        assert parting is not None
-        parting.wait(_PARTING)
+    number = next(_partings)  # every process counts alike
+    names = [f"parting/{number}/{rank}" for rank in range(ranks.layout.size)]
+    with suppress(RuntimeError):  # the store is gone with the process that keeps it
+        store = dist.distributed_c10d._get_default_store()
+        store.set(names[ranks.rank], "")
+        end = time.monotonic() + _PARTING_SECONDS
+        while not store.check(names) and time.monotonic() < end:
+            time.sleep(0.02)
 
 
 def _is_broken_link(error: RuntimeError) -> bool:

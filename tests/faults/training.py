@@ -76,10 +76,11 @@ def counted(path: Path, boundaries: Boundaries) -> list[str]:
 @once
 def warm() -> None:
     """Import, once and in the parent, what every child would import; no kernel runs here."""
-    import tensorboard.summary.writer.event_file_writer
+    import tensorboard.summary.writer.event_file_writer  # noqa: F401
     import torch
     import torch.distributed.checkpoint
     import torch.distributed.fsdp
+    import torch.distributed.launcher.api
 
     import cogvideox_factory.cli.prepare
     import cogvideox_factory.torch_engine.prepare

@@ -125,13 +125,14 @@ class Child:
     def wait(self, limit: float = LIMIT_SECONDS) -> Outcome:
         """Return how it ended; after `limit` seconds it is killed."""
         timed_out = False
-        with os.fdopen(self._read) as pipe:
+        os.set_blocking(self._read, False)  # what it started and left alive holds the other end as well
+        with os.fdopen(self._read, "rb") as pipe:
             while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
                 if time.monotonic() - self.started > limit:
                     timed_out = True
                     self.kill()
                 time.sleep(0.002)
-            answer = pipe.read()
+            answer = pipe.read() or b""
         seconds = time.monotonic() - self.started
         status = ended[1]
         with self._file as file:
