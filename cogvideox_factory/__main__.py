@@ -2,7 +2,8 @@
 
 import sys
 
+from cogvideox_factory.attempt import record
 from cogvideox_factory.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(record(main))

@@ -12,11 +12,11 @@ One flipped bit in a weight file loads without an error, so every file is hashed
 import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from cogvideox_factory.errors import UnfitError
+from cogvideox_factory.publish import remove_folder
 
 FORMAT = 1
 MANIFEST, STATE = "MANIFEST.json", "state.json"
@@ -108,7 +108,7 @@ def prune(run: Path, *, keep: int, newest: int) -> None:
     """Remove all but the newest `keep` complete checkpoints, counting `newest`, which is one of them."""
     others = [step for step in list_checkpoints(run) if step != newest]
     for step in others[: max(0, len(others) - (keep - 1))]:
-        shutil.rmtree(checkpoint_folder(run, step))
+        remove_folder(checkpoint_folder(run, step))
 
 
 def set_aside(folder: Path, label: str = "broken") -> Path:

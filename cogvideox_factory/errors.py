@@ -49,6 +49,12 @@ class NonFiniteError(FactoryError):
     exit_code = 7
 
 
+class PeerError(FactoryError):
+    """Another process of the run ended or no longer answers (exit code 8)."""
+
+    exit_code = 8
+
+
 def nearest(name: str, choices: list[str]) -> str:
     """Return a ` (did you mean 'x'?)` hint for a mistyped `name`, or an empty string."""
     from difflib import get_close_matches

@@ -186,6 +186,20 @@ def replace_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove `folder`, which is whole under its name until it is gone; what a kill leaves is for `sweep`.
+
+    Raises:
+        StorageError: it cannot be renamed.
+    """
+    away = _temporary(folder)
+    try:
+        os.replace(folder, away)
+    except OSError as error:
+        _raise_storage_error(folder, away, error)
+    shutil.rmtree(away, ignore_errors=True)
+
+
 def publish_text(target: Path, text: str) -> None:
     """Write `text` (UTF-8) to `target` atomically."""
     with publish_file(target) as temporary:

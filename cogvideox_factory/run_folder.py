@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import stat
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -54,25 +55,32 @@ class LeftAtOnceError(KeyboardInterrupt):
 
 
 @contextmanager
-def stop_requests(clock: Callable[[], float] = time.monotonic) -> Iterator["StopRequest"]:
-    """Catch SIGTERM, SIGINT, SIGUSR1 and SIGHUP so that the step in hand can be finished and saved.
+def stop_handler(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Let `handler` take SIGTERM, SIGINT, SIGUSR1 and SIGHUP (the last not under nohup, which ignores it).
 
-    A SIGHUP that is ignored already, as under nohup, stays ignored.
+    Raises:
+        ValueError: outside the main thread, where signals belong to whoever runs it.
     """
-    request = StopRequest(clock)
     signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signals.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in signals}
     try:
-        before = {number: signal.signal(number, request.handle) for number in signals}
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def stop_requests(clock: Callable[[], float] = time.monotonic) -> Iterator["StopRequest"]:
+    """Catch the signals that ask a run to stop, so that the step in hand can be finished and saved."""
+    request = StopRequest(clock)
+    if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    try:
+    with stop_handler(request.handle):
         yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class StopRequest:

@@ -1,9 +1,11 @@
 """Safetensors files: named arrays and a header of strings, read one tensor at a time.
 
 bfloat16 comes and goes as `ml_dtypes.bfloat16`, bit for bit. Files are read, not memory-mapped: a mapped
-file that another process truncates kills this one with a bus error no handler can catch.
+file that another process truncates kills this one with a bus error no handler can catch. What is written
+here carries its own SHA-256 in the header, because a flipped bit of a weight is still a weight.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -28,12 +30,19 @@ _NAMES = {
 _DTYPES = {theirs: np.dtype(ours) for ours, theirs in _NAMES.items()}
 
 
+_DIGEST = "cogvideox_factory.sha256"
+_BLANK = "0" * 64
+_BLOCK = 2**22
+
+
 class TensorFile:
     """An open safetensors file."""
 
     def __init__(self, path: Path, handle: Any):
         self.path = path
         self.metadata: dict[str, str] = handle.metadata() or {}
+        self.digest = self.metadata.pop(_DIGEST, None)
+        """What its bytes were when it was written, if it was written here."""
         self.names: list[str] = handle.offset_keys()
         """Tensor names in the order they lie in the file."""
         self._handle = handle
@@ -117,7 +126,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
 
     Raises:
         MissingError: no such file.
-        UnfitError: truncated, damaged, or something else altogether.
+        UnfitError: truncated, damaged, or something else altogether; other bytes than the digest it carries.
     """
     path = Path(path)
     if not path.is_file():
@@ -127,7 +136,31 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
     with opened as handle:
-        yield TensorFile(path, handle)
+        file = TensorFile(path, handle)
+        if file.digest is not None and file.digest != _digest(path):
+            raise UnfitError(
+                f"{path} was changed or damaged after it was written: its bytes do not have the digest in its header. "
+                "Copy or export it again."
+            )
+        yield file
+
+
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file with the digest in its header blanked."""
+    with path.open("rb") as file:
+        size = file.read(8)
+        header = file.read(int.from_bytes(size, "little"))
+        at = _place_of_digest(header)
+        total = hashlib.sha256(size + header[:at] + _BLANK.encode() + header[at + len(_BLANK) :])
+        while block := file.read(_BLOCK):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _place_of_digest(header: bytes) -> int:
+    """Return where the digest begins; quotes inside other values are escaped, so its key is found only once."""
+    key = f'"{_DIGEST}":"'.encode()
+    return header.find(key) + len(key)
 
 
 def _read_into(file: RawIOBase, array: np.ndarray) -> bool:
@@ -171,7 +204,8 @@ def save_tensors(path: Path, arrays: Mapping[str, np.ndarray], *, metadata: Mapp
     """
     # Wide types first, so that every tensor starts at a multiple of its item size.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
+    described = {"format": "pt", **(metadata or {}), _DIGEST: _BLANK}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(described.items()))}
     start = 0
     for name in order:
         array = arrays[name]
@@ -185,11 +219,15 @@ def save_tensors(path: Path, arrays: Mapping[str, np.ndarray], *, metadata: Mapp
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    total = hashlib.sha256()
     try:
         with Path(path).open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                file.write(_little_endian_bytes(arrays[name]))
+            for part in [len(text).to_bytes(8, "little") + text, *(arrays[name] for name in order)]:
+                data = part if isinstance(part, bytes) else _little_endian_bytes(part)
+                total.update(data)
+                file.write(data)
+            file.seek(8 + _place_of_digest(text))
+            file.write(total.hexdigest().encode())
     except OSError as error:
         raise StorageError(
             f"could not write {path}: {error.strerror or error}. Make room or choose another folder."

@@ -47,6 +47,7 @@ MAX_SHARD_BYTES = 10**10
 MODEL_SUBFOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 EMBEDDED = ("tiny-t2v", "tiny-i2v")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+_CONFIG = "cogvideox_factory.config_sha256"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -156,6 +157,7 @@ def stored_tensors(folder: Path, stem: str = MODEL_STEM) -> Iterator[tuple[str, 
     seen: set[str] = set()
     for path in files:
         with open_tensors(path) as file:
+            _check_config(folder, file.metadata)
             for name in file.names:
                 if name in seen:
                     raise UnfitError(f"{path}: tensor {name!r} is in an earlier shard too. Export the model again.")
@@ -167,6 +169,18 @@ def stored_tensors(folder: Path, stem: str = MODEL_STEM) -> Iterator[tuple[str, 
             f"{index} and its shards disagree on {len(stray)} tensors: {', '.join(stray[:5])}. "
             "The shards are of different saves; download or export the model again."
         )
+
+
+def _check_config(folder: Path, metadata: Mapping[str, str]) -> None:
+    """Hold `config.json` against what weights of our own say of it."""
+    if _CONFIG in metadata and metadata[_CONFIG] != _digest_of_config(read_config(folder)):
+        raise UnfitError(
+            f"{folder / 'config.json'} is not the one these weights were saved with. Copy or export the folder again."
+        )
+
+
+def _digest_of_config(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def load_folder(folder: Path, stem: str = MODEL_STEM) -> dict[str, np.ndarray]:
@@ -200,12 +214,19 @@ def save_folder(
     )
     earlier = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
     with publish_files(folder, replaces=lambda path: earlier.fullmatch(path.name) is not None) as fresh:
-        _write_shards(fresh, pairs, stem, max_shard_bytes)
+        _write_shards(fresh, pairs, stem, max_shard_bytes, metadata={_CONFIG: _digest_of_config(dict(config))})
         text = json.dumps(dict(config), indent=2, sort_keys=True)
         (fresh / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _write_shards(folder: Path, pairs: Iterable[tuple[str, np.ndarray]], stem: str, max_shard_bytes: int) -> None:
+def _write_shards(
+    folder: Path,
+    pairs: Iterable[tuple[str, np.ndarray]],
+    stem: str,
+    max_shard_bytes: int,
+    *,
+    metadata: Mapping[str, str],
+) -> None:
     shards: list[list[str]] = []
     waiting: dict[str, np.ndarray] = {}
     seen: set[str] = set()
@@ -213,7 +234,7 @@ def _write_shards(folder: Path, pairs: Iterable[tuple[str, np.ndarray]], stem: s
 
     def flush() -> None:
         shards.append(list(waiting))
-        save_tensors(folder / f"{stem}-{len(shards):05d}", waiting)
+        save_tensors(folder / f"{stem}-{len(shards):05d}", waiting, metadata=metadata)
         waiting.clear()
 
     for name, array in pairs:

@@ -129,7 +129,7 @@ class Train(Section):
 
 
 class Parallel(Section):
-    """How the processes that torchrun starts divide a training run or the making of videos; one needs none of it."""
+    """How the processes that torchrun starts divide a training run or the making of videos, and how long they wait."""
 
     sequence: Positive = 1
     """Processes that divide each video's tokens among them (sequence parallelism); others take other clips, prompts."""
@@ -144,6 +144,9 @@ class Parallel(Section):
     """Whole copies of the model among which zero 1-3 does not divide: one a node, say (hybrid sharding)."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 1800
     """How long a process waits for the others before it gives up."""
+    hang_seconds: Annotated[float, Field(ge=0)] = 300
+    """A run that makes no step for so long (or for ten times its usual step, if that is more) ends with exit code 8 and
+    the stacks of its threads. 0: never. Saving and validation may take longer."""
 
 
 class Validation(Section):

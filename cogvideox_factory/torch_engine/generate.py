@@ -129,7 +129,7 @@ def layout_for(config: Config, size: int) -> Layout:
             f"parallel.zero={config.parallel.zero} divides the optimizer or gradients, which generate has not. Use 3 "
             "to divide the weights, or 0."
         )
-    return Layout(size=size, **config.parallel.model_dump(exclude={"timeout_seconds"}))
+    return Layout(size=size, **config.parallel.model_dump(exclude={"timeout_seconds", "hang_seconds"}))
 
 
 def share_of(num_videos: int, ranks: Ranks) -> list[tuple[int, bool]]:

@@ -35,6 +35,7 @@ from cogvideox_factory.torch_engine.parallel import Ranks, reduce_gradients
 from cogvideox_factory.torch_engine.saving import Saver
 from cogvideox_factory.torch_engine.watch import Watch, to_device
 from cogvideox_factory.tracker import Tracker
+from cogvideox_factory.watchdog import Watchdog
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,6 +70,8 @@ class Loop:
     watch: Watch
     ranks: Ranks
     in_hand: InHand
+    hang_seconds: float = 0.0
+    """Without a step after which the run ends (0: never)."""
     _clock: float = 0.0
     _clock_step: int = 0
 
@@ -82,12 +85,13 @@ class Loop:
         self.saver.on_saved = partial(self.limit.spent, "save")
         batches = self.loader.batches(first, self.num_steps)
         try:
-            with stop_requests() as stop:
+            with stop_requests() as stop, Watchdog(self.hang_seconds) as watchdog:
                 if not start and self.watch.every:
                     self._look(0, log)
                 self._restart_clocks(first)
                 for step in range(first + 1, self.num_steps + 1):
                     self._step(step, batches)
+                    watchdog.beat()
                     last = step == self.num_steps
                     saves = step % self.save_every == 0 or last
                     self._hear(step, stop, num_saves=saves + 1 + self.saver.is_busy)
@@ -96,11 +100,13 @@ class Loop:
                         self._log(step, log, samples)
                         self.limit.reached(step)
                     if saves:
-                        self._save(step, must=last or stop.name is not None)
+                        with watchdog.pause():
+                            self._save(step, must=last or stop.name is not None)
                     if stop.name and not last:
                         self._leave(step, stop)
                     if self._looks(step):
-                        self._look(step, log)
+                        with watchdog.pause():
+                            self._look(step, log)
         except Exception as error:
             # What is being saved is from before. All must be here to finish it, as they are for this one error.
             if isinstance(error, NonFiniteError) or self.ranks.mesh is None:

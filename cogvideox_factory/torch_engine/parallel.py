@@ -17,10 +17,12 @@ Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., FSDP (arXiv 2304.11277
 """
 
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar, cast
 
 import torch
@@ -30,11 +32,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.errors import FactoryError, PeerError
 from cogvideox_factory.torch_engine.sequence_parallel import SequenceGroup, ulysses_degree
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 
 ZERO_STAGES = (0, 1, 2, 3)
+
+_PARTING_SECONDS = 5.0
+_partings = count()
 
 T = TypeVar("T")
 
@@ -224,18 +229,60 @@ def joined(layout: Layout, *, num_heads: int, device: torch.device, timeout_seco
         num_heads: of the model, which Ulysses divides.
         device: of this process.
         timeout_seconds: after which a collective that a rank did not come to is an error.
+
+    Raises:
+        PeerError: another process ended or no longer answers.
     """
     if layout.size == 1:
         yield Ranks(layout=layout)
         return
     mine = not dist.is_initialized()
-    if mine:
-        dist.init_process_group(timeout=timedelta(seconds=timeout_seconds), device_id=_indexed(device))
+    ranks = None
     try:
-        yield make_ranks(layout, num_heads=num_heads, device_type=device.type)
-    finally:
         if mine:
+            dist.init_process_group(timeout=timedelta(seconds=timeout_seconds), device_id=_indexed(device))
+        ranks = make_ranks(layout, num_heads=num_heads, device_type=device.type)
+        yield ranks
+        _part(ranks)
+    except RuntimeError as error:
+        if not _is_broken_link(error):
+            raise
+        raise PeerError(
+            f"another process of the run ended or no longer answers ({_first_line(error)}). What it printed last says "
+            "why; the same command goes on from the newest checkpoint."
+        ) from error
+    except FactoryError:
+        if ranks:
+            _part(ranks)
+        raise
+    finally:
+        if mine and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _part(ranks: Ranks) -> None:
+    """Wait a little for the others, since a connection that closes cuts off whoever still reads from it.
+
+    They come if the run is over or refused in all of them; if it failed here alone, they will not. Said through the
+    store and not by a barrier, which could not be given up.
+    """
+    number = next(_partings)  # every process counts alike
+    names = [f"parting/{number}/{rank}" for rank in range(ranks.layout.size)]
+    with suppress(RuntimeError):  # the store is gone with the process that keeps it
+        store = dist.distributed_c10d._get_default_store()
+        store.set(names[ranks.rank], "")
+        end = time.monotonic() + _PARTING_SECONDS
+        while not store.check(names) and time.monotonic() < end:
+            time.sleep(0.02)
+
+
+def _is_broken_link(error: RuntimeError) -> bool:
+    """Tell whether `error` is a collective's; gloo's are plain ones, known by the file they come from."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error) or "ProcessGroup" in str(error)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).strip().split("\n")[0].split("] ", 1)[-1].split(". This is")[0]
 
 
 def _indexed(device: torch.device) -> torch.device | None:

@@ -98,7 +98,7 @@ def run(config: Config) -> Path:
     tracker = _make_tracker(plan)
     if config.train.compile != "none":
         require_compiler(plan.device)
-    layout = Layout(size=num_processes(), **config.parallel.model_dump(exclude={"timeout_seconds"}))
+    layout = Layout(size=num_processes(), **config.parallel.model_dump(exclude={"timeout_seconds", "hang_seconds"}))
     heads = plan.model.num_attention_heads
     set_determinism(config.run.deterministic)
     seconds = config.parallel.timeout_seconds
@@ -270,7 +270,7 @@ def _train(
             samples=make_samples(plan, frozen, transformer, ranks), objective=objective, encoder=frozen.encoder,
             device=plan.device, run_folder=plan.run_folder, ranks=ranks,
         ),
-        ranks=ranks, in_hand=in_hand,
+        ranks=ranks, in_hand=in_hand, hang_seconds=config.parallel.hang_seconds,
     )  # fmt: skip
     _say_arithmetic(plan, sampler, update, start, ranks)
     if peak:

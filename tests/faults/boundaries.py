@@ -4,10 +4,12 @@ Installed in a forked child only: the calls of this process are wrapped, the pro
 an open for writing, a write, a sync of a file or folder, a rename, a removal or a new folder, below one folder.
 """
 
+import builtins
 import errno
 import io
 import os
 import pathlib
+import re
 import signal
 import stat
 from collections.abc import Callable
@@ -24,16 +26,18 @@ class Boundaries:
         folder: what lies elsewhere is not counted.
         at: 0-based; None only counts.
         fault: one of the four above.
+        among: only paths whose name below `folder` this expression finds are counted.
     """
 
-    def __init__(self, folder: Path, at: int | None = None, fault: str = KILL_BEFORE) -> None:
+    def __init__(self, folder: Path, at: int | None = None, fault: str = KILL_BEFORE, *, among: str = "") -> None:
         self.seen: list[str] = []
         self._folder, self._at, self._fault = os.path.realpath(folder), at, fault
+        self._among = re.compile(among)
 
     def step(self, name: str, path: Any, operation: Callable[[], Any]) -> Any:
         """Do `operation`, which is boundary `name` of `path`."""
         path = os.path.realpath(os.fsdecode(path)) if not isinstance(path, int) else _path_of(path)
-        if not f"{path}/".startswith(f"{self._folder}/"):
+        if not f"{path}/".startswith(f"{self._folder}/") or not self._among.search(path[len(self._folder) :]):
             return operation()
         number = len(self.seen)
         self.seen.append(f"{name} {_kind(path)}")
@@ -54,26 +58,31 @@ class Boundaries:
 
     def install(self) -> "Boundaries":
         """Wrap this process's calls; never undone."""
-        replace, fsync, mkdir, unlink = os.replace, os.fsync, os.mkdir, os.unlink
-        opened = pathlib.Path.open
+        replace, fsync, mkdir, unlink, rmdir = os.replace, os.fsync, os.mkdir, os.unlink, os.rmdir
+        opened, plainly_opened = pathlib.Path.open, builtins.open
         os.replace = lambda a, b, **k: self.step("rename", b, lambda: replace(a, b, **k))
         os.fsync = lambda d: self.step("sync", d, lambda: fsync(d))
         os.mkdir = lambda p, *a, **k: self.step("new folder", p, lambda: mkdir(p, *a, **k))
-        os.unlink = lambda p, *a, **k: self.step("remove", p, lambda: unlink(p, *a, **k))
+        os.unlink = lambda p, *a, **k: self.step("remove", _below(p, k), lambda: unlink(p, *a, **k))
+        os.rmdir = lambda p, *a, **k: self.step("remove folder", _below(p, k), lambda: rmdir(p, *a, **k))
 
-        def open_path(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            if not set(mode) & set("wax+"):
-                return opened(path, mode, *args, **kwargs)
-            return _Written(self, path, self.step("open", path, lambda: opened(path, mode, *args, **kwargs)))
+        def opening(function: Callable) -> Callable:
+            def open_path(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+                if isinstance(path, int) or not set(mode) & set("wax+"):
+                    return function(path, mode, *args, **kwargs)
+                return _Written(self, path, self.step("open", path, lambda: function(path, mode, *args, **kwargs)))
 
-        pathlib.Path.open = open_path  # type: ignore[method-assign]
+            return open_path
+
+        pathlib.Path.open = opening(opened)  # type: ignore[method-assign]
+        builtins.open = opening(plainly_opened)
         return self
 
 
 class _Written:
     """A file whose writes are boundaries, each on disk before the next."""
 
-    def __init__(self, boundaries: Boundaries, path: Path, file: io.IOBase) -> None:
+    def __init__(self, boundaries: Boundaries, path: Any, file: io.IOBase) -> None:
         self._boundaries, self._path, self._file = boundaries, path, file
 
     def write(self, data: Any) -> int:
@@ -92,6 +101,12 @@ class _Written:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
+
+
+def _below(path: Any, options: dict[str, Any]) -> Any:
+    """Return the whole path where only a name and an open folder are given."""
+    folder = options.get("dir_fd")
+    return path if folder is None else os.path.join(_path_of(folder), os.fsdecode(path))
 
 
 def _path_of(descriptor: int) -> str:

@@ -48,6 +48,10 @@ class Trial:
     """What noticed the fault."""
     is_control: bool = False
     """Nothing was wrong, so a refusal is a false one."""
+    steps_redone: int | None = None
+    """Logged steps of training that had to be done again."""
+    recovery_seconds: float | None = None
+    """From the fault to the next step."""
 
     @property
     def passed(self) -> bool:
@@ -99,7 +103,7 @@ class Child:
             os.dup2(self._file.fileno(), 1)
             os.dup2(self._file.fileno(), 2)
             sys.stdout = sys.stderr = os.fdopen(os.dup(1), "w", buffering=1)
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             answer, code = {"value": function(*args)}, 0
         except FactoryError as error:
@@ -121,13 +125,14 @@ class Child:
     def wait(self, limit: float = LIMIT_SECONDS) -> Outcome:
         """Return how it ended; after `limit` seconds it is killed."""
         timed_out = False
-        with os.fdopen(self._read) as pipe:
+        os.set_blocking(self._read, False)  # what it started and left alive holds the other end as well
+        with os.fdopen(self._read, "rb") as pipe:
             while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
                 if time.monotonic() - self.started > limit:
                     timed_out = True
                     self.kill()
                 time.sleep(0.002)
-            answer = pipe.read()
+            answer = pipe.read() or b""
         seconds = time.monotonic() - self.started
         status = ended[1]
         with self._file as file:
