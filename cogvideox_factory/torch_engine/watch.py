@@ -120,12 +120,8 @@ class SampleVideos:
             for first in range(0, count, side_by_side):
                 index = first + self.ranks.data_rank
                 video = self._video(min(index, count - 1))
-                if_ours = [index] if index < count and self.ranks.leads_video else []
-                self.ranks.together(
-                    lambda video=video, ours=if_ours: [
-                        export_to_video(video, paths[index], fps=self.shape.fps) for index in ours
-                    ]
-                )
+                path = paths[index] if index < count and self.ranks.leads_video else None
+                self.ranks.together(lambda video=video, path=path: self._write(video, path))
         return paths
 
     def _video(self, index: int) -> np.ndarray:
@@ -139,6 +135,10 @@ class SampleVideos:
             **self.call,
         )[0][0]
         return video[: self.shape.num_frames]
+
+    def _write(self, video: np.ndarray, path: Path | None) -> None:
+        if path is not None:
+            export_to_video(video, path, fps=self.shape.fps)
 
     @contextmanager
     def _decoder_set(self) -> Iterator[None]:
