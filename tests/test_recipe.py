@@ -54,6 +54,8 @@ def test_numbers_mean_what_they_look_like(tmp_path):
         ("train: {optimizer: came, epsilon: 1.0e-6}", "train.epsilon has no effect with train.optimizer=came"),
         ("train: {optimizer: prodigi}", "train.optimizer"),
         ("train: {compile: max_autotune}", "train.compile=max_autotune chooses kernels by the clock"),
+        ("train: {compile: default, activation_offload: true}", "train.activation_offload is not for compiled"),
+        ("train: {compile: default}\nlora: {base: nf4}", "lora.base=nf4 is not for compiled blocks"),
         ("train: {optimizer: came, optimizer_offload: true}", "train.optimizer_offload is for adamw and adam"),
         (
             "train: {method: full, optimizer: prodigy, master_weights: stochastic_bf16}",

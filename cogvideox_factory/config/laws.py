@@ -68,11 +68,8 @@ def problems_of(config: "Config") -> list[str]:
         if applies(config):
             problems += [f"{name} has no effect with {why}; remove it" for name in names if _is_set(config, name)]
     problems += _problems_of_optimizer(config.train)
-    if config.train.compile == "max_autotune" and config.run.deterministic:
-        problems.append(
-            "train.compile=max_autotune chooses kernels by the clock, so a run does not repeat bit for bit as "
-            "run.deterministic=true asks; use train.compile=default, or run.deterministic=false"
-        )
+    if config.train.compile != "none":
+        problems += _problems_of_compiling(config)
     if config.generate.lora_weight and len(config.generate.lora_weight) != len(config.generate.lora):
         problems.append(
             f"generate.lora_weight has {len(config.generate.lora_weight)} values for "
@@ -104,6 +101,22 @@ def _problems_of_optimizer(train: Train) -> list[str]:
             "train.optimizer_offload moves float32 masters, which train.master_weights=stochastic_bf16 does without; "
             "choose one"
         )
+    return problems
+
+
+def _problems_of_compiling(config: "Config") -> list[str]:
+    problems = []
+    if config.train.compile == "max_autotune" and config.run.deterministic:
+        problems.append(
+            "train.compile=max_autotune chooses kernels by the clock, so a run does not repeat bit for bit as "
+            "run.deterministic=true asks; use train.compile=default, or run.deterministic=false"
+        )
+    for name, wanted in (
+        ("train.activation_offload", config.train.activation_offload),
+        (f"lora.base={config.lora.base}", config.lora.base != "model"),
+    ):
+        if wanted:
+            problems.append(f"{name} is not for compiled blocks; choose train.compile=none, or no {name.split('=')[0]}")
     return problems
 
 

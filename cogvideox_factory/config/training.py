@@ -44,7 +44,7 @@ class Train(Section):
     columns of the other."""
     optimizer_offload: bool = False
     """adamw and adam: keep their moments, and the float32 copies of half-precision weights, in host memory and update
-    there; a step then waits for copies and the processor."""
+    there; a step then waits for copies and the processor. Needs an accelerator."""
     learning_rate: Annotated[float, Field(ge=0)] = 1e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"

@@ -1,9 +1,9 @@
 """Compiling the transformer's blocks for training: one graph for each shape, which all blocks but the ends share.
 
 A block is compiled from its forward down, checkpointing included, so what stands around it (hooks that gather divided
-weights) stays as it is. The last block leaves out the text, and under a LoRA the input of the first asks for no
-gradient: these have graphs of their own. Shapes are fixed, which makes the fastest code; a shape more is a
-compilation more. What is not trained, held-out losses and sample videos, runs uncompiled: their shapes would cost more
+weights) stays as it is. The last block leaves out the text, under a LoRA the input of the first asks for no
+gradient, and layers may be checkpointed or not: each kind has a graph of its own. Shapes are fixed, which makes the
+fastest code; a shape more is a compilation more. What is not trained, held-out losses and sample videos, runs uncompiled: their shapes would cost more
 than they return.
 """
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from cogvideox_factory.errors import FactoryError, nearest
-from cogvideox_factory.torch_engine.block import Block
 from cogvideox_factory.torch_engine.device import require_compiler
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 
@@ -49,8 +48,7 @@ def compile_blocks(transformer: CogVideoXTransformer, mode: str, *, num_shapes: 
     torch._dynamo.reset()  # what another run in this process compiled counts as well
     torch._dynamo.config.recompile_limit = num_graphs
     torch._dynamo.config.accumulated_recompile_limit = max(num_graphs, 256)
-    for block in transformer.transformer_blocks:
-        assert isinstance(block, Block)
+    for block in transformer.blocks:
         block.forward = _trained_fast(block.forward, mode=_MODES[mode], backend=backend)
     return num_graphs
 
@@ -58,8 +56,8 @@ def compile_blocks(transformer: CogVideoXTransformer, mode: str, *, num_shapes: 
 def _num_kinds(transformer: CogVideoXTransformer) -> int:
     """Return how many different graphs the blocks have for a shape."""
     frozen = not any(parameter.requires_grad for parameter in transformer.patch_embed.parameters())
-    last = len(transformer.transformer_blocks) - 1
-    return len({(frozen and n == 0, transformer.sequence is None and n == last) for n in range(last + 1)})
+    blocks, whole = transformer.blocks, transformer.sequence is None
+    return len({(b.checkpointing, frozen and b is blocks[0], whole and b is blocks[-1]) for b in blocks})
 
 
 def _trained_fast(forward: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:

@@ -115,6 +115,8 @@ def _check_memory(config: Config, model: TransformerConfig, device: torch.device
         _require_accelerator("train.activation_offload", device)
     if train.swapped_blocks:
         _require_accelerator("train.swapped_blocks", device)
+    if train.optimizer_offload:
+        _require_accelerator("train.optimizer_offload", device)
     for name in ("checkpointing_layers", "swapped_blocks"):
         count = getattr(train, name)
         if count and count > model.num_layers:

@@ -1,5 +1,7 @@
 import logging
 import mmap
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from cogvideox_factory.torch_engine.device import (
     pick_dtype,
     reset_peak_memory,
     set_determinism,
+    set_tf32,
     synchronize,
     total_memory,
 )
@@ -87,6 +90,29 @@ def test_memory_of_the_process_is_seen():
     assert memory_allocated(CPU) < total_memory(CPU)
     block.close()
     synchronize(CPU)
+
+
+def test_tf32_elsewhere_than_on_a_card_is_said_to_change_nothing(capsys):
+    before = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    set_tf32(True, torch.device("cpu"))
+    assert "run.tf32 changes nothing on cpu" in capsys.readouterr().out
+    set_tf32(False, torch.device("cpu"))
+    assert not capsys.readouterr().out
+    assert before == (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_tf32_on_a_card_is_one_choice_for_products_and_convolutions(enabled):
+    """The switches are there without a card; inductor's tuning reads the last of them."""
+    code = f"""
+import torch
+from cogvideox_factory.torch_engine.device import set_tf32
+set_tf32({enabled}, torch.device("cuda"))
+backends = torch.backends
+print(backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision, torch.get_float32_matmul_precision())
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == (["tf32", "tf32", "high"] if enabled else ["ieee", "ieee", "highest"])
 
 
 def test_determinism_is_a_switch():
