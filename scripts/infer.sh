@@ -1,11 +1,12 @@
 # Sourced by the two run_infer_*.sh, which hold the defaults that differ. Every variable may be set from outside;
-# arguments are added to the command. NUM_NPUS is taken for the original's sake: one card makes a video.
+# arguments are added to the command.
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 
-NUM_NPUS=1
-SP="${SP:-False}"
-SP_SIZE="${SP_SIZE:-1}"
+NUM_NPUS="${NUM_NPUS:-8}"
+SP="${SP:-True}"
+SP_SIZE="${SP_SIZE:-$NUM_NPUS}"
+DEEPSPEED_ZERO_STAGE="${DEEPSPEED_ZERO_STAGE:-3}"
 MINDSPORE_MODE="${MINDSPORE_MODE:-0}"
 JIT_LEVEL="${JIT_LEVEL:-O1}"
 # TRANSFORMER_PATH and LORA_PATH: one of them at most.
@@ -18,6 +19,13 @@ W="${W:-1360}"
 F="${F:-77}"
 MAX_SEQUENCE_LENGTH="${MAX_SEQUENCE_LENGTH:-224}"
 OUTPUT_DIR="${OUTPUT_DIR:-./output_infer_${H}_${W}_${F}}"
+
+extra=()
+if ((NUM_NPUS > 1)); then
+  extra+=(--distributed --zero_stage "$DEEPSPEED_ZERO_STAGE")
+else
+  SP=False
+fi
 
 launch generate --original infer \
   --pretrained_model_name_or_path "$MODEL_NAME_OR_PATH" \
@@ -37,4 +45,4 @@ launch generate --original infer \
   --jit_level "$JIT_LEVEL" \
   --enable_sequence_parallelism "$SP" \
   --sequence_parallel_shards "$SP_SIZE" \
-  "$@"
+  "${extra[@]}" "$@"

@@ -9,6 +9,8 @@ from cogvideox_factory.original.flag import Given
 from cogvideox_factory.original.modes import Modes, dtype_settings, speed_settings
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+TRACKERS = ("wandb", "trackio")
+_SFT = {"lora": "lora", "full": "sft"}
 OPTIMIZERS = ("adam", "adamw", "adamw_bf16", "prodigy", "came")
 
 
@@ -34,7 +36,10 @@ def _sequence(given: Given) -> int:
 
 
 def choose_zero(given: Given) -> None:
-    """Decide what the processes divide."""
+    """Decide what the processes divide; where videos are made there are only weights."""
+    if given.script.command == "generate" and given["zero_stage"] in (1, 2):
+        given.say_inert(("zero_stage",), "stages 1 and 2 divide what only training has (as with theirs)")
+        return
     alone = given.num_processes == 1
     given.set("parallel.zero", 0 if alone else given["zero_stage"])
     if alone and given["zero_stage"]:
@@ -188,9 +193,20 @@ def choose_validation(given: Given) -> None:
 
 
 def choose_report(given: Given) -> None:
-    """Decide where numbers go besides the run folder."""
-    for name in (given["report_to"] or "tensorboard").split(","):
-        if name.strip() not in ("tensorboard", "none"):
-            raise FactoryError(
-                f"--report_to {name.strip()}: tensorboard/ and metrics.jsonl are written in any case; leave it out"
-            )
+    """Decide where numbers go besides the run folder.
+
+    Raises:
+        FactoryError: somewhere that is not there, or two of them.
+    """
+    names = [name.strip() for name in (given["report_to"] or "").split(",")]
+    trackers = [name for name in names if name not in ("", "none", "tensorboard")]
+    if len(trackers) > 1 or not set(trackers) <= set(TRACKERS):
+        raise FactoryError(
+            f"--report_to {','.join(trackers)}: give one of {', '.join(TRACKERS)}; tensorboard/ and metrics.jsonl are "
+            "written in any case"
+        )
+    if not trackers:
+        given.say_inert(("tracker_name",), "it belongs to report_to wandb or trackio")
+        return
+    given.set("train.tracker", trackers[0])
+    given.set("train.tracker_project", given["tracker_name"] or "cogvideox-" + _SFT[given.script.method])

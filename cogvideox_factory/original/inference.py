@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.original import choices
 from cogvideox_factory.original.flag import MINDSPORE, Given, inert, joint, refused, same
 
@@ -21,15 +20,7 @@ def choose_image(given: Given) -> None:
 
 
 def choose_prompt(given: Given) -> None:
-    """Decide what to show.
-
-    Raises:
-        FactoryError: several processes, which would all make the same video.
-    """
-    if given.num_processes > 1:
-        raise FactoryError(
-            f"infer makes a video in one process, not in {given.num_processes}; start it without torchrun"
-        )
+    """Decide what to show."""
     given.set("generate.prompt", [given["prompt"]])
     if "prompt" not in given.typed:
         given.say(f"no --prompt: {_PROMPT}")
@@ -62,10 +53,10 @@ _FLAGS = (
     joint(
         "jit_level", "text", "", choices.choose_arithmetic, "O0", "see the table of modes", choices=("O0", "O1", "O2")
     ),
-    inert("zero_stage", "integer", "a model that makes one video at a time is whole on its card", 0),
+    joint("zero_stage", "integer", "parallel.zero", choices.choose_zero, 0, "0 or 3"),
     joint("mixed_precision", "text", "run.dtype", choices.choose_arithmetic, "bf16", choices=("no", "fp16", "bf16")),
-    inert("enable_sequence_parallelism", "truth", "one card makes a video", False),
-    inert("sequence_parallel_shards", "integer", "one card makes a video", 1),
+    joint("enable_sequence_parallelism", "truth", "parallel.sequence", choices.choose_sequence, False),
+    joint("sequence_parallel_shards", "integer", "parallel.sequence", choices.choose_sequence, 1),
     joint(
         "pretrained_model_name_or_path", "text", "model.path", choices.require_model, "THUDM/CogVideoX1.5-5b",
     ),

@@ -162,7 +162,10 @@ FLAGS = (
     joint("use_cpu_offload_optimizer", "switch", "train.optimizer_offload", choices.choose_optimizer, False),
     inert("offload_gradients", "switch", "train.optimizer_offload moves them as well", False),
     # Run
-    inert("tracker_name", "text", "the run folder names the run"),
+    joint(
+        "tracker_name", "text", "train.tracker_project", choices.choose_report,
+        note="report_to wandb or trackio; without it cogvideox-lora or cogvideox-sft",
+    ),
     refused("push_to_hub", "switch", "train pushes nothing; upload final/ when the run is done", False),
     inert("hub_token", "text", "nothing is pushed (HF_TOKEN or `hf auth login` keeps a token out of sight)"),
     inert("hub_model_id", "text", "nothing is pushed"),
@@ -170,8 +173,8 @@ FLAGS = (
     same("allow_tf32", "switch", "run.tf32", False, origin=PYTORCH),
     same("nccl_timeout", "number", "parallel.timeout_seconds", note="without it: ours, 1800 s"),
     joint(
-        "report_to", "text", "", choices.choose_report, "tensorboard",
-        "tensorboard and metrics.jsonl are written in any case",
+        "report_to", "text", "train.tracker", choices.choose_report, "tensorboard",
+        "wandb, trackio; tensorboard and metrics.jsonl are written in any case",
     ),
     inert("distributed", "switch", "the launcher decides how many processes there are", False, origin=MINDSPORE),
     joint(

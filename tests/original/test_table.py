@@ -161,7 +161,10 @@ SETS = [
     (T2V, ALONE, "", {"train.weight_decay": 1e-4, "train.epsilon": 1e-8, "train.beta1": 0.9, "train.beta2": 0.95}),
     (T2V, ALONE, "--max_grad_norm 0.1", {"train.max_grad_norm": 0.1}),
     (T2V, ALONE, "--nccl_timeout 3600", {"parallel.timeout_seconds": 3600.0}),
-    (T2V, ALONE, "", {"train.caption_dropout": 0.0}),
+    (T2V, ALONE, "", {"train.caption_dropout": 0.0, "train.tracker": "none"}),
+    (T2V, ALONE, "--report_to wandb,tensorboard --tracker_name mine",
+     {"train.tracker": "wandb", "train.tracker_project": "mine"}),
+    (LORA, ALONE, "--report_to trackio", {"train.tracker": "trackio", "train.tracker_project": "cogvideox-lora"}),
     ("prepare-dataset", ALONE, "--pretrained_model_name_or_path other", {"model.path": "other"}),
     ("prepare-dataset", ALONE, "--model_id other", {"model.path": "other"}),
     ("prepare-dataset", ALONE, "--data_root a", {"data.root": "a", "data.captions": "caption", "data.videos": "video"}),
@@ -181,6 +184,9 @@ SETS = [
     ("prepare-dataset", ALONE, "--seed 3", {"run.seed": 3}),
     ("infer", ALONE, "", {"generate.height": 768, "generate.width": 1360, "generate.num_frames": 77,
                           "text.max_sequence_length": 224, "run.dtype": "bfloat16", "task": "t2v"}),
+    ("infer", OF_8, "--enable_sequence_parallelism True --sequence_parallel_shards 8 --zero_stage 3",
+     {"parallel.sequence": 8, "parallel.zero": 3}),
+    ("infer", OF_8, "--zero_stage 2", {"parallel.zero": 0}),
     ("infer", ALONE, "--seed 3", {"run.seed": 3}),
     ("infer", ALONE, "--mixed_precision no", {"run.dtype": "float32"}),
     ("infer", ALONE, "--pretrained_model_name_or_path m", {"model.path": "m"}),
@@ -236,7 +242,7 @@ SAYS = [
     (T2V, "--prodigy_safeguard_warmup", "authors advise"),
     (T2V, "--optimizer came --epsilon 1e-6", "came has its own"),
     (T2V, "--offload_gradients", "moves them as well"),
-    (T2V, "--tracker_name x", "names the run"),
+    (T2V, "--tracker_name x", "belongs to report_to wandb"),
     (T2V, "--hub_token secret", "nothing is pushed"),
     (T2V, "--hub_model_id x", "nothing is pushed"),
     (T2V, "--logging_dir x", "tensorboard/ lies in output_dir"),
@@ -265,9 +271,10 @@ SAYS = [
     ("prepare-dataset", "--num_artifact_workers 2", "as the encoder needs"),
     ("infer", "--distributed", "the launcher decides"),
     ("infer", "--mindspore_mode 0 --jit_level O1", "eager"),
-    ("infer", "--zero_stage 3", "whole on its card"),
-    ("infer", "--enable_sequence_parallelism True", "one card makes a video"),
-    ("infer", "--sequence_parallel_shards 8", "one card makes a video"),
+    ("infer", "--zero_stage 3", "this is one process"),
+    ("infer", "--zero_stage 2", "only training has"),
+    ("infer", "--enable_sequence_parallelism True", "this is one process"),
+    ("infer", "--sequence_parallel_shards 8", "is False"),
     ("infer", "--npy_output_path d", "one file there, of all frames"),
     ("infer", "--npy_output_path d --video_output_path a.mp4", "video_output_path has the frames"),
     ("infer", "", "A panda"),
@@ -280,7 +287,8 @@ REFUSES = [
     (T2V, "--use_4bit", "--use_8bit is"),
     (T2V, "--optimizer prodigy --use_8bit", "there for adamw"),
     (T2V, "--push_to_hub", "upload final/"),
-    (T2V, "--report_to wandb", "metrics.jsonl are written in any case"),
+    (T2V, "--report_to comet_ml", "metrics.jsonl are written in any case"),
+    (T2V, "--report_to wandb,trackio", "give one of"),
     (T2V, "--validation_prompt x", "give --validation_steps"),
     (T2V, "--learning_rats 1", "did you mean 'learning_rate'"),
     (T2V, "--learning-rate 1", "did you mean 'learning_rate'"),
@@ -383,11 +391,6 @@ def test_numbers_that_make_no_sense_are_left_to_the_settings_laws():
     for words in ("--checkpointing_steps 0", "--train_batch_size 0", "--checkpoints_total_limit 0"):
         with pytest.raises(FactoryError, match="greater than 0"):
             config_of(bring(T2V, words))
-
-
-def test_several_processes_do_not_make_one_video():
-    with pytest.raises(FactoryError, match="without torchrun"):
-        bring("infer", "", num_processes=8)
 
 
 def test_each_process_prepares_its_part():
