@@ -8,6 +8,7 @@ model twice in memory. Pickled weights are never opened.
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -39,6 +40,8 @@ __all__ = [
     "save_lora",
     "stored_tensors",
 ]
+
+logger = logging.getLogger(__name__)
 
 MODEL_STEM = "diffusion_pytorch_model"
 TEXT_ENCODER_STEM = "model"
@@ -172,10 +175,11 @@ def stored_tensors(folder: Path, stem: str = MODEL_STEM) -> Iterator[tuple[str, 
 
 
 def _check_config(folder: Path, metadata: Mapping[str, str]) -> None:
-    """Hold `config.json` against what weights of our own say of it."""
+    """Hold `config.json` against what weights of our own say of it; people do edit it, so a change is only told."""
     if _CONFIG in metadata and metadata[_CONFIG] != _digest_of_config(read_config(folder)):
-        raise UnfitError(
-            f"{folder / 'config.json'} is not the one these weights were saved with. Copy or export the folder again."
+        logger.warning(
+            "%s is not the one these weights were saved with. Unless you changed it, copy or export the folder again.",
+            folder / "config.json",
         )
 
 
