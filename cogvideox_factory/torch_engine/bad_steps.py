@@ -27,7 +27,7 @@ from cogvideox_factory.metrics import StepRows, finite_json, say
 from cogvideox_factory.publish import publish_text
 from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.ledger import Sample, Step
-from cogvideox_factory.torch_engine.parallel import AgreedError, Ranks
+from cogvideox_factory.torch_engine.ranks import AgreedError, Ranks
 
 IN_A_ROW = 3
 OF_LATE, LATELY = 10, 1000

@@ -43,7 +43,7 @@ def to_array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-# Processes may divide a tensor by its rows (see `parallel`). Whether they do is told by its methods: importing DTensor
+# Processes may divide a tensor by its rows (see `sharding`). Whether they do is told by its methods: importing DTensor
 # to ask takes a second, which a command of one process need not pay.
 
 

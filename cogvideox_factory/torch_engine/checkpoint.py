@@ -33,7 +33,7 @@ from cogvideox_factory.errors import StorageError, UnfitError
 from cogvideox_factory.publish import publish_folder, require_room, sync_file
 from cogvideox_factory.tensors import TensorFile, open_tensors, save_tensors
 from cogvideox_factory.torch_engine.border import local, rows_of, to_array, to_tensor
-from cogvideox_factory.torch_engine.parallel import Layout, Ranks
+from cogvideox_factory.torch_engine.ranks import Layout, Ranks
 
 __all__ = [
     "Draft",
@@ -268,12 +268,3 @@ def _read_rows(target: Tensor, start: int, stop: int, pieces: Sequence[tuple[int
 
 def _at_least_1d(tensor: Tensor) -> Tensor:
     return tensor.reshape(1) if tensor.ndim == 0 else tensor
-
-
-def versions() -> dict[str, str]:
-    """Return what makes a run: our version, torch's and Python's."""
-    import platform
-
-    from cogvideox_factory import __version__
-
-    return {"cogvideox_factory": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -7,6 +7,7 @@ device kinds. Ascend comes through torch_npu, which torch loads by itself where 
 import importlib.util
 import logging
 import os
+import platform
 import resource
 import shutil
 from pathlib import Path
@@ -211,3 +212,10 @@ def require_compiler(device: torch.device) -> None:
         raise MissingError(
             "train.compile needs Triton on a card. Install: pip install triton, or --train.compile none."
         )
+
+
+def versions() -> dict[str, str]:
+    """Return what makes a run: our version, torch's and Python's."""
+    from cogvideox_factory import __version__
+
+    return {"cogvideox_factory": __version__, "torch": torch.__version__, "python": platform.python_version()}

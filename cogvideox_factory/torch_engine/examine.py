@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.optim import Update
-from cogvideox_factory.torch_engine.parallel import Ranks, reduce_gradients
+from cogvideox_factory.torch_engine.ranks import Ranks
+from cogvideox_factory.torch_engine.sharding import reduce_gradients
 
 
 def first_not_finite(

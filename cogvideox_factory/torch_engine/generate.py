@@ -24,11 +24,17 @@ from cogvideox_factory.publish import publish_text, require_room
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.attention import backend_name
-from cogvideox_factory.torch_engine.checkpoint import versions
-from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_determinism, set_tf32, take_card
+from cogvideox_factory.torch_engine.device import (
+    pick_device,
+    pick_dtype,
+    set_determinism,
+    set_tf32,
+    take_card,
+    versions,
+)
 from cogvideox_factory.torch_engine.exhausted import InHand, told
-from cogvideox_factory.torch_engine.parallel import Layout, Ranks, joined, num_processes
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline, first_step
+from cogvideox_factory.torch_engine.ranks import Layout, Ranks, joined, num_processes
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 
 Left = list[tuple[Job, dict[str, Any]]]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cogvideox_factory.data.loader import NUM_TRAIN_TIMESTEPS, Draws
 from cogvideox_factory.data.sampler import Sampler
-from cogvideox_factory.torch_engine.parallel import Ranks
+from cogvideox_factory.torch_engine.ranks import Ranks
 
 NUM_BINS = 4
 """Equal parts of the schedule; validation has a timestep in each."""

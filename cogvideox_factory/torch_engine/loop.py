@@ -31,8 +31,9 @@ from cogvideox_factory.torch_engine.exhausted import InHand
 from cogvideox_factory.torch_engine.ledger import Ledger, Step, Work, averages, rows_of
 from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.optim import Ema, Update
-from cogvideox_factory.torch_engine.parallel import Ranks, reduce_gradients
+from cogvideox_factory.torch_engine.ranks import Ranks
 from cogvideox_factory.torch_engine.saving import Saver
+from cogvideox_factory.torch_engine.sharding import reduce_gradients
 from cogvideox_factory.torch_engine.watch import Watch, to_device
 from cogvideox_factory.tracker import Tracker
 from cogvideox_factory.watchdog import Watchdog

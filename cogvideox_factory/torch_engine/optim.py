@@ -16,7 +16,8 @@ from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.torch_engine.border import local
 from cogvideox_factory.torch_engine.device import pin
 from cogvideox_factory.torch_engine.optimizers import common_state, make_optimizer, whole_state
-from cogvideox_factory.torch_engine.parallel import Layout, Ranks, host_mesh, like, total_norm
+from cogvideox_factory.torch_engine.ranks import Layout, Ranks
+from cogvideox_factory.torch_engine.sharding import host_mesh, like, total_norm
 from cogvideox_factory.torch_engine.spikes import Spikes
 
 

@@ -30,7 +30,7 @@ from cogvideox_factory.shapes import ClipShape, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.device import pick_device, pick_dtype
 from cogvideox_factory.torch_engine.objective import pad_image_latents
-from cogvideox_factory.torch_engine.parallel import Ranks, distribute
+from cogvideox_factory.torch_engine.ranks import Ranks
 from cogvideox_factory.torch_engine.sampling import denoise
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
@@ -122,6 +122,8 @@ class CogVideoXPipeline:
         among all. The numbers are those of one process, up to rounding.
         """
         if ranks.layout.zero == 3:
+            from cogvideox_factory.torch_engine.sharding import distribute
+
             distribute(self.transformer, ranks, dtype=self.dtype)
         self.transformer.sequence = ranks.sequence
         self.halves = ranks.guidance

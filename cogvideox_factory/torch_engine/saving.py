@@ -21,7 +21,7 @@ from cogvideox_factory.errors import StorageError
 from cogvideox_factory.metrics import say
 from cogvideox_factory.torch_engine.checkpoint import Draft, Part, Word, own_parts
 from cogvideox_factory.torch_engine.device import pin, synchronize
-from cogvideox_factory.torch_engine.parallel import Ranks
+from cogvideox_factory.torch_engine.ranks import Ranks
 
 
 class Saver:

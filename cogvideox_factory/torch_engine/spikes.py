@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cogvideox_factory.torch_engine.parallel import Ranks
+from cogvideox_factory.torch_engine.ranks import Ranks
 
 WINDOW = 64
 LEAST = 16

@@ -23,10 +23,10 @@ from cogvideox_factory.plan.peaks import find_peak
 from cogvideox_factory.run_folder import differences, require_same
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import checkpoint
-from cogvideox_factory.torch_engine.device import device_name, pick_device, pick_dtype
+from cogvideox_factory.torch_engine.device import device_name, pick_device, pick_dtype, versions
 from cogvideox_factory.torch_engine.lora_targets import adapted_layers
 from cogvideox_factory.torch_engine.low_bit import require_torchao
-from cogvideox_factory.torch_engine.parallel import Layout, Ranks
+from cogvideox_factory.torch_engine.ranks import Layout, Ranks
 
 # Settings that may change between the start of a run and its resumption, because no number depends on them.
 _FREE = {
@@ -287,7 +287,7 @@ _LOCAL = {
 def shared_settings(config: Config) -> dict[str, Any]:
     """Return {section.setting: value} of all that every process of a run must have alike, and what computes it."""
     settings = {key: value for key, value in _flat(config.model_dump(mode="json")).items() if key not in _LOCAL}
-    return {name: version for name, version in checkpoint.versions().items() if name != "python"} | settings
+    return {name: version for name, version in versions().items() if name != "python"} | settings
 
 
 def shared_files(plan: Plan, described: str) -> dict[str, Any]:
@@ -303,7 +303,7 @@ def shared_files(plan: Plan, described: str) -> dict[str, Any]:
 def record_of(plan: Plan, ranks: Ranks, wanted: dict[str, Any], changes: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what every checkpoint of a run says of it."""
     return {
-        "identity": wanted, "changes": changes, "seed": plan.config.run.seed, "versions": checkpoint.versions(),
+        "identity": wanted, "changes": changes, "seed": plan.config.run.seed, "versions": versions(),
         "layout": {"device": device_name(plan.device), **asdict(ranks.layout)},
         "settings": plan.config.model_dump(mode="json"),
     }  # fmt: skip

@@ -48,9 +48,10 @@ from cogvideox_factory.torch_engine.low_bit import quantize
 from cogvideox_factory.torch_engine.objective import Objective, Scales
 from cogvideox_factory.torch_engine.offload import Offload
 from cogvideox_factory.torch_engine.optim import Ema, Update
-from cogvideox_factory.torch_engine.parallel import Layout, Ranks, distribute, joined, num_processes
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
+from cogvideox_factory.torch_engine.ranks import Layout, Ranks, joined, num_processes
 from cogvideox_factory.torch_engine.saving import Saver
+from cogvideox_factory.torch_engine.sharding import distribute
 from cogvideox_factory.torch_engine.start import (
     Plan,
     batch_sizes,

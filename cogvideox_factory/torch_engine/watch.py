@@ -28,8 +28,8 @@ from cogvideox_factory.torch_engine.border import to_tensor
 from cogvideox_factory.torch_engine.device import pin
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.objective import Objective
-from cogvideox_factory.torch_engine.parallel import AgreedError, Ranks
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
+from cogvideox_factory.torch_engine.ranks import AgreedError, Ranks
 
 # One draw in each quarter of the schedule; the mean over them stands for the whole range.
 TIMESTEPS = (125, 375, 625, 875)

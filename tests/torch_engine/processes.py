@@ -19,7 +19,7 @@ def run_in(num_processes: int, function: Callable[..., Any], *args: Any, folder:
     `function` must be importable: a module's own. Whatever one raises fails the test with its traceback.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "cogvideox_factory.torch_engine.parallel", function.__module__])
+    context.set_forkserver_preload([__name__, "cogvideox_factory.torch_engine.sharding", function.__module__])
     store = folder / f"store-{os.urandom(4).hex()}"
     processes = [
         context.Process(target=_run, args=(rank, num_processes, store, folder, function, args), daemon=True)

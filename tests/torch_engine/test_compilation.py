@@ -12,7 +12,8 @@ from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.border import whole
 from cogvideox_factory.torch_engine.compilation import compile_blocks
 from cogvideox_factory.torch_engine.device import require_compiler
-from cogvideox_factory.torch_engine.parallel import Layout, distribute, make_ranks
+from cogvideox_factory.torch_engine.ranks import Layout, make_ranks
+from cogvideox_factory.torch_engine.sharding import distribute
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.test_transformer import config_of, positions_for

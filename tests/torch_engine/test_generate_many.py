@@ -16,7 +16,7 @@ from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.recipe import check, write_recipe
 from cogvideox_factory.shapes import clip_shape
 from cogvideox_factory.torch_engine import generate, sampling, train
-from cogvideox_factory.torch_engine.parallel import Layout, Ranks
+from cogvideox_factory.torch_engine.ranks import Layout, Ranks
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.test_generate import make_lora
 

@@ -15,9 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cogvideox_factory.models import LARGER, TransformerConfig
-from cogvideox_factory.torch_engine import linear, parallel
+from cogvideox_factory.torch_engine import linear
 from cogvideox_factory.torch_engine.optim import Update
-from cogvideox_factory.torch_engine.parallel import Layout, Ranks, distribute, make_ranks
+from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
+from cogvideox_factory.torch_engine.sharding import distribute
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.ledger import Ledger
 
@@ -31,7 +32,7 @@ LAYOUT = Layout(size=8, sequence=4, zero=3)
 def rank_0_of_8(monkeypatch):
     """A group of which only this process exists; what the others would send is whatever memory holds."""
     monkeypatch.setattr(linear, "_SOFTWARE", set())  # as on a card
-    monkeypatch.setattr(parallel, "_new_group", lambda ranks, backend=None: dist.new_group(list(ranks)))
+    monkeypatch.setattr(ranks, "_new_group", lambda ranks, backend=None: dist.new_group(list(ranks)))
     dist.init_process_group("fake", rank=0, world_size=LAYOUT.size, store=FakeStore())
     yield make_ranks(LAYOUT, num_heads=48, device_type="cpu")
     dist.destroy_process_group()

@@ -8,7 +8,7 @@ import torch
 from cogvideox_factory.data.loader import Draws
 from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.torch_engine.ledger import Ledger, Sample, Step, Work, averages, rows_of
-from cogvideox_factory.torch_engine.parallel import Layout, Ranks
+from cogvideox_factory.torch_engine.ranks import Layout, Ranks
 
 CLIPS = [f"clip-{index}" for index in range(12)]
 BUCKETS = {clip: "9x64x96" if index < 8 else "9x96x64" for index, clip in enumerate(CLIPS)}

@@ -15,7 +15,7 @@ from cogvideox_factory.errors import StorageError
 from cogvideox_factory.recipe import check
 from cogvideox_factory.torch_engine import lora, start, train
 from cogvideox_factory.torch_engine.border import local, rows_of
-from cogvideox_factory.torch_engine.parallel import Layout, Ranks, make_ranks
+from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.processes import run_in
 

@@ -18,7 +18,8 @@ from cogvideox_factory.torch_engine.border import whole
 from cogvideox_factory.torch_engine.low_precision import Code
 from cogvideox_factory.torch_engine.optim import Update
 from cogvideox_factory.torch_engine.optimizers import make_optimizer
-from cogvideox_factory.torch_engine.parallel import Layout, Ranks, like, make_ranks
+from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
+from cogvideox_factory.torch_engine.sharding import like
 from tests.torch_engine.host_reads import HostReads
 from tests.torch_engine.processes import run_in
 

@@ -24,7 +24,7 @@ from cogvideox_factory.torch_engine.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from cogvideox_factory.torch_engine.parallel import Layout, Ranks, make_ranks
+from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
 from cogvideox_factory.torch_engine.saving import Saver
 from tests.faults.boundaries import KILL_BEFORE, Boundaries
 from tests.faults.trial import Verdict, in_child

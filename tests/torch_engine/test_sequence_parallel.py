@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.torch_engine import lora
-from cogvideox_factory.torch_engine.parallel import Layout, make_ranks
+from cogvideox_factory.torch_engine.ranks import Layout, make_ranks
 from cogvideox_factory.torch_engine.sequence_parallel import ulysses_degree
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.processes import run_in

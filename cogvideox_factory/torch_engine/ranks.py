@@ -1,40 +1,29 @@
-"""The processes of a run: who holds which weights, which clips and which rows of the token stream.
+"""The processes of a run: who takes which clips and which rows of the token stream, and what they tell one another.
 
 `size = data ranks * guidance ranks * sequence ranks`; neighbours share a sequence. Data ranks take different clips, or
 prompts to make videos of; the ranks of a sequence take the same clips and different tokens (`sequence_parallel`). Two
 neighbouring sequences may share a video that is made: one predicts with its prompt, the other with the negative one.
-Weights are kept by torch's FSDP2 over all ranks, on a grid (replicas, shards): every replica is a whole model, divided
-among its shards.
-
-| `zero` | weights | gradients | optimizer | communication of a step with n forward passes |
-|---|---|---|---|---|
-| 0 | whole | whole | whole | gradients averaged once |
-| 1 | gathered for each forward pass and its backward | whole until the step | divided | n gathers, 1 reduction |
-| 2 | as 1 | divided after each backward pass | divided | n gathers, n reductions |
-| 3 | gathered block by block, forward and backward | divided | divided | 2n gathers, n reductions |
-
-Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., FSDP (arXiv 2304.11277).
+Weights lie on a grid of their own over all ranks, (replicas, shards): see `sharding`.
 """
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import count
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from cogvideox_factory.errors import FactoryError, PeerError
 from cogvideox_factory.torch_engine.sequence_parallel import SequenceGroup, ulysses_degree
-from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 ZERO_STAGES = (0, 1, 2, 3)
 
@@ -116,7 +105,7 @@ class Ranks:
 
     layout: Layout
     rank: int = 0
-    mesh: DeviceMesh | None = None
+    mesh: "DeviceMesh | None" = None
     """Of the weights, (replicas, shards)."""
     sequence: SequenceGroup | None = None
     guidance: dist.ProcessGroup | None = None
@@ -294,6 +283,8 @@ def make_ranks(layout: Layout, *, num_heads: int, device_type: str) -> Ranks:
     assert layout.size == dist.get_world_size(), layout
     talk = _new_group(range(layout.size), backend="gloo")
     _require_agreement({f"parallel.{name}": value for name, value in asdict(layout).items()}, talk)
+    from torch.distributed.device_mesh import init_device_mesh  # with DTensor, which takes a second
+
     mesh = init_device_mesh(device_type, layout.grid, mesh_dim_names=("replicas", "shards"))
     sequence = _sequence_group(layout, num_heads) if layout.sequence > 1 else None
     guidance, video = None, sequence.group if sequence else None
@@ -352,72 +343,3 @@ def _own_group(groups: Iterable[Iterable[int]]) -> dist.ProcessGroup:
 def _new_group(ranks: Iterable[int], backend: str | None = None) -> dist.ProcessGroup:
     """Make a group of processes; those outside get a placeholder."""
     return cast(dist.ProcessGroup, dist.new_group(list(ranks), backend=backend))
-
-
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def distribute(
-    transformer: CogVideoXTransformer, ranks: Ranks, *, dtype: torch.dtype, whole: Collection[nn.Parameter] = ()
-) -> None:
-    """Divide the weights of a loaded (and LoRA-ed) `transformer`, which then computes in `dtype`.
-
-    Those in `whole`, all frozen, every process keeps as they are.
-
-    Gradients come back in float32, averaged over all ranks. Every block is a unit of its own; the modulation, which
-    has a fifth of a model's weights, is another.
-    """
-    transformer.sequence = ranks.sequence
-    if ranks.mesh is None:
-        return
-    policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32), cast_forward_inputs=False
-    )
-    drops = ranks.layout.zero == 3
-    # Between replicas torch holds a second, float32 copy of all gradients until the last is there, be it only one.
-    mesh = ranks.mesh if ranks.layout.grid[0] > 1 else ranks.mesh["shards"]
-    blocks = list(transformer.transformer_blocks)
-    for unit in [transformer.modulation, *blocks]:
-        # The last block's backward comes right after its forward: dropping its weights would be for nothing.
-        keeps = not drops or unit is blocks[-1]
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not keeps, ignored_params=set(whole))
-    fully_shard(transformer, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=set(whole))
-
-
-def reduce_gradients(transformer: nn.Module, layout: Layout, *, last: bool) -> None:
-    """Say before a backward pass whether it is the `last` of a step: stages 0 and 1 reduce only then."""
-    if isinstance(transformer, FSDPModule):
-        transformer.set_requires_gradient_sync(last or layout.zero >= 2)
-
-
-def like(part: Tensor, tensor: Tensor, *, mesh: DeviceMesh | None = None) -> Tensor:
-    """Return `part`, which goes with the rows of `local(tensor)`, as a tensor divided as `tensor` is.
-
-    Args:
-        part: [rows, ...]; its other axes may be any.
-        tensor: whole or divided.
-        mesh: the processes of `tensor`, where `part` is in host memory and `tensor` is not.
-    """
-    if not isinstance(tensor, DTensor):
-        return part
-    if mesh is None:
-        mesh = tensor.device_mesh
-    shape = torch.Size((tensor.shape[0], *part.shape[1:]))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, mesh, tensor.placements, shape=shape, stride=stride, run_check=False)
-
-
-def host_mesh(tensor: Tensor) -> DeviceMesh | None:
-    """Return the processes that divide `tensor`, for parts in host memory; every process must call this alike."""
-    if not isinstance(tensor, DTensor):
-        return None
-    mesh = tensor.device_mesh
-    return (
-        mesh if mesh.device_type == "cpu" else init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.mesh_dim_names)
-    )
-
-
-def total_norm(grads: Iterable[Tensor], ranks: Ranks) -> Tensor:
-    """Return the norm of all gradients as one vector, from the parts that each process holds (a device scalar)."""
-    norm = torch.nn.utils.get_total_norm(list(grads))
-    return norm if ranks.mesh is None else ranks.over_shards(norm.square()).sqrt()

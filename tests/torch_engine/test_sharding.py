@@ -12,14 +12,8 @@ from cogvideox_factory.torch_engine.border import whole
 from cogvideox_factory.torch_engine.linear import is_low_bit
 from cogvideox_factory.torch_engine.low_bit import quantize
 from cogvideox_factory.torch_engine.offload import Offload
-from cogvideox_factory.torch_engine.parallel import (
-    Layout,
-    Ranks,
-    distribute,
-    make_ranks,
-    reduce_gradients,
-    total_norm,
-)
+from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
+from cogvideox_factory.torch_engine.sharding import distribute, reduce_gradients, total_norm
 from cogvideox_factory.torch_engine.swap import Swap
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.processes import run_in
