@@ -29,6 +29,8 @@ _NAMES = {
 _DIGEST = "cogvideox_factory.sha256"
 _BLANK = "0" * 64
 _BLOCK = 2**22
+_MAX_HEADER = 16_000_000
+"""Bytes: some hundred thousand tensors."""
 
 
 class TensorFile:
@@ -76,6 +78,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
     path = Path(path)
     if not path.is_file():
         raise MissingError(f"{path} does not exist.")
+    _check_header(path)
     try:
         opened = safe_open(path, framework="np", backend="pread")
     except (SafetensorError, OSError) as error:
@@ -88,6 +91,16 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
                 "Copy or export it again."
             )
         yield file
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that only an attack has: parsed, it would take many times its size."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if _MAX_HEADER < size <= path.stat().st_size:
+        raise UnfitError(
+            f"{path} has a header of {size:,} bytes; that of a model has less than {_MAX_HEADER:,}. Do not use it."
+        )
 
 
 def _digest(path: Path) -> str:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from cogvideox_factory.errors import StorageError, UnfitError
 from cogvideox_factory.publish import publish_folder, remove_folder, require_room
 from cogvideox_factory.run_folder import list_checkpoints
+from cogvideox_factory.tensors import open_tensors
 from cogvideox_factory.torch_engine.parallel import Layout, Ranks
 
 FORMAT = 1
@@ -104,6 +105,8 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor], *, ranks: Ranks = 
             "Resume with the method, LoRA targets and EMA setting the run was started with."
         )
     shapes = _stored_shapes(folder)
+    if absent := sorted(set(tensors) - set(shapes)):
+        raise UnfitError(f"{folder} lacks {len(absent)} tensors, such as {absent[:3]}. Use another checkpoint.")
     for name, tensor in tensors.items():
         if shapes[name] != tuple(_at_least_1d(tensor).shape):
             raise UnfitError(
@@ -126,13 +129,22 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "state.json"
     if not path.is_file():
         raise UnfitError(f"{folder} is no checkpoint: state.json is missing. Give a folder named checkpoint-N.")
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UnfitError(f"{path} is damaged: {error}. Resume from another checkpoint.") from error
+    state = _read_object(path)
     if state.get("format") != FORMAT:
         raise UnfitError(f"{folder} has format {state.get('format')}; this version reads format {FORMAT}.")
+    if not isinstance(state.get("step"), int) or not isinstance(state.get("tensors"), list):
+        raise UnfitError(f"{path} does not say which step and tensors it belongs to. Resume from another checkpoint.")
     return state
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UnfitError(f"{path} is damaged: {error}. Resume from another checkpoint.") from error
+    if not isinstance(values, dict):
+        raise UnfitError(f"{path} is damaged: it holds no JSON object. Resume from another checkpoint.")
+    return values
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -144,11 +156,8 @@ def verify_checkpoint(folder: Path) -> None:
     path = Path(folder) / "MANIFEST.json"
     if not path.is_file():
         raise UnfitError(f"{folder} is incomplete: MANIFEST.json is missing. Resume from another checkpoint.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UnfitError(f"{path} is damaged: {error}. Resume from another checkpoint.") from error
-    found = {p.name for p in Path(folder).iterdir()} - {"MANIFEST.json"}
+    manifest = _read_object(path)
+    found = {p.name for p in Path(folder).iterdir() if p.is_file()} - {"MANIFEST.json"}
     if found != set(manifest):
         raise UnfitError(f"{folder}: files differ from its manifest: {sorted(found ^ set(manifest))}.")
     for name, recorded in manifest.items():
@@ -191,6 +200,9 @@ def _at_least_1d(tensor: Tensor) -> Tensor:
 
 
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    for path in folder.glob("*.safetensors"):
+        with open_tensors(path):  # refuses what is none, which torch's reader takes at its word
+            pass
     metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
     return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
 

@@ -23,6 +23,7 @@ from tests.faults.trial import Child, Outcome, Verdict, folder_of_this_run, in_c
 
 STEPS = 6
 SAVE_EVERY = 2
+_PATIENCE_SECONDS = 150.0
 BOTH = (1, 2)
 """How many processes a run has."""
 
@@ -99,7 +100,7 @@ def bench() -> Path:
     good_set(work / "set", 6)
     values = yaml.safe_load(_prepare_recipe(work))
     (work / "prepare.yaml").write_text(yaml.safe_dump(values))
-    ended = in_child(command, "prepare", work / "prepare.yaml")
+    ended = in_child(command, "prepare", work / "prepare.yaml", limit=_PATIENCE_SECONDS)
     assert ended.value == 0, ended.output
     return work
 
@@ -133,7 +134,7 @@ class Together:
 
     def wait(self) -> list[Outcome]:
         """Return how each ended."""
-        return [child.wait() for child in self.children]
+        return [child.wait(_PATIENCE_SECONDS) for child in self.children]
 
 
 def in_children(size: int, function: Callable[..., Any], *args: Any) -> list[Outcome]:
