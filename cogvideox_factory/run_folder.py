@@ -13,7 +13,6 @@ from typing import Any
 
 from cogvideox_factory.errors import FactoryError, StorageError, UnfitError
 
-
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
 
 

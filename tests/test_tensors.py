@@ -134,7 +134,7 @@ def test_cut_off_while_it_is_read(tmp_path, good):
     """Mapped into memory this would be a bus error."""
     with open_tensors(tmp_path / "good") as file:
         (tmp_path / "good").write_bytes(good[:200])
-        with pytest.raises(UnfitError, match="good cannot be read: it is (damaged or )?cut off"):
+        with pytest.raises(UnfitError, match=r"good cannot be read: it is (damaged or )?cut off"):
             file.read("a")
 
 

@@ -1,4 +1,4 @@
-"""F8, F9 of what a run leaves: checkpoints, LoRA files and fine-tuned transformers that are cut or have a bit flipped."""
+"""F8, F9 of what a run leaves: checkpoints, LoRA files and fine-tuned transformers, cut or with a bit flipped."""
 
 import json
 import shutil
@@ -107,5 +107,3 @@ def flipped_bits(count: int, seed: int, work: Path) -> Iterator[Trial]:
             verdict, layer, detail = _judge(artefact, bytes(spoilt), work / "spoilt")
             name = f"{artefact.kind} {number} bit {place}"
             yield Trial(family="F9", name=name, verdict=verdict, layer=layer, detail=detail)
-
-

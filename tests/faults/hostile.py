@@ -38,8 +38,9 @@ def _pickles(marker: Path) -> dict[str, bytes]:
     code = f"open({str(marker)!r}, 'w')"
     system = _Runs(os.system, touch)
     plain = {
-        "os.system": system, "exec": _Runs(exec, code), "eval": _Runs(eval, code), "open": _Runs(open, str(marker), "w"),
-        "os.mkdir": _Runs(os.mkdir, str(marker)), "in a list": [1, [2, [system]]], "as a value": {"weight": system},
+        "os.system": system, "exec": _Runs(exec, code), "eval": _Runs(eval, code),
+        "open": _Runs(open, str(marker), "w"), "os.mkdir": _Runs(os.mkdir, str(marker)),
+        "in a list": [1, [2, [system]]], "as a value": {"weight": system},
     }  # fmt: skip
     made = {name: pickle.dumps(value) for name, value in plain.items()}
     made["protocol 0"] = pickle.dumps(system, protocol=0)
@@ -96,8 +97,9 @@ def _abused() -> dict[str, bytes]:
         "zip bomb": bomb.getvalue(),
         "gzip bomb": gzip.compress(bytes(64 * 2**20)),
         "tar that leads out": tar.getvalue(),
-        "a list": b"[1]", "an empty object": b"{}", "a number": b"1", "null for each value": b'{"format": 1, "step": null}',
-        "100,000 brackets, bare": b"[" * 100_000, "a path that leads out": b'{"../../outside": {"size": 1, "sha256": ""}}',
+        "a list": b"[1]", "an empty object": b"{}", "a number": b"1",
+        "no step": b'{"format": 1, "step": null}', "100,000 brackets, bare": b"[" * 100_000,
+        "a path that leads out": b'{"../../outside": {"size": 1, "sha256": ""}}',
     }  # fmt: skip
 
 

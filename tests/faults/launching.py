@@ -149,9 +149,7 @@ def _fresh(work: Path) -> Path:
     return empty(work / "run")
 
 
-def _recovered(
-    run: Path, size: int, at: At, want: Wanted, *, says: list[str], **settings: Any
-) -> tuple[Verdict, str]:
+def _recovered(run: Path, size: int, at: At, want: Wanted, *, says: list[str], **settings: Any) -> tuple[Verdict, str]:
     """Run with a fault under the supervisor; it must be named, and the run end as if nothing had been."""
     ended = in_child(supervised, recipe(run, **settings), run, size, at, limit=120.0)
     if ended.broke or ended.value != 0:
@@ -168,7 +166,9 @@ def killed_ranks(count: int, seed: int, work: Path) -> Iterator[Trial]:
     for trial in range(count):
         rng, run = draws.generator(seed, "kill a rank", str(trial)), _fresh(work)
         size = 2 + trial % 2
-        at = At(rank=int(rng.integers(size)), step=int(rng.integers(1, STEPS + 1)), act=send(signal.SIGKILL), clock=work)
+        at = At(
+            rank=int(rng.integers(size)), step=int(rng.integers(1, STEPS + 1)), act=send(signal.SIGKILL), clock=work
+        )
         says = [f"rank {at.rank} was ended by SIGKILL", "restart 1 of 3"]
         verdict, detail = _recovered(run, size, at, wanted(size, **settings), says=says, **settings)
         name = f"{trial}: rank {at.rank} of {size} at step {at.step}"
@@ -261,7 +261,7 @@ def _port_taken(run: Path) -> tuple[Verdict, str]:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             ports = iter([taken.getsockname()[1]])
-            with mock.patch.object(supervise, "_free_port", lambda: next(ports, None) or free()):
+            with mock.patch.object(supervise, "_free_port", side_effect=lambda: next(ports, None) or free()):
                 return supervised(recipe(run), run, 2, lambda: None)
 
     ended = in_child(with_a_port_taken)

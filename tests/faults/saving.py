@@ -1,7 +1,6 @@
 """F3, F4, F5: training killed at every boundary of a save, at random times, and while it exports."""
 
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -145,7 +144,7 @@ _METHODS: dict[str, dict[str, Any]] = {"lora": {}, "full": {"method": "full"}}
 
 
 def killed_in_exports(count: int, seed: int, work: Path) -> Iterator[Trial]:
-    """F5: killed at the boundaries of an export, the first one of a run or a later one, and while a video is written."""
+    """F5: killed at the boundaries of an export, the first of a run or a later one, and while a video is written."""
     videos = max(1, count // 3)
     every = [
         (method, again, number, fault)
