@@ -33,6 +33,8 @@ _DTYPES = {theirs: np.dtype(ours) for ours, theirs in _NAMES.items()}
 _DIGEST = "cogvideox_factory.sha256"
 _BLANK = "0" * 64
 _BLOCK = 2**22
+_MAX_HEADER = 16_000_000
+"""Bytes: some hundred thousand tensors."""
 
 
 class TensorFile:
@@ -131,6 +133,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
     path = Path(path)
     if not path.is_file():
         raise MissingError(f"{path} does not exist.")
+    _check_header(path)
     try:
         opened = safe_open(path, framework="np", backend="pread")
     except (SafetensorError, OSError) as error:
@@ -143,6 +146,16 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
                 "Copy or export it again."
             )
         yield file
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that only an attack has: parsed, it would take many times its size."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if _MAX_HEADER < size <= path.stat().st_size:
+        raise UnfitError(
+            f"{path} has a header of {size:,} bytes; that of a model has less than {_MAX_HEADER:,}. Do not use it."
+        )
 
 
 def _digest(path: Path) -> str:

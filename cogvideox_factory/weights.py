@@ -72,7 +72,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnfitError(f"{path} is not valid JSON: {error}. Download or export the model again.") from error
     if not isinstance(values, dict):
         raise UnfitError(f"{path} holds a {type(values).__name__}, not a JSON object. Download the model again.")

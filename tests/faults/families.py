@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults import caches, lists, media, preparing, storage
+from tests.faults import artefacts, caches, hostile, launching, lists, media, numbers, preparing, saving, storage
 from tests.faults.trial import Trial
 
 SEED = 20261124
@@ -27,6 +27,18 @@ class Family:
     """What a passing verdict took."""
 
 
+def _each(*parts: Callable[[int, int, Path], Iterator[Trial]]) -> Callable[[int, int, Path], Iterator[Trial]]:
+    """Return trials of several kinds; the first part's count is for its seven kinds together."""
+    first, *others = parts
+
+    def trials(count: int, seed: int, work: Path) -> Iterator[Trial]:
+        yield from first(count, seed, work)
+        for part in others:
+            yield from part(count // 7, seed, work)
+
+    return trials
+
+
 FAMILIES = (
     Family(id="F1", fault="`prepare` killed (SIGKILL) before and after each boundary of writing",
            trials=preparing.killed_at_boundaries, quick=16, full=10_000,
@@ -34,14 +46,24 @@ FAMILIES = (
            "entry again, leaves no temporary"),
     Family(id="F2", fault="`prepare` killed (SIGKILL) at random times", trials=preparing.killed_at_random, quick=5,
            full=100, passes="as F1"),
+    Family(id="F3", fault="training killed (SIGKILL) at each boundary of a checkpoint's save, 1 and 2 processes",
+           trials=saving.killed_in_saves, quick=14, full=10_000,
+           passes="every checkpoint under its name is whole, at most one interval is lost, the same command ends in "
+           "the same bits and losses, and leaves nothing over"),
+    Family(id="F4", fault="training killed (SIGKILL) at random times, again and again", trials=saving.killed_at_random,
+           quick=3, full=40, passes="as F3"),
+    Family(id="F5", fault="killed in an export (LoRA, all weights; the first, a later one), and in a video's encoding",
+           trials=saving.killed_in_exports, quick=8, full=100,
+           passes="the old, the new or none under the final name, then as F3"),
     Family(id="F6", fault="disk full: cache, checkpoint, export on disks of 12 sizes", trials=storage.full_disks,
            quick=9, full=36, passes="exit 6, nothing half-written, done when there is room"),
     Family(id="F7", fault="read-only, forbidden, a file in the way, failing calls (EIO, ENOSPC) at boundaries",
            trials=storage.failing_folders, quick=14, full=60, passes="exit 6 with the folder's name, then as F1"),
-    Family(id="F8", fault="each of 7 kinds of cache files cut", trials=caches.cut_files, quick=35, full=140,
-           passes="told by name; mended, exactly that entry is made again, to the same bytes"),
-    Family(id="F9", fault="one bit of each of 7 kinds of cache files flipped", trials=caches.flipped_bits, quick=35,
-           full=700, passes="as F8"),
+    Family(id="F8", fault="each of 7 kinds of cache files and of 6 of a run's cut",
+           trials=_each(caches.cut_files, artefacts.cut_files), quick=35, full=140,
+           passes="told by name; in a cache, exactly that entry is made again, to the same bytes"),
+    Family(id="F9", fault="one bit of each of 7 kinds of cache files and of 6 of a run's flipped",
+           trials=_each(caches.flipped_bits, artefacts.flipped_bits), quick=35, full=700, passes="as F8"),
     Family(id="F10", fault="entries deleted, swapped, doubled; other lists; each setting changed, one at a time",
            trials=caches.wrong_files, quick=47, full=60,
            passes="told by name; a changed setting is named, and no other"),
@@ -55,11 +77,32 @@ FAMILIES = (
            quick=300, full=5000, passes="the exact reason code; as many rows, in order, each with its own caption"),
     Family(id="F14", fault="hostile names, addresses, playlists, links swapped in meanwhile",
            trials=media.hostile_names, quick=44, full=44, passes="nothing outside is opened, nobody is called"),
+    Family(id="F15", fault="checkpoints, LoRA files and weights made to run code or to fill the memory",
+           trials=hostile.hostile_files, quick=40, full=10_000,
+           passes="exit 4 or 5, nothing executed, at most twice the file in memory"),
     Family(id="F16", fault="recipes with traps", trials=lists.hostile_recipes, quick=25, full=25,
            passes="exit 2 with the place, within 1 s and 200 MiB"),
+    Family(id="F17", fault="`launch`: one of 2 or 3 processes killed", trials=launching.killed_ranks, quick=2,
+           full=24, passes="told by rank, signal and log; started again; the bits of an undisturbed run"),
+    Family(id="F18", fault="`launch`: one of 2 processes frozen (SIGSTOP)", trials=launching.frozen_ranks, quick=1,
+           full=6, passes="noticed within 60 s, with the stacks of the one that waits; then as F17"),
+    Family(id="F19", fault="`launch`: a process raises, refuses, leaves, crashes; its port is taken; it never works",
+           trials=launching.failing_ranks, quick=5, full=16,
+           passes="exit 8 (or that of the refusal) with the cause; the same command then ends in the same bits"),
+    Family(id="F20", fault="SIGTERM, SIGINT (once, twice), SIGUSR1, SIGHUP at random times, 1 and 2 processes",
+           trials=launching.signalled, quick=6, full=40,
+           passes="exit 75 with nothing lost (130 after two), then as F3"),
+    Family(id="F21", fault="NaN or Inf in a loss, a gradient, a latent of one process", trials=numbers.poisoned,
+           quick=6, full=24, passes="exit 7 in all, nothing of it saved or exported, then as F3"),
+    Family(id="F22", fault="saved by 1 to 4 processes, taken up by others; sequences divided or not",
+           trials=numbers.moved, quick=3, full=14, passes="the loaded bits are the saved ones; losses agree to 1e-5"),
     Family(id="F23", fault="two and four `prepare` at once; a reader meanwhile; two runs in one folder",
            trials=preparing.several_at_once, quick=4, full=20,
            passes="the files of one run; the second run is refused"),
+    Family(id="F24", fault="a clock that jumps, stands still or runs backwards in training", trials=numbers.clocks,
+           quick=3, full=6, passes="as F3; no negative time left"),
+    Family(id="F25", fault="memory and open files: 300 steps, 400 clips", trials=numbers.memory, quick=0, full=2,
+           passes="memory grows by less than 5 %, files not at all"),
     Family(id="F27", fault="clean clips of many formats, sizes, rates and captions", trials=media.controls, quick=50,
            full=200, passes="used, with its caption: no false refusal"),
 )  # fmt: skip

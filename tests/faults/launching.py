@@ -261,7 +261,7 @@ def _port_taken(run: Path) -> tuple[Verdict, str]:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             ports = iter([taken.getsockname()[1]])
-            with mock.patch.object(supervise, "_free_port", lambda: next(ports, None) or free()):  # noqa: PT008
+            with mock.patch.object(supervise, "_free_port", side_effect=lambda: next(ports, None) or free()):
                 return supervised(recipe(run), run, 2, lambda: None)
 
     ended = in_child(with_a_port_taken)

@@ -10,6 +10,8 @@ from tests.faults.media import HASH_ONLY
 from tests.faults.trial import Trial, Verdict
 
 _FAILED_SHOWN = 5
+_RECOVER = ("F1", "F2", "F3", "F4", "F5", "F17", "F18", "F19", "F20", "F21")
+"""Families in which something is killed or ends early and the same command goes on."""
 
 
 def bound(found: int, tried: int) -> str:
@@ -22,8 +24,10 @@ def figures(results: Sequence[Result]) -> dict[str, Any]:
     trials = [trial for result in results for trial in result.trials]
     counts = Counter(trial.verdict for trial in trials)
     controls = [trial for trial in trials if trial.is_control]
-    recovered = [t for r in results if r.family.id in ("F1", "F2") for t in r.trials]
-    same = sum(trial.verdict == Verdict.OK for trial in recovered)
+    recovered = [t for r in results if r.family.id in _RECOVER for t in r.trials]
+    same = sum(trial.passed for trial in recovered)
+    redone = sorted(trial.steps_redone for trial in trials if trial.steps_redone is not None)
+    seconds = sorted(trial.recovery_seconds for trial in trials if trial.recovery_seconds is not None)
     return {
         "tried": len(trials),
         "passed": sum(trial.passed for trial in trials),
@@ -33,8 +37,16 @@ def figures(results: Sequence[Result]) -> dict[str, Any]:
         "clips": sum(trial.family == "F11" for trial in trials),
         "clips told only by their hash": sum(trial.layer == HASH_ONLY for trial in trials),
         "bit-identical after a kill": f"{same} of {len(recovered)}",
+        "steps redone, median / most": f"{redone[len(redone) // 2]} / {redone[-1]}" if redone else "-",
+        "recovery seconds, p50 / p95": _percentiles(seconds),
         "seconds": round(sum(result.seconds for result in results), 1),
     }
+
+
+def _percentiles(values: list[float]) -> str:
+    if not values:
+        return "-"
+    return " / ".join(f"{values[min(len(values) - 1, int(share * len(values)))]:.1f}" for share in (0.5, 0.95))
 
 
 def to_json(results: Sequence[Result], *, tier: str, seed: int) -> dict[str, Any]:
@@ -82,6 +94,8 @@ def to_markdown(results: Sequence[Result], *, tier: str, seed: int) -> str:
         f"| damaged clips that decode to other pixels without a complaint | {told['clips told only by their hash']} of "
         f"{told['clips']}, see below |",
         f"| bit-identical after a kill and the same command again | {told['bit-identical after a kill']} |",
+        f"| steps of training done again, median / most | {told['steps redone, median / most']} (saved every 2 to 5) |",
+        f"| s from a process's death to the next step of `launch`, p50 / p95 | {told['recovery seconds, p50 / p95']} |",
         f"| seconds | {told['seconds']} |",
         "",
         "| | fault | tried | identical | refused | reported | failed | s | a pass means |",

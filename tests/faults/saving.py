@@ -31,7 +31,7 @@ from tests.faults.training import (
 )
 from tests.faults.trial import Child, Outcome, Trial, Verdict, in_child, spread
 
-WAYS: dict[str, dict[str, Any]] = {"": {}}
+WAYS: dict[str, dict[str, Any]] = {"": {}, "in the background, ": {"async_checkpoint": True}}
 """How a checkpoint can be saved: name and settings of `train`."""
 _PEER = 8
 _MOST_KILLS = 5

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cogvideox_factory.models import LARGER, TransformerConfig
-from cogvideox_factory.torch_engine import linear
+from cogvideox_factory.torch_engine import linear, ranks
 from cogvideox_factory.torch_engine.optim import Update
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
 from cogvideox_factory.torch_engine.sharding import distribute
