@@ -175,8 +175,13 @@ def stored_tensors(folder: Path, stem: str = MODEL_STEM) -> Iterator[tuple[str, 
 
 
 def _check_config(folder: Path, metadata: Mapping[str, str]) -> None:
-    """Hold `config.json` against what weights of our own say of it; people do edit it, so a change is only told."""
-    if _CONFIG in metadata and metadata[_CONFIG] != _digest_of_config(read_config(folder)):
+    """Hold `config.json` against what weights of our own say of it; people do edit it, so a change is only told.
+
+    Weights without one have theirs elsewhere (`model.transformer_config`), under any name and in any form.
+    """
+    if _CONFIG not in metadata or not (folder / "config.json").is_file():
+        return
+    if metadata[_CONFIG] != _digest_of_config(read_config(folder)):
         logger.warning(
             "%s is not the one these weights were saved with. Unless you changed it, copy or export the folder again.",
             folder / "config.json",

@@ -5,6 +5,7 @@ They become the words of a command of ours, which is printed, so that it can be 
 
 import os
 import shlex
+from operator import attrgetter
 from typing import Any
 
 from cogvideox_factory.config import Config
@@ -56,27 +57,9 @@ def _asked(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _words(settings: dict[str, Any]) -> list[str]:
-    """Return the flags for all settings that are not at their default.
-
-    Raises:
-        FactoryError: a setting that this version does not have.
-    """
+    """Return the flags for all settings that are not at their default."""
     words = []
     for name, value in settings.items():
-        if value is not None and value != _default(name, value):
+        if value is not None and (name == _SHARD or value != attrgetter(name)(Config())):
             words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     return words
-
-
-def _default(name: str, wanted: Any) -> Any:
-    found: Any = Config()
-    if name == _SHARD:
-        return None
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise FactoryError(
-                f"that comes to {name}={wanted}, and this version has no such setting; leave out the flag that asks "
-                "for it (the optimizer that is always there is --optimizer adamw)"
-            )
-        found = getattr(found, part)
-    return found

@@ -154,13 +154,16 @@ def choose_arithmetic(given: Given) -> None:
         given.set(setting, value)
     if given["mixed_precision"] != "fp16":
         given.say_inert(("amp_level",), "it counts with mixed_precision fp16 only (as with theirs)")
+    if given.script.command == "generate":
+        given.say_inert(("mindspore_mode", "jit_level"), "making videos is eager; compiling is for training")
+        return
     row = speed_settings(modes)
     for setting, value in row.settings.items():
         given.set(setting, value)
-    if given.typed.get("mindspore_mode") is not None:
-        given.say(f"--mindspore_mode {modes.mindspore_mode} --jit_level {modes.jit_level}: {row.here}")
     if modes.mindspore_mode == 1:
         given.say_inert(("jit_level",), "it belongs to graph mode (mindspore_mode 0)")
+    elif "mindspore_mode" in given.typed:
+        given.say(f"--mindspore_mode 0 --jit_level {modes.jit_level}: {row.here}")
 
 
 def modes_of(given: Given) -> Modes:

@@ -33,11 +33,18 @@ class Meaning(NamedTuple):
 
 
 MEANINGS = (
-    Meaning("mindspore_mode", "1", "PyNative: operators run one by one", "eager, as usual in PyTorch", {}),
-    Meaning("mindspore_mode", "0", "graph: the network is compiled whole", "see jit_level", {}),
-    Meaning("jit_level", "O0", "graph mode: few optimisations", "eager", {}),
-    Meaning("jit_level", "O1", "graph mode: operators are fused", "eager: the blocks' operators are fused by hand", {}),
-    Meaning("jit_level", "O2", "graph mode: the whole graph is sent to the card", "as O1", {}),
+    Meaning("mindspore_mode", "1", "PyNative: operators run one by one", "eager: train.compile none", {}),
+    Meaning("mindspore_mode", "0", "graph: the network is compiled", "see jit_level; making videos stays eager", {}),
+    Meaning("jit_level", "O0", "graph mode: few optimisations", "eager: train.compile none", {}),
+    Meaning(
+        "jit_level", "O1", "graph mode: operators are fused", "train.compile default: each block, once a shape",
+        {"train.compile": "default"},
+    ),
+    Meaning(
+        "jit_level", "O2", "graph mode: the whole graph is sent to the card",
+        "train.compile max_autotune, run.deterministic False: kernels are tried out",
+        {"train.compile": "max_autotune", "run.deterministic": False},
+    ),
     Meaning("amp_level", "O0", "fp16: all in float32", "run.dtype float32", {"run.dtype": "float32"}),
     Meaning(
         "amp_level", "O1", "fp16: listed operators in float16, the rest in float32",

@@ -178,11 +178,12 @@ FLAGS = (
     ),
     inert("distributed", "switch", "the launcher decides how many processes there are", False, origin=MINDSPORE),
     joint(
-        "mindspore_mode", "integer", "", choices.choose_arithmetic, 1, "see the table of modes", origin=MINDSPORE
+        "mindspore_mode", "integer", "train.compile", choices.choose_arithmetic, 1, "see the table of modes",
+        origin=MINDSPORE,
     ),
     joint(
-        "jit_level", "text", "", choices.choose_arithmetic, "O0", "see the table of modes", origin=MINDSPORE,
-        choices=("O0", "O1", "O2"),
+        "jit_level", "text", "train.compile, run.deterministic", choices.choose_arithmetic, "O0",
+        "see the table of modes", origin=MINDSPORE, choices=("O0", "O1", "O2"),
     ),
     joint(
         "amp_level", "text", "run.dtype", choices.choose_arithmetic, "O2", "fp16 only; see the table of modes",

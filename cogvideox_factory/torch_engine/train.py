@@ -344,7 +344,7 @@ def _load_sparingly(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
     Its blocks are rounded to few bits there one matrix at a time, or keep their weights on the host.
     """
     config = plan.config
-    transformer = CogVideoXTransformer.from_folder(plan.transformer_folder, dtype=plan.dtype)
+    transformer = CogVideoXTransformer.from_folder(plan.transformer_folder, config=plan.model, dtype=plan.dtype)
     transformer.set_checkpointing(config.train.checkpointing, config.train.checkpointing_layers)
     if config.lora.base != "model":
         quantize(transformer, config.lora.base, device=plan.device)
