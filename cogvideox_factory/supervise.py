@@ -140,21 +140,23 @@ class Supervisor:
         port = _free_port() if launch.master_port is None else launch.master_port + tries
         agent = self.start(launch, folder, port)
         processes = Processes(folder=folder, ranks=launch.ranks)
+        echo = _Echo(folder / "rank-0.log") if 0 in launch.ranks else None
         crashed_at = None
-        with _Echo(folder / "rank-0.log") as echo:
-            while agent.poll() is None:
-                time.sleep(_POLL_SECONDS)
-                processes.look()
-                echo.go_on()
-                self._pass_on(agent, processes)
-                if crashed_at is None and processes.crashed():
-                    crashed_at = time.monotonic()
-                if crashed_at is not None and time.monotonic() > crashed_at + launch.grace_seconds:
-                    processes.kill()
+        while agent.poll() is None:
+            time.sleep(_POLL_SECONDS)
             processes.look()
-            processes.kill()  # what an ended torchrun has left
-            echo.go_on()
+            self._pass_on(agent, processes)
+            if crashed_at is None and processes.crashed():
+                crashed_at = time.monotonic()
+            if crashed_at is not None and time.monotonic() > crashed_at + launch.grace_seconds:
+                processes.kill()
+            if echo:
+                echo.go_on()
+        processes.look()
+        processes.kill()  # what an ended torchrun has left
         processes.close()
+        if echo:
+            echo.go_on()
         return read_ends(folder, put_down=processes.put_down)
 
     def _pass_on(self, agent: Agent, processes: Processes) -> None:
@@ -230,11 +232,6 @@ class _Echo:
 
     def __init__(self, path: Path) -> None:
         self._path, self._place = path, 0
-
-    def __enter__(self) -> "_Echo":
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
 
     def go_on(self) -> None:
         """Show what came since."""

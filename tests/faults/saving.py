@@ -15,6 +15,7 @@ from tests.faults.makers import moving
 from tests.faults.training import (
     BOTH,
     KILLED,
+    LONGER,
     SAVE_EVERY,
     Together,
     codes,
@@ -114,15 +115,14 @@ def after_a_kill(run: Path, size: int, **settings: Any) -> tuple[Verdict, str, i
 
 def killed_at_random(count: int, seed: int, work: Path) -> Iterator[Trial]:
     """F4: killed after drawn times, again and again, until it is done."""
-    settings = {"steps": 16, "save_every": 3}
     for trial in range(count):
         size = 2 if trial % 4 == 3 else 1
-        rng, want, run = draws.generator(seed, "kill training", str(trial)), wanted(size, **settings), work / "run"
+        rng, want, run = draws.generator(seed, "kill training", str(trial)), wanted(size, **LONGER), work / "run"
         empty(run)
         verdict, detail, lost, kills = Verdict.OK, "", 0, []
         while verdict == Verdict.OK and len(kills) < _MOST_KILLS:
             delay, rank = float(rng.uniform(0.2, 1.2)) * want.seconds, int(rng.integers(size))
-            running = Together(size, command, "train", recipe(run, **settings))
+            running = Together(size, command, "train", recipe(run, **LONGER))
             time.sleep(delay)
             running.children[rank].kill()
             outcomes = running.wait()
@@ -134,7 +134,7 @@ def killed_at_random(count: int, seed: int, work: Path) -> Iterator[Trial]:
                 lost += redone(run)
                 verdict, detail = left_intact(run, want)
         if verdict == Verdict.OK:
-            verdict, detail = goes_on(run, want, size, **settings)
+            verdict, detail = goes_on(run, want, size, **LONGER)
         name = f"{trial}: {size} processes, killed after {kills} s"
         yield Trial(family="F4", name=name, verdict=verdict, detail=detail, steps_redone=lost)
 

@@ -23,6 +23,8 @@ from tests.faults.trial import Child, Outcome, Verdict, folder_of_this_run, in_c
 
 STEPS = 6
 SAVE_EVERY = 2
+LONGER = {"steps": 12, "save_every": 4}
+"""For faults at random times."""
 _PATIENCE_SECONDS = 150.0
 BOTH = (1, 2)
 """How many processes a run has."""
