@@ -1,6 +1,7 @@
 """F8, F9 of what a run leaves: checkpoints, LoRA files and fine-tuned transformers, cut or with a bit flipped."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -75,11 +76,19 @@ def _judge(artefact: Artefact, spoilt: bytes, work: Path) -> tuple[Verdict, str,
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(artefact.folder, work)
     (work / artefact.file).write_bytes(spoilt)
+    told: list[str] = []
+    heard = logging.Handler()
+    heard.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("cogvideox_factory").addHandler(heard)
     try:
         found = artefact.read(work)
     except FactoryError as error:
         layer = "digest" if "changed or damaged" in str(error) or "not the one" in str(error) else "header and size"
         return (Verdict.REFUSED, layer, "") if error.exit_code == 5 else (Verdict.SILENT, layer, str(error))
+    finally:
+        logging.getLogger("cogvideox_factory").removeHandler(heard)
+    if any("is not the one these weights were saved with" in line for line in told):
+        return Verdict.DEGRADED, "digest", ""  # people edit configs, so a change is told and not refused
     if found == artefact.read(artefact.folder):
         return Verdict.OK, "", ""
     return Verdict.SILENT, "", f"{artefact.file} differs and nothing was told"

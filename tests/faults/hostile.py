@@ -173,6 +173,8 @@ def _judge(artefact: Any, path: Path, marker: Path) -> tuple[Verdict, str]:
         return Verdict.SILENT, "it was executed"
     if ended.exit_code in (4, 5):
         return Verdict.REFUSED, ""
+    if artefact.kind == "transformer config" and not ended.broke:
+        return Verdict.DEGRADED, ""  # another object of settings than the weights were saved with, which is told
     return ended.broke or Verdict.SILENT, f"exit {ended.exit_code}: {ended.output[-800:]}{ended.error}"
 
 

@@ -83,7 +83,8 @@ def poisoned(count: int, seed: int, work: Path) -> Iterator[Trial]:
     for trial, (where, size, value) in zip(range(count), itertools.cycle(spread(kinds, count))):
         rng, run = draws.generator(seed, "poison", str(trial)), empty(work / "run")
         log_every, zero = int(rng.integers(1, 4)), int(rng.choice([0, 3])) if size > 1 else 0
-        settings, want = {"log_every": log_every, "parallel": {"zero": zero}}, wanted(size, zero)
+        settings = {"log_every": log_every, "on_bad_step": "stop", "parallel": {"zero": zero}}
+        want = wanted(size, zero)
         poison = Poison(rank=int(rng.integers(size)), step=int(rng.integers(1, STEPS + 1)), where=where, value=value)
         outcomes = in_children(size, command, "train", recipe(run, **settings), poison)
         found = codes(outcomes)
