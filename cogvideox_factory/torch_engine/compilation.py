@@ -1,10 +1,10 @@
 """Compiling the transformer's blocks for training: one graph for each shape, which all blocks but the ends share.
 
 A block is compiled from its forward down, checkpointing included, so what stands around it (hooks that gather divided
-weights) stays as it is. The last block leaves out the text, under a LoRA the input of the first asks for no
-gradient, and layers may be checkpointed or not: each kind has a graph of its own. Shapes are fixed, which makes the
-fastest code; a shape more is a compilation more. What is not trained, held-out losses and sample videos, runs uncompiled: their shapes would cost more
-than they return.
+weights) stays as it is. The last block leaves out the text, under a LoRA the input of the first asks for no gradient,
+and layers may be checkpointed or not: each kind has a graph of its own. Shapes are fixed, which makes the fastest code;
+a shape more is a compilation more. What is not trained, held-out losses and sample videos, runs uncompiled: its shapes
+would cost more than they return.
 """
 
 import functools
