@@ -1,10 +1,10 @@
 """Compiling the transformer's blocks for training: one graph for each shape, which all blocks but the ends share.
 
 A block is compiled from its forward down, checkpointing included, so what stands around it (hooks that gather divided
-weights) stays as it is. The last block leaves out the text, under a LoRA the input of the first asks for no
-gradient, and layers may be checkpointed or not: each kind has a graph of its own. Shapes are fixed, which makes the
-fastest code; a shape more is a compilation more. What is not trained, held-out losses and sample videos, runs
-uncompiled: their shapes would cost more than they return.
+weights) stays as it is. The last block leaves out the text, under a LoRA the input of the first asks for no gradient,
+and layers may differ in their adapters and in checkpointing: each kind has a graph of its own. Shapes are fixed, which
+makes the fastest code; a shape more is a compilation more. What is not trained, held-out losses and sample videos, runs
+uncompiled: its shapes would cost more than they return.
 """
 
 import functools
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvideox_factory.errors import FactoryError, nearest
 from cogvideox_factory.torch_engine.device import require_compiler
@@ -55,9 +55,19 @@ def compile_blocks(transformer: CogVideoXTransformer, mode: str, *, num_shapes: 
 
 def _num_kinds(transformer: CogVideoXTransformer) -> int:
     """Return how many different graphs the blocks have for a shape."""
-    frozen = not any(parameter.requires_grad for parameter in transformer.patch_embed.parameters())
-    blocks, whole = transformer.blocks, transformer.sequence is None
-    return len({(b.checkpointing, frozen and b is blocks[0], whole and b is blocks[-1]) for b in blocks})
+    kinds = set()
+    of_input = _is_trained(transformer.patch_embed)
+    of_vectors = any(map(_is_trained, (transformer.time_embedding, transformer.ofs_embedding, transformer.modulation)))
+    for index, block in enumerate(transformer.blocks):
+        is_last = transformer.sequence is None and index == len(transformer.blocks) - 1
+        weights = tuple((name, p.requires_grad) for name, p in block.named_parameters())
+        kinds.add((block.checkpointing, of_input, is_last, weights))
+        of_input = of_input or of_vectors or _is_trained(block)
+    return len(kinds)
+
+
+def _is_trained(module: nn.Module | None) -> bool:
+    return module is not None and any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _trained_fast(forward: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:

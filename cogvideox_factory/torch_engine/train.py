@@ -222,7 +222,7 @@ def _train(
     transformer = load_transformer(plan, ranks)
     if config.train.compile != "none":
         num_graphs = compile_blocks(transformer, config.train.compile, num_shapes=len(sizes))
-        say(f"compiling blocks ({config.train.compile}): {num_graphs} graphs, for {len(sizes)} shapes")
+        say(f"compiling blocks ({config.train.compile}): {num_graphs} graph(s) for {len(sizes)} shape(s)")
     update = make_update(plan, transformer, ranks)
     ema = Ema(update, decay=config.train.ema_decay) if config.train.ema_decay else None
     objective = make_objective(plan, transformer)

@@ -12,13 +12,16 @@ from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.border import whole
 from cogvideox_factory.torch_engine.compilation import compile_blocks
 from cogvideox_factory.torch_engine.device import require_compiler
-from cogvideox_factory.torch_engine.ranks import Layout, make_ranks
+from cogvideox_factory.torch_engine.examine import first_not_finite
+from cogvideox_factory.torch_engine.optim import Update
+from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
 from cogvideox_factory.torch_engine.sharding import distribute
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.test_transformer import config_of, positions_for
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
+ALONE = Ranks(layout=Layout())
 # Traces and differentiates as inductor's graphs are, and spends no time on machine code.
 QUICK = "aot_eager"
 
@@ -52,10 +55,14 @@ def inputs_of(made: CogVideoXTransformer, batch: int):
     return latents, prompt, torch.full((batch,), 500)
 
 
+def loss_of(made: CogVideoXTransformer, batch: int) -> torch.Tensor:
+    inputs = inputs_of(made, batch)
+    return made(*inputs, positions=positions_for(made, *inputs[:2])).square().mean()
+
+
 def step(made: CogVideoXTransformer, batch: int = 1):
     """Return the loss and all gradients of a batch."""
-    inputs = inputs_of(made, batch)
-    loss = made(*inputs, positions=positions_for(made, *inputs[:2])).square().mean()
+    loss = loss_of(made, batch)
     loss.backward()
     grads = {name: whole(p.grad).clone() for name, p in made.named_parameters() if p.grad is not None}
     made.zero_grad()
@@ -71,6 +78,23 @@ def assert_same(ours, theirs):
         assert (grads[name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-7 * largest, name
 
 
+class Loss:
+    """As much of a loss as `first_not_finite` asks for."""
+
+    def __init__(self, transformer):
+        self.transformer = transformer
+
+    def __call__(self, batch):
+        return loss_of(self.transformer, batch["batch"])
+
+
+def update_of(made: CogVideoXTransformer) -> Update:
+    return Update(
+        made.named_parameters(), dtype=torch.float32, device=torch.device("cpu"), betas=(0.9, 0.95), eps=1e-8,
+        weight_decay=0.0, max_grad_norm=1.0, stochastic_bf16=False, seed=0,
+    )  # fmt: skip
+
+
 @needs_compiler
 def test_machine_code_gives_the_same_loss_and_gradients(monkeypatch, tmp_path):
     # A process that was killed leaves half a library in the usual folder.
@@ -81,8 +105,7 @@ def test_machine_code_gives_the_same_loss_and_gradients(monkeypatch, tmp_path):
     for _ in range(2):
         assert_same(step(compiled), expected)
     with torch.no_grad():  # another batch, as sample videos have
-        inputs = inputs_of(compiled, 2)
-        compiled(*inputs, positions=positions_for(compiled, *inputs[:2]))
+        loss_of(compiled, 2)
     assert counters["stats"]["unique_graphs"] == 1, "what is not trained is not compiled"
 
 
@@ -95,6 +118,28 @@ def test_there_are_as_many_graphs_as_announced_and_a_shape_more_is_an_error():
     assert counters["stats"]["unique_graphs"] == limit == 6
     with pytest.raises(FailOnRecompileLimitHit):
         step(compiled, 3)
+
+
+def test_a_bad_step_is_looked_into_behind_the_compiler():
+    compiled = model("none", adapters=True, num_layers=3)
+    compile_blocks(compiled, "default", num_shapes=1, backend=QUICK)
+    step(compiled)
+    (part,) = compiled.blocks[2].attn.out.parts("default").values()
+    part.lora_A.data.zero_()  # forward the adapter adds nothing; backward it overflows
+    part.lora_B.data.fill_(3e38)
+    update = update_of(compiled)
+    update.loss_scale.scale.fill_(1e6)
+    found = first_not_finite(Loss(compiled), update, [{"batch": 1}], ALONE)
+    assert found == "the gradient that comes to the output of transformer_blocks.2.attn"
+
+
+def test_adapters_on_some_layers_only_are_counted():
+    compiled = CogVideoXTransformer(config_of("cogvideox-5b", num_layers=5))
+    lora.add_lora(compiled, rank=2, alpha=2, seed=0, target_modules=[r"transformer_blocks\.[23]\..*to_q"])
+    # Two before the first adapter, the one with it, the next with one, and the last.
+    assert compile_blocks(compiled, "default", num_shapes=1, backend=QUICK) == 4
+    step(compiled)
+    assert counters["stats"]["unique_graphs"] == 4
 
 
 def divided():

@@ -639,7 +639,7 @@ def test_a_compiled_run_goes_the_same_way(tiny_model, clips, caches, tmp_path, m
     ]  # fmt: skip
     plain, compiled = ([x for _, x in losses(run)] for run in runs)
     assert compiled == pytest.approx(plain, rel=1e-5)
-    assert "compiling blocks (default): 2 graphs, for 1 shapes" in capsys.readouterr().out
+    assert "compiling blocks (default): 2 graph(s) for 1 shape(s)" in capsys.readouterr().out
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
