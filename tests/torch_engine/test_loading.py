@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from cogvideox_factory import tensors, weights
 from cogvideox_factory.errors import StorageError
 from cogvideox_factory.recipe import check
-from cogvideox_factory.torch_engine import lora, start, train
+from cogvideox_factory.torch_engine import learner, lora, start
 from cogvideox_factory.torch_engine.border import local, rows_of
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
@@ -64,7 +64,7 @@ def load_each(root: Path) -> list[tuple[int, int, dict[str, tuple[int, np.ndarra
         layout = Layout(size=torch.distributed.get_world_size(), zero=case["zero"])
         ranks = make_ranks(layout, num_heads=2, device_type="cpu")
         reads.total = reads.largest = 0
-        model = train.load_transformer(plan_of(root, **case), ranks)
+        model = learner.load_transformer(plan_of(root, **case), ranks)
         held = {name: (rows_of(t)[0], local(t.detach()).numpy()) for name, t in model.state_dict().items()}
         found.append((reads.total, reads.largest, held))
     return found
@@ -73,8 +73,8 @@ def load_each(root: Path) -> list[tuple[int, int, dict[str, tuple[int, np.ndarra
 def export_each(root: Path, out: Path) -> None:
     """Export a divided model in small shards."""
     ranks = make_ranks(Layout(size=torch.distributed.get_world_size(), zero=3), num_heads=2, device_type="cpu")
-    model = train.load_transformer(plan_of(root, task="t2v", method="full"), ranks)
-    train.export(model, out, method="full", ranks=ranks, max_shard_bytes=SHARD_BYTES)
+    model = learner.load_transformer(plan_of(root, task="t2v", method="full"), ranks)
+    learner.export(model, out, method="full", ranks=ranks, max_shard_bytes=SHARD_BYTES)
     written = weights.save_tensors
     if ranks.leads:
 
@@ -85,7 +85,7 @@ def export_each(root: Path, out: Path) -> None:
 
         weights.save_tensors = full
     with pytest.raises(StorageError, match="the disk is full"):
-        train.export(model, out, method="full", ranks=ranks, max_shard_bytes=SHARD_BYTES)
+        learner.export(model, out, method="full", ranks=ranks, max_shard_bytes=SHARD_BYTES)
     weights.save_tensors = written
 
 
@@ -196,6 +196,6 @@ def test_an_export_holds_one_shard_at_a_time(tmp_path, tiny_model, monkeypatch):
 
 def test_one_process_is_no_special_case(loaded):
     root, _ = loaded
-    model = train.load_transformer(plan_of(root, task="i2v", method="full"), Ranks(layout=Layout()))
+    model = learner.load_transformer(plan_of(root, task="i2v", method="full"), Ranks(layout=Layout()))
     assert_equal(model.to_arrays(), load_file(file_of(root, "i2v")))
     assert all(parameter.requires_grad for parameter in model.parameters())
