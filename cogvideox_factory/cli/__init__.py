@@ -16,7 +16,7 @@ COMMANDS = {
     "train": "cache or raw clips -> run folder with a LoRA or a fine-tuned transformer",
     "sweep": "one training run for each combination of settings; a table and a page of what came out",
     "launch": "starts `train` on many cards, and again after a crash",
-    "generate": "prompts (and images) -> mp4",
+    "generate": "prompts (and images or videos) -> videos",
     "replay": "a training step that went wrong, once more, with a look at every module",
     "evaluate": "metrics of a folder of videos; judges of what they show",
     "train-vae": "clips -> a VAE of this architecture, for models of your own",
@@ -29,6 +29,7 @@ A recipe comes first, flags override single settings of it:
   cogvideox generate recipes/t2v_lora.yaml --generate.lora runs/mine --generate.prompt "a red fox in the snow"
 `cogvideox COMMAND --help` lists every setting of a command with its default and unit.
 
+Exit codes: 0 done, 1 our bug, 2 usage or setting, 3 data rejected, 4 missing dependency, model or device,
 5 cache or checkpoint unfit, 6 storage, 7 non-finite numbers, 8 another process of the run failed,
 75 stopped on request (run again to go on), 130 Ctrl-C, 143 SIGTERM."""
 
