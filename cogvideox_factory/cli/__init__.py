@@ -29,7 +29,7 @@ A recipe comes first, flags override single settings of it:
   cogvideox generate recipes/t2v_lora.yaml --generate.lora runs/mine --generate.prompt "a red fox in the snow"
 `cogvideox COMMAND --help` lists every setting of a command with its default and unit.
 
-Exit codes: 0 done, 1 our bug, 2 usage or setting, 3 data rejected, 4 missing dependency, model or device,
+Exit codes: 0 done, 1 our bug, 2 usage or setting, 3 data rejected, 4 missing dependency, model, device or memory,
 5 cache or checkpoint unfit, 6 storage, 7 non-finite numbers, 8 another process of the run failed,
 75 stopped on request (run again to go on), 130 Ctrl-C, 143 SIGTERM."""
 
