@@ -61,7 +61,8 @@ FAMILIES = (
            trials=storage.failing_folders, quick=14, full=60, passes="exit 6 with the folder's name, then as F1"),
     Family(id="F8", fault="each of 7 kinds of cache files and of 6 of a run's cut",
            trials=_each(caches.cut_files, artefacts.cut_files), quick=35, full=140,
-           passes="told by name; in a cache, exactly that entry is made again, to the same bytes"),
+           passes="told by name; in a cache, exactly that entry is made again, to the same bytes; *reported*: a "
+           "changed config.json, which a user may have meant"),
     Family(id="F9", fault="one bit of each of 7 kinds of cache files and of 6 of a run's flipped",
            trials=_each(caches.flipped_bits, artefacts.flipped_bits), quick=35, full=700, passes="as F8"),
     Family(id="F10", fault="entries deleted, swapped, doubled; other lists; each setting changed, one at a time",
