@@ -40,6 +40,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     state = _read_json(path)
     if state.get("format") != FORMAT:
         raise UnfitError(f"{folder} has format {state.get('format')}; this version reads format {FORMAT}.")
+    if not isinstance(state.get("step"), int):
+        raise UnfitError(f"{path} is damaged: step is {state.get('step')!r}. Resume from another checkpoint.")
     return state
 
 
@@ -64,7 +66,7 @@ def verify_checkpoint(folder: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UnfitError(f"{path} is damaged: {error}. Resume from another checkpoint.") from error
     if not isinstance(values, dict):
         raise UnfitError(f"{path} is damaged: it holds no object. Resume from another checkpoint.")
