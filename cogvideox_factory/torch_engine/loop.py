@@ -95,16 +95,17 @@ class Loop:
                     watchdog.beat()
                     last = step == self.num_steps
                     saves = step % self.save_every == 0 or last
-                    self._hear(step, stop, num_saves=saves + 1 + self.saver.is_busy)
-                    saves = saves or stop.name is not None
+                    # From here on what is agreed counts: a signal may come at any line, to this process alone.
+                    asked = self._hear(step, stop, num_saves=saves + 1 + self.saver.is_busy)
+                    saves = saves or asked is not None
                     if step % self.log_every == 0 or saves or step == 1:
                         self._log(step, log, samples)
                         self.limit.reached(step)
                     if saves:
                         with watchdog.pause():
-                            self._save(step, must=last or stop.name is not None)
-                    if stop.name and not last:
-                        self._leave(step, stop)
+                            self._save(step, must=last or asked is not None)
+                    if asked and not last:
+                        self._leave(step, asked)
                     if self._looks(step):
                         with watchdog.pause():
                             self._look(step, log)
@@ -174,15 +175,15 @@ class Loop:
             f"{values['memory_gib']:.2f} GiB  left {duration(values['seconds_per_step'] * (self.num_steps - step))}"
         )
 
-    def _hear(self, step: int, stop: StopRequest, *, num_saves: int) -> None:
-        """Let all processes know who asks to stop, and whose part of a checkpoint is written.
+    def _hear(self, step: int, stop: StopRequest, *, num_saves: int) -> str | None:
+        """Let all processes know whose part of a checkpoint is written; return what asks all of them to stop.
 
         Going on for another step would bring `num_saves`, with those of this step and of one to leave with.
         """
         is_up = self.limit.is_up(step, saves=num_saves, looks=self._looks(step))
         words = self.ranks.gather((stop.name or ("train.time_limit_minutes" if is_up else None), self.saver.word))
-        stop.name = next((name for name, _ in words if name), None)
         self.saver.hear([word for _, word in words])
+        return next((name for name, _ in words if name), None)
 
     def _looks(self, step: int) -> bool:
         return bool(self.watch.every) and (step % self.watch.every == 0 or step == self.num_steps)
@@ -229,9 +230,9 @@ class Loop:
         self._clock, self._clock_step = time.monotonic(), step
         self.limit.go_on(step)
 
-    def _leave(self, step: int, stop: StopRequest) -> None:
+    def _leave(self, step: int, asked: str) -> None:
         folder = checkpoint.checkpoint_folder(self.run_folder, step)
-        raise StoppedError(f"stopped by {stop.name} after step {step}; {folder} is saved. The same command goes on.")
+        raise StoppedError(f"stopped by {asked} after step {step}; {folder} is saved. The same command goes on.")
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

@@ -456,6 +456,26 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_model, clips, caches, t
     assert_same(whole, train.run(config))
 
 
+@pytest.mark.parametrize("moment", ["_hear", "_log"])
+def test_a_signal_after_all_have_agreed_to_go_on_is_heard_after_the_next_step(
+    tiny_model, clips, caches, tmp_path, monkeypatch, moment
+):
+    """Nothing is saved at the step in hand, so to leave there would lose it."""
+    config = cached(tiny_model, clips, caches, tmp_path)
+    original = getattr(loop.Loop, moment)
+
+    def interrupted(self, step, *args, **kwargs):
+        found = original(self, step, *args, **kwargs)
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(loop.Loop, moment, interrupted)
+    with pytest.raises(StoppedError, match="SIGTERM after step 2"):
+        train.run(config)
+    assert (tmp_path / "run" / "checkpoint-000002").is_dir()
+
+
 def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_used(tiny_model, clips, caches, tmp_path, capsys):
     whole = train.run(cached(tiny_model, clips, caches, tmp_path, train={"dir": str(tmp_path / "whole"), "steps": 8}))
     config = cached(tiny_model, clips, caches, tmp_path, train={"dir": str(tmp_path / "hurt")})
