@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from benchmarks.interleave import Ratio, interleave
+from benchmarks.pt_files import PtFiles
 from cogvideox_factory.data.cache import Cache, CacheIndex
 from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings
 from cogvideox_factory.data.loader import CacheSource, Draws, Loader
@@ -70,29 +71,17 @@ def write_cache(
     return cache.publish(Manifest(clips=clips, source="benchmark"))
 
 
-class TheirFiles(Dataset):
-    """Moments [2C, F, h, w] and text [S, E] in float32, a `.pt` file each."""
+def their_files(folder: Path, index: CacheIndex) -> PtFiles:
+    """Return the same samples as the originals store them."""
+    source = CacheSource(index)
 
-    def __init__(self, folder: Path, index: CacheIndex) -> None:
-        self.folder, self.names = folder, [clip.id for clip in index.clips]
-        folder.mkdir()
-        source = CacheSource(index)
-        for name in self.names:
+    def samples() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for name in (clip.id for clip in index.clips):
             sample = source.sample(Pick(name, 0), Reading(seed=0))
             moments = [to_tensor(sample[key]).float().transpose(0, 1) for key in ("mean", "logvar")]
-            torch.save(torch.cat(moments).contiguous(), folder / f"{name}.video.pt")
-            torch.save(to_tensor(sample["prompt_embeds"]).float(), folder / f"{name}.text.pt")
+            yield name, torch.cat(moments).contiguous(), to_tensor(sample["prompt_embeds"])
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, place: int) -> dict[str, Tensor]:
-        parts = {"moments": "video", "prompt_embeds": "text"}
-        name = self.names[place]
-        return {
-            key: torch.load(self.folder / f"{name}.{part}.pt", map_location="cpu", weights_only=True)
-            for key, part in parts.items()
-        }
+    return PtFiles(folder, samples())
 
 
 def their_epoch(loader: DataLoader, *, draws: bool) -> Callable[[], int]:
@@ -132,7 +121,7 @@ def real_shapes(folder: Path) -> Iterator[Ratio]:
     """Compare bytes a sample and samples a second."""
     spec = ClipSpec(num_frames=49, height=480, width=720, fps=8)
     index = write_cache(folder / "ours", NUM_SAMPLES, spec=spec, latents=(13, 16, 60, 90), text=(226, 4096))
-    theirs = TheirFiles(folder / "theirs", index)
+    theirs = their_files(folder / "theirs", index)
     loader = DataLoader(theirs, batch_size=1, shuffle=True, num_workers=2, persistent_workers=True)
     sizes = [_bytes(path for clip in index.clips for path in (clip.clip_file, clip.text_file))]
     sizes.append(_bytes((folder / "theirs").glob("*.pt")))

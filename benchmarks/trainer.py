@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.interleave import Ratio, interleave
+from benchmarks.pt_files import PtFiles
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.learning_rate import learning_rate
@@ -98,28 +99,16 @@ def our_loop(config: Config) -> Loop:
     return taken[0]
 
 
-class TheirFiles(Dataset):
-    """Moments [2C, F, h, w] and text [S, E] in float32, a `.pt` file each."""
+def their_files(folder: Path, loop: Loop) -> PtFiles:
+    """Return the loop's samples as the originals store them."""
 
-    def __init__(self, folder: Path, loop: Loop) -> None:
-        self.folder, self.names = folder, sorted(loop.sampler.clip_ids)
-        folder.mkdir(exist_ok=True)
+    def samples() -> Iterator[tuple[str, Tensor, Tensor]]:
         for batch in loop.loader.batches(0, NUM_CLIPS):  # an epoch: every clip once
             tensors = to_device(batch, CPU)
             moments = torch.cat([tensors[key].float().transpose(1, 2) for key in ("mean", "logvar")], dim=1)
-            torch.save(moments[0].clone(), folder / f"{batch['clip_ids'][0]}.video.pt")
-            torch.save(tensors["prompt_embeds"][0].float(), folder / f"{batch['clip_ids'][0]}.text.pt")
+            yield batch["clip_ids"][0], moments[0], tensors["prompt_embeds"][0]
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, place: int) -> dict[str, Tensor]:
-        parts = {"moments": "video", "prompt_embeds": "text"}
-        name = self.names[place]
-        return {
-            key: torch.load(self.folder / f"{name}.{part}.pt", map_location="cpu", weights_only=True)
-            for key, part in parts.items()
-        }
+    return PtFiles(folder, samples())
 
 
 class TheirTrainer:
@@ -218,7 +207,7 @@ def require_equal_losses(loop: Loop, theirs: TheirTrainer) -> None:
 def tiny_ratio(name: str, config: Config, folder: Path, *, target: float | None) -> Ratio:
     """Hold the two to equal losses, then time them turn by turn."""
     loop = our_loop(config)
-    theirs = TheirTrainer(config, TheirFiles(folder / "theirs", loop))
+    theirs = TheirTrainer(config, their_files(folder / "theirs", loop))
     require_equal_losses(loop, theirs)
     return interleave(
         name, theirs.run, lambda: loop.run(None), target=target, num_rounds=7, num_threads=1,

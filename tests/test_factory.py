@@ -1,9 +1,11 @@
 """The commands as a user types them, on real clips where they are at hand and on drawn ones everywhere."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import av
@@ -11,9 +13,9 @@ import numpy as np
 import pytest
 
 from cogvideox_factory.cli import main
-from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.picture import write_png
-from cogvideox_factory.tiny.world import random_scene, render
+from tests.browser import shown
+from tests.clips import draw_lists
 
 REAL_CLIPS = os.environ.get("COGVIDEOX_REAL_CLIPS", "")
 VARIANT = {"t2v": "cogvideox1.5-5b", "i2v": "cogvideox1.5-5b-i2v"}
@@ -28,15 +30,7 @@ def run(*words: object) -> int:
 
 @pytest.fixture(scope="module")
 def drawn_clips(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("drawn")
-    (folder / "videos").mkdir()
-    scenes = [random_scene(2, index) for index in range(5)]
-    for index, scene in enumerate(scenes):
-        frames = render(scene, num_frames=20, height=48, width=80, fps=8)
-        export_to_video(frames, folder / "videos" / f"{index}.mp4", fps=8)
-    (folder / "prompts.txt").write_text("".join(f"{scene.caption}\n" for scene in scenes))
-    (folder / "videos.txt").write_text("".join(f"videos/{index}.mp4\n" for index in range(5)))
-    return folder
+    return draw_lists(tmp_path_factory.mktemp("drawn"), [(20, 48, 80)] * 5, seed=2, prompts="prompts.txt")
 
 
 @pytest.fixture(params=["drawn", "real"])
@@ -249,22 +243,36 @@ def test_no_room_is_said_before_anything_is_made(tiny_model, tmp_path, drawn_cli
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("task", ["t2v", "i2v"])
-def test_demo_makes_everything_it_names(tmp_path, capsys, task):
+@pytest.fixture(scope="module", params=["t2v", "i2v"])
+def demonstrated(request, tmp_path_factory):
+    """Return a small demo's task, folder and what it printed."""
+    out, printed = tmp_path_factory.mktemp("demo") / request.param, io.StringIO()
     few = ("--num-clips", "8", "--num-reminders", "4", "--steps", "4", "--num-prompts", "2")
-    assert run("demo", "--out", tmp_path / "demo", "--task", task, *few) == 0
-    printed = capsys.readouterr().out
+    with redirect_stdout(printed):
+        assert run("demo", "--out", out, "--task", request.param, *few) == 0
+    return request.param, out, printed.getvalue()
+
+
+def test_demo_makes_everything_it_names(demonstrated):
+    task, out, printed = demonstrated
     made = ("recipe.yaml", "scores.json", "index.html", "strip.png", "run/final/pytorch_lora_weights.safetensors")
     for name in made:
-        assert (tmp_path / "demo" / name).is_file(), name
-    scores = json.loads((tmp_path / "demo" / "scores.json").read_text())
+        assert (out / name).is_file(), name
+    scores = json.loads((out / "scores.json").read_text())
     assert {when: set(shares) for when, shares in scores.items()} == {
         "before": {"concept", "known"}, "after": {"concept", "known"},
     }  # fmt: skip
-    assert str(tmp_path / "demo" / "index.html") in printed
-    page = (tmp_path / "demo" / "index.html").read_text()
-    assert page.count("<video") == 2 * 4 + 6
-    assert run("demo", "--out", tmp_path / "demo", "--task", task) == 2
+    assert str(out / "index.html") in printed
+    assert (out / "index.html").read_text().count("<video") == 2 * 4 + 6
+    assert run("demo", "--out", out, "--task", task) == 2
+
+
+def test_a_browser_shows_its_page_without_a_complaint(demonstrated, tmp_path):
+    _, out, _ = demonstrated
+    dom, complaints = shown(out / "index.html", tmp_path / "profile")
+    assert complaints == []
+    assert dom.count("<video") == 2 * 4 + 6
+    assert "https://" not in dom.partition("<body")[2].replace("https://www.w3.org", ""), "it fetches nothing"
 
 
 @pytest.mark.parametrize("words", [("--steps", "0"), ("--num-clips", "2"), ("--concept", "unicorn"), ("--stpes", "5")])

@@ -3,7 +3,7 @@
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.original import choices, clips
 from cogvideox_factory.original.flag import MINDSPORE, PYTORCH, Given, inert, joint, same
-from cogvideox_factory.original.training import PYTORCH_SIZES
+from cogvideox_factory.original.training import SHAPES
 
 _KEPT = "a cache has latents and embeddings, always"
 
@@ -49,18 +49,7 @@ FLAGS = (
         "a list's name; with dataset_file a column's",
     ),
     joint("id_token", "text", "data.trigger_word", clips.choose_ways),
-    joint(
-        "height_buckets", "integers", "data.height, data.buckets", clips.choose_shape, [480],
-        "several: data.buckets auto", pytorch_default=PYTORCH_SIZES,
-    ),
-    joint(
-        "width_buckets", "integers", "data.width, data.buckets", clips.choose_shape, [720],
-        "several: data.buckets auto", pytorch_default=PYTORCH_SIZES,
-    ),
-    joint(
-        "frame_buckets", "integers", "data.num_frames, data.buckets", clips.choose_shape, [49],
-        "several: data.buckets auto",
-    ),
+    *SHAPES,
     joint("random_flip", "number", "", clips.choose_ways, note="refused: a cache holds no flipped clips"),
     inert("dataloader_num_workers", "integer", "as many threads read as the encoder needs", 1),
     inert("pin_memory", "switch", "memory is pinned wherever there is a card", False, origin=PYTORCH),

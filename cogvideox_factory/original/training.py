@@ -4,9 +4,39 @@ from cogvideox_factory.original import choices, clips
 from cogvideox_factory.original.choices import OPTIMIZERS, SCHEDULES
 from cogvideox_factory.original.flag import MINDSPORE, PYTORCH, inert, joint, refused, same
 
-PYTORCH_SIZES = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
+_PYTORCH_SIZES = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
 _PRODIGY = "Prodigy is used as its authors advise (decoupled decay, bias correction)"
 _DEAD = "with theirs neither"
+
+SHAPES = (
+    joint(
+        "height_buckets",
+        "integers",
+        "data.height, data.buckets",
+        clips.choose_shape,
+        [480],
+        "several: data.buckets auto",
+        pytorch_default=_PYTORCH_SIZES,
+    ),
+    joint(
+        "width_buckets",
+        "integers",
+        "data.width, data.buckets",
+        clips.choose_shape,
+        [720],
+        "several: data.buckets auto",
+        pytorch_default=_PYTORCH_SIZES,
+    ),
+    joint(
+        "frame_buckets",
+        "integers",
+        "data.num_frames, data.buckets",
+        clips.choose_shape,
+        [49],
+        "several: data.buckets auto",
+    ),
+)
+"""Flags of the trainers and of prepare_dataset alike."""
 
 FLAGS = (
     # Model
@@ -37,18 +67,7 @@ FLAGS = (
         "a list's name; with dataset_file a column's",
     ),
     joint("id_token", "text", "data.trigger_word", clips.choose_ways, note="with a cache: as it was prepared"),
-    joint(
-        "height_buckets", "integers", "data.height, data.buckets", clips.choose_shape, [480],
-        "several: data.buckets auto", pytorch_default=PYTORCH_SIZES,
-    ),
-    joint(
-        "width_buckets", "integers", "data.width, data.buckets", clips.choose_shape, [720],
-        "several: data.buckets auto", pytorch_default=PYTORCH_SIZES,
-    ),
-    joint(
-        "frame_buckets", "integers", "data.num_frames, data.buckets", clips.choose_shape, [49],
-        "several: data.buckets auto",
-    ),
+    *SHAPES,
     joint(
         "vae_cache", "switch", "cache.dir", clips.choose_clips, False, "data_root is the cache", origin=MINDSPORE
     ),

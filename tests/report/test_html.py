@@ -8,6 +8,7 @@ from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.report import html
 from cogvideox_factory.tiny.world import random_scene, render
+from tests.browser import shown
 
 
 def test_a_page_is_whole_and_fetches_nothing(tmp_path, parse_page):
@@ -66,3 +67,8 @@ def test_bars_stay_inside_and_the_highest_reaches_the_top(counts):
     tallest = [tall for *_, tall in bars]
     assert max(tallest) == pytest.approx(84 if any(counts) else 0)
     assert counts[tallest.index(max(tallest))] >= 0.99 * max(counts)  # coordinates are rounded
+
+
+def test_a_complaint_of_the_browser_is_heard(tmp_path):
+    (tmp_path / "bad.html").write_text("<script>undefined_function()</script>")
+    assert len(shown(tmp_path / "bad.html", tmp_path / "profile")[1]) == 1

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from cogvideox_factory.cli import main
-from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.loader import CacheSource
 from cogvideox_factory.errors import FactoryError, NonFiniteError
 from cogvideox_factory.recipe import check
-from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import loop, prepare, spikes, train
 from cogvideox_factory.torch_engine.bad_steps import bad_among, too_many
 from cogvideox_factory.torch_engine.feed_forward import FeedForward
 from cogvideox_factory.torch_engine.ledger import Sample, Step
+from tests.clips import draw_clips
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.runs import assert_same, losses, weights_of
 
@@ -24,11 +23,7 @@ from tests.torch_engine.runs import assert_same, losses, weights_of
 def folder(tmp_path_factory, tiny_model):
     """Return a folder with six clips and their cache."""
     root = tmp_path_factory.mktemp("bad-steps")
-    for index in range(6):
-        scene = random_scene(1, index)
-        frames = render(scene, num_frames=9, height=64, width=96, fps=8)
-        export_to_video(frames, root / "clips" / f"{index}.mp4", fps=8)
-        (root / "clips" / f"{index}.txt").write_text(scene.caption)
+    draw_clips(root / "clips", [(9, 64, 96)] * 6)
     prepare.run(settings(tiny_model, root, root))
     return root
 

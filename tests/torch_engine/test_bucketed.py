@@ -6,11 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.errors import DataError, FactoryError, UnfitError
 from cogvideox_factory.recipe import check
-from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import prepare, train
+from tests.clips import draw_clips
 from tests.torch_engine.runs import assert_same, losses
 
 VARIANT = {"t2v": "cogvideox1.5-5b", "i2v": "cogvideox1.5-5b-i2v"}
@@ -34,16 +33,7 @@ def roomy_model(tmp_path_factory, tiny_model):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"), [shape for shape in SHAPES.values() for _ in range(3)])
-
-
-def write_clips(folder, shapes):
-    for index, (num_frames, height, width) in enumerate(shapes):
-        scene = random_scene(1, index)
-        frames = render(scene, num_frames=num_frames, height=height, width=width, fps=8)
-        export_to_video(frames, folder / f"{index}.mp4", fps=8)
-        (folder / f"{index}.txt").write_text(scene.caption)
-    return folder
+    return draw_clips(tmp_path_factory.mktemp("clips"), [shape for shape in SHAPES.values() for _ in range(3)])
 
 
 def settings(roomy_model, clips, *, task="t2v", method="lora", data=None, cache=None, **training):
@@ -91,7 +81,7 @@ def test_a_stopped_run_goes_on_exactly(roomy_model, clips, tmp_path):
 def test_with_one_shape_nothing_changes(roomy_model, tmp_path):
     clips = tmp_path / "clips"
     clips.mkdir()
-    write_clips(clips, [SHAPES["wide"]] * 5)
+    draw_clips(clips, [SHAPES["wide"]] * 5)
     plain = train.run(settings(roomy_model, clips, dir=str(tmp_path / "plain")))
     buckets = train.run(settings(roomy_model, clips, dir=str(tmp_path / "buckets"), data={"buckets": "auto"}))
     assert_same(plain, buckets)
@@ -105,7 +95,7 @@ def bucket_file(tmp_path, text):
 def test_a_bucket_file_decides_shapes_and_batches(roomy_model, tmp_path, capsys):
     clips = tmp_path / "clips"
     clips.mkdir()
-    write_clips(clips, [(17, 144, 256), (9, 256, 144), (9, 192, 192), (9, 256, 144)])
+    draw_clips(clips, [(17, 144, 256), (9, 256, 144), (9, 192, 192), (9, 256, 144)])
     file = bucket_file(tmp_path, "bucket_config: {144p: {9: [1.0, 2], 17: [1.0, 1]}}")
     train.run(settings(roomy_model, clips, dir=str(tmp_path / "run"), batch_size=1, data={"buckets": file}, steps=2))
     said = capsys.readouterr().out
@@ -118,7 +108,7 @@ def test_a_bucket_file_decides_shapes_and_batches(roomy_model, tmp_path, capsys)
 def test_a_changed_table_is_refused_and_only_what_moved_is_made_again(roomy_model, tmp_path):
     clips = tmp_path / "clips"
     clips.mkdir()
-    write_clips(clips, [(17, 144, 256), (9, 192, 192)])
+    draw_clips(clips, [(17, 144, 256), (9, 192, 192)])
     cache = tmp_path / "cache"
     file = bucket_file(tmp_path, "144p: {9: [1.0, 2], 17: [1.0, 1]}")
     config = settings(roomy_model, clips, batch_size=1, data={"buckets": file}, cache=cache, dir=str(tmp_path / "run"))
@@ -155,7 +145,7 @@ def test_settings_that_would_do_nothing_are_refused(roomy_model, clips, data, tr
 def test_clips_that_fit_nowhere_are_counted_and_explained(roomy_model, tmp_path, capsys):
     clips = tmp_path / "clips"
     clips.mkdir()
-    write_clips(clips, [(17, 144, 256), (9, 64, 96)])
+    draw_clips(clips, [(17, 144, 256), (9, 64, 96)])
     file = bucket_file(tmp_path, "144p: {9: [1.0, 2]}")
     config = settings(roomy_model, clips, batch_size=1, data={"buckets": file}, cache=tmp_path / "cache")
     prepare.run(config)
@@ -171,7 +161,7 @@ def test_clips_that_fit_nowhere_are_counted_and_explained(roomy_model, tmp_path,
 def test_a_shape_the_model_cannot_take_is_named(roomy_model, tmp_path):
     clips = tmp_path / "clips"
     clips.mkdir()
-    write_clips(clips, [(17, 144, 256)])
+    draw_clips(clips, [(17, 144, 256)])
     file = bucket_file(tmp_path, "144p: {11: [1.0, 2]}")
     with pytest.raises(FactoryError, match=r"bucket 11x144x256 \(1 clips\): num_frames=11 does not fit"):
         prepare.run(settings(roomy_model, clips, batch_size=1, data={"buckets": file}, cache=tmp_path / "cache"))

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.errors import FactoryError, StorageError
 from cogvideox_factory.recipe import check
-from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import checkpoint, prepare, train, vae_blocks, watch
 from cogvideox_factory.torch_engine.encode import Encoder
+from tests.clips import draw_clips
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.runs import losses, weights_of
 
@@ -24,12 +23,7 @@ SHAPES = {"wide": (17, 64, 96), "square": (9, 64, 64)}
 def folder(tmp_path_factory, tiny_model):
     """Return a folder with models, clips of two shapes and caches of both tasks."""
     root = tmp_path_factory.mktemp("layouts")
-    for index in range(10):
-        num_frames, height, width = list(SHAPES.values())[index % 2]
-        scene = random_scene(1, index)
-        frames = render(scene, num_frames=num_frames, height=height, width=width, fps=8)
-        export_to_video(frames, root / "clips" / f"{index}.mp4", fps=8)
-        (root / "clips" / f"{index}.txt").write_text(scene.caption)
+    draw_clips(root / "clips", [*SHAPES.values()] * 5)
     for task, variant in (("t2v", "cogvideox1.5-5b"), ("i2v", "cogvideox1.5-5b-i2v")):
         shutil.copytree(tiny_model(variant), root / task)
         file = root / task / "transformer" / "config.json"  # positions for both shapes

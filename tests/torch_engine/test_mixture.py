@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from cogvideox_factory.cli import main
-from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.errors import DataError, FactoryError, UnfitError
 from cogvideox_factory.recipe import check, read_recipe
-from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import prepare, train
 from cogvideox_factory.torch_engine.loop import Loop
+from tests.clips import draw_clips
 from tests.torch_engine.runs import losses
 
 SIZE = {"num_frames": 9, "height": 64, "width": 96}
@@ -21,10 +20,7 @@ SIZE = {"num_frames": 9, "height": 64, "width": 96}
 def roots(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets")
     for number, (name, count) in enumerate((("small", 2), ("large", 4))):
-        for index in range(count):
-            scene = random_scene(number, index)
-            export_to_video(render(scene, fps=8, **SIZE), folder / name / f"{index}.mp4", fps=8)
-            (folder / name / f"{index}.txt").write_text(scene.caption)
+        draw_clips(folder / name, [tuple(SIZE.values())] * count, seed=number)
     return folder
 
 

@@ -15,7 +15,6 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from torch import Tensor
 
-from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.errors import (
     ExhaustedError,
     FactoryError,
@@ -26,11 +25,11 @@ from cogvideox_factory.errors import (
 )  # fmt: skip
 from cogvideox_factory.recipe import check, read_recipe
 from cogvideox_factory.run_folder import StoppedError, locked
-from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import checkpoint, loop, offload, prepare, saving, start, train
 from cogvideox_factory.torch_engine.lora import lora_arrays
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline as OurPipeline
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
+from tests.clips import draw_clips
 from tests.torch_engine.host_reads import HostReads
 from tests.torch_engine.runs import assert_same
 
@@ -41,13 +40,7 @@ CALL = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 3}
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
     """Six drawn clips with captions beside them."""
-    folder = tmp_path_factory.mktemp("clips")
-    for index in range(6):
-        scene = random_scene(1, index)
-        frames = render(scene, num_frames=9, height=64, width=96, fps=8)
-        export_to_video(frames, folder / f"{index}.mp4", fps=8)
-        (folder / f"{index}.txt").write_text(scene.caption)
-    return folder
+    return draw_clips(tmp_path_factory.mktemp("clips"), [(9, 64, 96)] * 6)
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.loader import CacheSource
 from cogvideox_factory.errors import StorageError
 from cogvideox_factory.recipe import check
-from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import prepare, train, watch
+from tests.clips import draw_clips
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.runs import assert_same, weights_of
 
@@ -23,11 +22,7 @@ PROMPTS = ["a red circle", "a blue ring", "a green square"]
 def folder(tmp_path_factory, tiny_model):
     """Return a folder with six clips and their cache."""
     root = tmp_path_factory.mktemp("watched")
-    for index in range(6):
-        scene = random_scene(1, index)
-        frames = render(scene, num_frames=9, height=32, width=48, fps=8)
-        export_to_video(frames, root / "clips" / f"{index}.mp4", fps=8)
-        (root / "clips" / f"{index}.txt").write_text(scene.caption)
+    draw_clips(root / "clips", [(9, 32, 48)] * 6)
     prepare.run(settings(tiny_model, root, root))
     return root
 

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 
 from cogvideox_factory.data.cache_check import audit_cache
-from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.loader import Draws
 from cogvideox_factory.data.sampler import Pick
 from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.recipe import check
-from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import feed, prepare, train
 from cogvideox_factory.torch_engine.start import make_plan
+from tests.clips import draw_clips
 from tests.torch_engine.runs import losses, weights_of
 
 VARIANT = {"t2v": "cogvideox1.5-5b", "i2v": "cogvideox-5b-i2v"}
@@ -20,14 +19,7 @@ VARIANT = {"t2v": "cogvideox1.5-5b", "i2v": "cogvideox-5b-i2v"}
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     """Two long videos, one of them wide, and a short one."""
-    folder = tmp_path_factory.mktemp("clips")
-    for index, (num_frames, width) in enumerate(((30, 96), (20, 160), (9, 96))):
-        scene = random_scene(1, index)
-        export_to_video(
-            render(scene, num_frames=num_frames, height=64, width=width, fps=8), folder / f"{index}.mp4", fps=8
-        )
-        (folder / f"{index}.txt").write_text(scene.caption)
-    return folder
+    return draw_clips(tmp_path_factory.mktemp("clips"), [(30, 64, 96), (20, 64, 160), (9, 64, 96)])
 
 
 def settings(tiny_model, clips, *, task="t2v", data=None, cache=None, more=None, **training):
