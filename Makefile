@@ -30,7 +30,7 @@ test: install
 	$(BIN)/pytest -n 2
 
 test-lessons: install
-	$(BIN)/pytest -n 2 -m slow tests/tiny/test_lessons.py
+	$(BIN)/pytest -n 2 -m "slow or not slow" tests/tiny/test_lessons.py
 
 faults: install
 	$(BIN)/python -m tests.faults --tier full --json docs/faults.json --markdown docs/faults.md

@@ -146,16 +146,22 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show how far `total` items are; yields what to call after each. Without a terminal: a line every 30 s."""
+def progress_bar(what: str, total: int, *, done: int = 0, lines: bool = True) -> Iterator[Callable[[], None]]:
+    """Show how far `total` items are, of which some are `done`; yields what to call after each.
+
+    Without a terminal: a line every 30 s, but for who writes `lines` of its own.
+    """
     if console.is_terminal:
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(what, total=total)
+            task = bar.add_task(what, total=total, completed=done)
             yield lambda: bar.advance(task)
         return
+    if not lines:
+        yield lambda: None
+        return
     started = said = time.monotonic()
-    done = 0
+    before = done
 
     def advance() -> None:
         nonlocal done, said
@@ -163,7 +169,7 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[], None]]:
         now = time.monotonic()
         if now - said >= _QUIET_SECONDS:
             said = now
-            rate = done / (now - started)
+            rate = (done - before) / (now - started)
             say(f"{what}: {done}/{total}, {rate:.3g}/s, left {duration((total - done) / rate)}")
 
     yield advance

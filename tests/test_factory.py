@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -12,11 +13,15 @@ import av
 import numpy as np
 import pytest
 
-from cogvideox_factory.cli import main
+from cogvideox_factory.cli import COMMANDS, main
+from cogvideox_factory.cli.demo import own_commands
+from cogvideox_factory.cli.settings import parse
+from cogvideox_factory.config import Config
 from cogvideox_factory.data.picture import write_png
 from tests.browser import shown
 from tests.clips import draw_lists
 
+ROOT = Path(__file__).parents[1]
 REAL_CLIPS = os.environ.get("COGVIDEOX_REAL_CLIPS", "")
 VARIANT = {"t2v": "cogvideox1.5-5b", "i2v": "cogvideox1.5-5b-i2v"}
 PROMPT = "a hiker on a mountain"
@@ -265,6 +270,20 @@ def test_demo_makes_everything_it_names(demonstrated):
     assert str(out / "index.html") in printed
     assert (out / "index.html").read_text().count("<video") == 2 * 4 + 6
     assert run("demo", "--out", out, "--task", task) == 2
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_commands_it_gives_for_own_clips_are_understood(task, method):
+    """Parsed as they stand but for the run folder that the fourth of them would make."""
+    for _, command in own_commands(task, method):
+        program, name, *words = shlex.split(command)
+        assert (program, name in COMMANDS) == ("cogvideox", True)
+        if words[0].startswith("recipes/"):
+            config = parse(
+                name, [str(ROOT / words[0]), *words[1:]], sections=tuple(Config.model_fields), description=""
+            )
+            assert (config.task, config.train.method) == (task, method)
 
 
 def test_a_browser_shows_its_page_without_a_complaint(demonstrated, tmp_path):

@@ -1,8 +1,11 @@
+import io
 import json
 
+from rich.console import Console
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from cogvideox_factory.metrics import MetricsLog, StepRows, duration
+from cogvideox_factory import metrics
+from cogvideox_factory.metrics import MetricsLog, StepRows, duration, progress_bar, say
 
 
 def rows(path):
@@ -55,3 +58,27 @@ def test_a_disk_that_is_full_is_told_once(tmp_path, capsys):
 
 def test_duration():
     assert [duration(s) for s in (0, 59.6, 3661)] == ["0:00", "1:00", "1:01:01"]
+
+
+def test_a_terminal_shows_a_bar_below_the_lines(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(metrics, "console", Console(file=shown, force_terminal=True, width=100))
+    with progress_bar("training", 4, done=2, lines=False) as advance:
+        advance()
+        say("a line of its own")
+        advance()
+    assert "training" in shown.getvalue()
+    assert "a line of its own" in shown.getvalue()
+    assert "4/4" in shown.getvalue()
+
+
+def test_without_a_terminal_who_writes_lines_gets_no_others(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(metrics, "console", Console(file=shown, force_terminal=False))
+    monkeypatch.setattr(metrics, "_QUIET_SECONDS", 0)
+    with progress_bar("training", 2, lines=False) as advance:
+        advance()
+    assert shown.getvalue() == ""
+    with progress_bar("clips", 3, done=1) as advance:
+        advance()
+    assert shown.getvalue().startswith("clips: 2/3, ")

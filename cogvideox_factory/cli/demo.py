@@ -85,7 +85,10 @@ def _run_stages(ask: Demo, out: Path) -> dict[str, dict[str, float]]:
         yield
         seconds[name] = time.monotonic() - begun
 
-    say(f"teaching a tiny CogVideoX {ask.num_clips} clips of something new ({concept}) in {out}")
+    say(
+        f"teaching a tiny CogVideoX {ask.num_clips} clips of something new ({concept}), among {ask.num_reminders} of "
+        f"what it knows, in {out}"
+    )
     begun = time.monotonic()
     lesson.draw_clips(out / "clips", concept, num_clips=ask.num_clips, num_reminders=ask.num_reminders)
     images = lesson.draw_first_frames(out / "images", exam.scenes) if ask.task == "i2v" else []
@@ -119,7 +122,7 @@ def _run_stages(ask: Demo, out: Path) -> dict[str, dict[str, float]]:
         before=before, after=after, verdicts=verdicts, scores=scores,
         metrics=demo_page.read_metrics(out / "run" / "metrics.jsonl"),
         trained=f"{ask.steps} steps of {'a LoRA' if ask.method == 'lora' else 'all weights'}",
-        seconds=seconds, commands=commands,
+        seconds=seconds, commands=commands, own_commands=own_commands(ask.task, ask.method),
     )  # fmt: skip
     publish_text(out / "index.html", demo_page.render(story))
     write_png(out / "strip.png", strip.before_after(videos["before"][:4], videos["after"][:4]))
@@ -135,6 +138,21 @@ def _commands(ask: Demo, out: Path, recipe: Path) -> list[tuple[str, str]]:
         ("train", f"cogvideox train {recipe}"),
         ("generate with what was learned", f"{generate} {out / 'after'} {_learned(ask, out)}"),
         ("let a judge look", f"cogvideox evaluate {out / 'after'} --judge tiny"),
+    ]
+
+
+def own_commands(task: str, method: str) -> list[tuple[str, str]]:
+    """Return (what it does, the command) of each stage for clips in `my-clips` and a published model."""
+    recipe = f"recipes/{task}_{method}.yaml"
+    ask = '--generate.prompt "..."' + (" --generate.image first.png" if task == "i2v" else "")
+    mine = f"{recipe} --data.root my-clips"
+    return [
+        ("look at the clips", f"cogvideox doctor {mine}"),
+        ("encode clips and captions once", f"cogvideox prepare {mine} --cache.dir caches/mine"),
+        ("generate with the model as it is", f"cogvideox generate {recipe} {ask} --generate.out before"),
+        ("train", f"cogvideox train {mine} --cache.dir caches/mine --train.dir runs/mine"),
+        ("generate with what was learned", f"cogvideox generate runs/mine {ask} --generate.out after"),
+        ("measure the videos", "cogvideox evaluate after --reference my-clips"),
     ]
 
 

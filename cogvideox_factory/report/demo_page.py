@@ -39,6 +39,8 @@ class Story:
     """Time each stage took."""
     commands: Sequence[tuple[str, str]]
     """(what it does, the command) of each stage."""
+    own_commands: Sequence[tuple[str, str]]
+    """The same for clips of the reader's own."""
 
 
 def render(story: Story) -> str:
@@ -68,15 +70,19 @@ def render(story: Story) -> str:
         html.heading("The data check"),
         html.table([*story.counts.items(), ("total", sum(story.counts.values()))]),
         html.heading("The same with your own clips"),
-        html.paragraph(
-            "Every stage was one of these commands. Put your clips and captions in a folder, a published model in "
-            "place of the tiny one, and run them."
-        ),
-        html.commands([line for what, command in story.commands for line in (f"# {what}", command, "")][:-1]),
+        html.paragraph("Put clips and captions into a folder (a.mp4 with a.txt beside it, and so on), and run:"),
+        _commands(story.own_commands),
+        html.heading("How this was made"),
+        html.paragraph("Every stage above was one of these commands."),
+        _commands(story.commands),
         html.heading("Time and versions"),
         html.table([*((stage, f"{seconds:.1f} s") for stage, seconds in story.seconds.items()), *versions()]),
     ]  # fmt: skip
     return html.document("CogVideoX Factory demo", body)
+
+
+def _commands(commands: Sequence[tuple[str, str]]) -> str:
+    return html.commands([line for what, command in commands for line in (f"# {what}", command, "")][:-1])
 
 
 def versions() -> list[tuple[str, str]]:

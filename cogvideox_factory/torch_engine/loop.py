@@ -19,7 +19,7 @@ from cogvideox_factory.data.loader import Loader
 from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.errors import FactoryError, NonFiniteError, UnfitError
 from cogvideox_factory.learning_rate import learning_rate
-from cogvideox_factory.metrics import MetricsLog, StepRows, duration, say
+from cogvideox_factory.metrics import MetricsLog, StepRows, duration, progress_bar, say
 from cogvideox_factory.run_folder import StoppedError, StopRequest, stop_requests
 from cogvideox_factory.time_limit import TimeLimit
 from cogvideox_factory.torch_engine import checkpoint
@@ -86,13 +86,15 @@ class Loop:
         self.saver.on_saved = partial(self.limit.spent, "save")
         batches = self.loader.batches(first, self.num_steps)
         try:
-            with stop_requests() as stop, Watchdog(self.hang_seconds) as watchdog:
+            bar = progress_bar("training", self.num_steps, done=first, lines=False)
+            with stop_requests() as stop, Watchdog(self.hang_seconds) as watchdog, bar as advance:
                 if not start and self.watch.every:
                     self._look(0, log)
                 self._restart_clocks(first)
                 for step in range(first + 1, self.num_steps + 1):
                     self._step(step, batches)
                     watchdog.beat()
+                    advance()
                     last = step == self.num_steps
                     saves = step % self.save_every == 0 or last
                     # From here on what is agreed counts: a signal may come at any line, to this process alone.

@@ -1,6 +1,7 @@
 """What the demo promises: the new thing is learned and what was known stays. `make test-lessons` runs all four."""
 
 import json
+import resource
 
 import pytest
 
@@ -23,3 +24,5 @@ def test_a_lesson_is_learned_and_costs_little_of_what_was_known(tmp_path, task, 
     assert scores["before"]["concept"] <= 0.15, scores
     assert scores["after"]["concept"] >= 0.80, scores
     assert scores["before"]["known"] - scores["after"]["known"] < 0.05, scores
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert most <= 3 * 2**30, "of this process, whatever else it has tested"
