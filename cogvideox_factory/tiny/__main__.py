@@ -6,12 +6,14 @@
 `recipes/tiny/README.md` tells the whole way.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import progress_bar, say
 
 
@@ -44,7 +46,14 @@ class Model:
 
 
 def draw_clips(ask: Clips) -> None:
-    """Write `count` mp4 files and captions."""
+    """Write `count` mp4 files and captions.
+
+    Raises:
+        FactoryError: a number that is none of clips, frames, pixels or frames a second.
+    """
+    for name, least in (("count", 1), ("num_frames", 1), ("height", 16), ("width", 16), ("fps", 0.1)):
+        if getattr(ask, name) < least:
+            raise FactoryError(f"{name}={getattr(ask, name)}: give {least} or more.")
     from cogvideox_factory.data.export import export_to_video
     from cogvideox_factory.publish import publish_text
     from cogvideox_factory.tiny.world import CONCEPTS, concept_scene, random_scene, render
@@ -62,10 +71,19 @@ def draw_clips(ask: Clips) -> None:
     say(f"{ask.count} clips in {ask.out}")
 
 
-def main() -> None:
-    """Do one of the two."""
+def main() -> int:
+    """Do one of the two and return the exit code."""
     kinds = {"clips": Clips, "model": Model}
     ask = tyro.extras.subcommand_cli_from_dict(kinds, prog="python -m cogvideox_factory.tiny")
+    try:
+        _carry_out(ask)
+    except FactoryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _carry_out(ask: Clips | Model) -> None:
     from cogvideox_factory.tiny import build
 
     if isinstance(ask, Clips):
@@ -76,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

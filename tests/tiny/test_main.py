@@ -1,5 +1,6 @@
 """`python -m cogvideox_factory.tiny`: clips and model folders."""
 
+import re
 import sys
 
 import numpy as np
@@ -18,7 +19,7 @@ from cogvideox_factory.weights import load_folder
 def run(monkeypatch):
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["tiny", *(str(word) for word in words)])
-        command.main()
+        return command.main()
 
     return call
 
@@ -58,3 +59,18 @@ def test_words_are_told_apart_by_their_neighbours(tmp_path, tiny_model):
     gap = (one - two).norm(dim=-1) / one.norm(dim=-1)
     assert gap[2] > 0.05  # red, beside large or small
     assert gap[2] > 2 * gap[4]  # and, far from both
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("clips", "OUT", "--count", "-3"), 2, "count=-3: give 1 or more"),
+        (("clips", "OUT", "--height", "8"), 2, "height=8: give 16 or more"),
+        (("clips", "OUT", "--fps", "0"), 2, r"fps=0\.0"),
+        (("model", "OUT", "--vae", "/nowhere"), 4, "/nowhere holds neither"),
+    ],
+)
+def test_wrong_words_get_one_clear_line_and_leave_nothing(run, tmp_path, capsys, words, code, says):
+    assert run(*(tmp_path / "out" if word == "OUT" else word for word in words)) == code
+    assert re.match(f"error: .*{says}", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
