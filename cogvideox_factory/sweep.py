@@ -1,7 +1,7 @@
 """Training runs for all combinations of some settings, one after the other, and what came out.
 
 Every run is a process of its own, so one that fails, or leaks, harms no other. What is finished is known by `final/`
-and by the recipe it was made with, so the same sweep again does what is left.
+and by `NAME.done`, the recipe it was made with, so the same sweep again does what is left.
 """
 
 import csv
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +28,8 @@ from cogvideox_factory.run_folder import StoppedError, StopRequest, stop_request
 _SHORT = {"train.schedule": "lr-schedule"}
 """What the older trainers' folders call a setting, where that is not its own name."""
 _STOPPED = (75, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+_LAST_SECONDS = (1.5, 1.5, 15.0)
+"""After each request to end at once. The first two lie further apart than a signal that is the same request."""
 
 
 class SweepError(FactoryError):
@@ -72,6 +75,11 @@ class Run:
     def recipe(self) -> Path:
         """The complete recipe of the run, beside its folder."""
         return self.folder.with_name(f"{self.folder.name}.yaml")
+
+    @property
+    def done(self) -> Path:
+        """The recipe that the run came to its end with; not there before that."""
+        return self.folder.with_name(f"{self.folder.name}.done")
 
 
 def combinations(axes: Sequence[Axis]) -> list[tuple[str, ...]]:
@@ -152,33 +160,48 @@ def carry_out(
 
 def _is_finished(run: Run, write_recipe: Callable[[Run, Path], None]) -> bool:
     """Write the run's recipe, and tell whether the run was finished with the very same one."""
-    before = run.recipe.read_bytes() if run.recipe.is_file() else None
     write_recipe(run, run.recipe)
-    return (run.folder / "final").is_dir() and run.recipe.read_bytes() == before
+    is_same = run.done.is_file() and run.done.read_bytes() == run.recipe.read_bytes()
+    return is_same and (run.folder / "final").is_dir()
 
 
 def _train(run: Run, num_processes: int, stop: StopRequest) -> int:
     """Train one run to its end and return its exit code; a request to stop is handed on."""
-    command = [sys.executable, "-m"]
-    if num_processes > 1:
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"]
+    recipe = run.recipe.read_text(encoding="utf-8")
+    run.done.unlink(missing_ok=True)  # from here on `final/` may become another recipe's
+    words = ["train", str(run.recipe)]
+    if num_processes > 1:  # torchrun alone would answer 1 whatever happened, and leave no time to save
+        words = ["launch", "--nproc", str(num_processes), "--restarts", "0", "--", *words]
     # A session of its own: Ctrl-C reaches it through us, once, and not twice.
-    process = subprocess.Popen([*command, "cogvideox_factory", "train", str(run.recipe)], start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-m", "cogvideox_factory", *words], start_new_session=True)
     is_told = False
     try:
         while process.poll() is None:
             if stop.name and not is_told:
                 process.send_signal(signal.SIGTERM)
                 is_told = True
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=0.5)
-            except subprocess.TimeoutExpired:
-                continue
+    finally:
+        _end(process)
+    if process.returncode == 0:
+        publish_text(run.done, recipe)
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a run that still lives: by requests that each leave it less time, the last of which `launch` kills at."""
+    try:
+        for seconds in _LAST_SECONDS:
+            if process.poll() is not None:
+                return
+            process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=seconds)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def results(runs: Sequence[Run], codes: dict[Path, int]) -> list[dict[str, Any]]:

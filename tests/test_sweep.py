@@ -94,6 +94,51 @@ def test_a_changed_recipe_is_run_again(tmp_path):
     assert len(calls(tmp_path)) == 2, "the run itself decides whether it can go on with other settings"
 
 
+@pytest.mark.usefixtures("stand_in")
+def test_the_final_of_another_recipe_finishes_no_run(tmp_path):
+    words = ["sweep", "--model.path", "m", "--cache.dir", "c", "--train.dir", str(tmp_path)]
+    words += ["--grid", "train.learning-rate=0.5", "--train.steps"]
+    (tmp_path / "mended").touch()
+    assert main([*words, "9"]) == 0
+    (tmp_path / "mended").unlink()
+    assert [main([*words, "10"]), main([*words, "10"])] == [7, 7], "final/ is that of nine steps"
+    assert main([*words, "9"]) == 7, "nor is it known any more to be that"
+    (tmp_path / "mended").touch()
+    assert [main([*words, "10"]), main([*words, "10"])] == [0, 0]
+    assert len(calls(tmp_path)) == 5
+
+
+def test_runs_of_many_processes_are_launched(tmp_path, monkeypatch):
+    """`launch` answers with the run's own exit code and lets it save; torchrun does neither."""
+    started = []
+
+    class Done(subprocess.Popen):
+        def __init__(self, words: list[str], **options: bool) -> None:
+            started.append(words[3:])
+            super().__init__(["true"], **options)
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", Done)
+    words = ["--model.path", "m", "--cache.dir", "c", "--train.dir", str(tmp_path), "--grid", "run.seed=1"]
+    assert main(["sweep", *words, "--sweep.processes", "2"]) == 0
+    recipe = str(tmp_path / "cogvideox-lora__seed_1.yaml")
+    assert started == [["launch", "--nproc", "2", "--restarts", "0", "--", "train", recipe]]
+
+
+def test_a_run_to_be_left_at_once_is_asked_as_often_as_launch_takes_to_kill(tmp_path, monkeypatch):
+    program = tmp_path / "asked"
+    program.write_text(
+        "import os, signal, time\ntimes = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: times.append(1) or len(times) == 3 and os._exit(9))\n"
+        "print(flush=True)\nwhile True: time.sleep(1)\n"
+    )
+    monkeypatch.setattr(sweep, "_LAST_SECONDS", (0.2, 0.2, 20.0))
+    process = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.readline()
+    sweep._end(process)
+    process.stdout.close()
+    assert process.returncode == 9, "no SIGKILL, which would leave the run's processes behind"
+
+
 def test_a_request_to_stop_reaches_the_run_and_ends_the_sweep(tmp_path):
     """In a process of its own: the signal is for it."""
     program = tmp_path / "stand-in"

@@ -31,7 +31,7 @@ class Sweep(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     processes: Positive = 1
-    """Processes of a run, one a card (by torchrun)."""
+    """Processes of a run, one a card."""
 
 
 class Flags(BaseModel):
