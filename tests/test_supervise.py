@@ -211,6 +211,31 @@ def test_words_that_cannot_be_meant_are_refused_before_anything_starts(capsys, m
     assert says in capsys.readouterr().err
 
 
+def test_a_command_line_of_the_older_trainers_is_launched_as_it_was_typed(tmp_path, monkeypatch, capsys):
+    launches = []
+    monkeypatch.setattr(supervise.Supervisor, "run", lambda this: launches.append(this.launch) or 0)
+    words = ["train", "--original", "text-to-video-sft", "--pretrained_model_name_or_path", "m", "--data_root", "clips"]
+    words += ["--output_dir", str(tmp_path / "run"), "--max_train_steps", "10", "--train_batch_size", "1"]
+    words += ["--enable_sequence_parallelism", "True", "--sequence_parallel_shards", "4", "--optimizer", "adamw"]
+    assert main(["launch", "--nproc", "8", "--", *words]) == 0
+    (launch,) = launches
+    assert launch.words == tuple(words)
+    assert launch.run_folder == tmp_path / "run"
+    assert not capsys.readouterr().out, "the processes say what it comes to"
+    assert main(["launch", "--nproc", "8", "--", *words, "--lerning_rate", "1"]) == 2
+    assert "did you mean 'learning_rate'" in capsys.readouterr().err
+
+
+def _leave(machine: subprocess.Popen) -> None:
+    """Ask a supervisor that still runs as often as makes it kill what it started."""
+    end = time.monotonic() + 30
+    while machine.poll() is None and time.monotonic() < end:
+        machine.terminate()
+        time.sleep(0.3)
+    machine.kill()
+    machine.wait()
+
+
 def test_two_machines_lose_a_process_and_end_as_if_they_had_not(tiny_model, tmp_path):
     """torchrun itself, started twice on this machine, as two would; a rank of the second is killed on its way."""
     from tests.faults.makers import good_set
@@ -239,11 +264,15 @@ def test_two_machines_lose_a_process_and_end_as_if_they_had_not(tiny_model, tmp_
         )
         for number in range(2)
     ]  # fmt: skip
-    end = time.monotonic() + 240
-    while not list(run.glob("checkpoint-000010")) and time.monotonic() < end:
-        time.sleep(0.02)
-    os.kill(json.loads((run / "logs/attempt-1/rank-1.json").read_text())["pid"], signal.SIGKILL)
-    told = [machine.communicate(timeout=240)[0] for machine in machines]
+    try:
+        end = time.monotonic() + 240
+        while not list(run.glob("checkpoint-000010")) and time.monotonic() < end:
+            time.sleep(0.02)
+        os.kill(json.loads((run / "logs/attempt-1/rank-1.json").read_text())["pid"], signal.SIGKILL)
+        told = [machine.communicate(timeout=240)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            _leave(machine)
     assert [machine.returncode for machine in machines] == [0, 0], told
     assert all("rank 1 was ended by SIGKILL" in words for words in told), told
     assert "step 60/60" in told[0]

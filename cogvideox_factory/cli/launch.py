@@ -4,6 +4,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict
 
 from cogvideox_factory.cli import train
+from cogvideox_factory.cli.original import expand
 from cogvideox_factory.cli.settings import parse
 from cogvideox_factory.config.section import NotNegative, Positive
 from cogvideox_factory.errors import FactoryError
@@ -61,7 +62,8 @@ def run(argv: list[str]) -> int:
     if words[:1] != ["train"]:
         asked = f"{words[0]!r} runs in one process" if words else "nothing follows `--`"
         raise FactoryError(f"{asked}; usage: {USAGE}")
-    config = parse("train", words[1:], sections=train.SECTIONS, description=train.DESCRIPTION)
+    ours = expand("train", words[1:], launched=chosen.nproc * chosen.nodes)
+    config = parse("train", ours, sections=train.SECTIONS, description=train.DESCRIPTION)
     from pathlib import Path
 
     from cogvideox_factory import supervise

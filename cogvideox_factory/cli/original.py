@@ -16,8 +16,10 @@ _SHARD = "prepare.shard"
 """A flag of `prepare` alone, which no recipe holds."""
 
 
-def expand(command: str, argv: list[str]) -> list[str]:
+def expand(command: str, argv: list[str], *, launched: int | None = None) -> list[str]:
     """Return `argv` in words of ours if it begins with `--original`, else as it is.
+
+    With `launched` they are those of so many processes that are yet to be started, and nothing is printed.
 
     Raises:
         FactoryError: `--original` elsewhere, or whatever `translate` finds.
@@ -37,9 +39,9 @@ def expand(command: str, argv: list[str]) -> list[str]:
         print(listing(script))
         raise SystemExit(0)
     rank, size = (int(os.environ.get(key, default)) for key, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    found = translate(script, words, origin=origin, num_processes=size, rank=rank)
+    found = translate(script, words, origin=origin, num_processes=launched or size, rank=rank)
     ours = [*_words(found.settings), *found.ours]
-    if rank == 0:
+    if rank == 0 and launched is None:
         for line in found.said:
             say(line)
         where = f", for {size} processes" if size > 1 else ""
