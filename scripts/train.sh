@@ -1,12 +1,9 @@
 # Sourced by the four train_*.sh, which say what is trained (TASK, METHOD) and hold the defaults that differ: one run
-# for each combination of the four lists. Every variable may be set from outside, lists as words: LEARNING_RATES="1e-5 2e-5".
+# for each combination of the four lists. Every variable may be set from outside, lists as words: LEARNING_RATES="1e-5 2e-5",
+# and H, W and F likewise. A run that is stopped on request saves, and ends the script with its exit code.
 # Arguments of the script are added to every run: flags of the original, or of this project (--data.fps-policy resample).
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
-
-NUM_NPUS="${NUM_NPUS:-8}"
-MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
-NODE_RANK="${NODE_RANK:-0}"
 
 MIXED_PRECISION="${MIXED_PRECISION:-bf16}"
 read -ra LEARNING_RATES <<<"$LEARNING_RATES"
@@ -28,9 +25,9 @@ CAPTION_COLUMN="${CAPTION_COLUMN:-prompts.txt}"
 VIDEO_COLUMN="${VIDEO_COLUMN:-videos.txt}"
 TRANSFORMER_CONFIG="${TRANSFORMER_CONFIG:-}"
 TRANSFORMER_CKPT_PATH="${TRANSFORMER_CKPT_PATH:-}"
-H="${H:-768}"
-W="${W:-1360}"
-F="${F:-77}"
+read -ra H <<<"${H:-768}"
+read -ra W <<<"${W:-1360}"
+read -ra F <<<"${F:-77}"
 MAX_SEQUENCE_LENGTH="${MAX_SEQUENCE_LENGTH:-224}"
 
 ((NUM_NPUS > 1)) || SP=False
@@ -44,6 +41,9 @@ extra=()
 [[ "$TASK" == image-to-video ]] && extra+=(--noised_image_dropout 0.05)
 
 failed=()
+code=0
+is_stopped() { ((IS_STOP_ASKED || code == 75 || code == 130 || code == 143)); }
+
 for learning_rate in "${LEARNING_RATES[@]}"; do
   for lr_schedule in "${LR_SCHEDULES[@]}"; do
     for optimizer in "${OPTIMIZERS[@]}"; do
@@ -55,10 +55,9 @@ for learning_rate in "${LEARNING_RATES[@]}"; do
           --data_root "$DATA_ROOT" \
           --caption_column "$CAPTION_COLUMN" \
           --video_column "$VIDEO_COLUMN" \
-          --height_buckets "$H" \
-          --width_buckets "$W" \
-          --frame_buckets "$F" \
-          --max_num_frames "$F" \
+          --height_buckets "${H[@]}" \
+          --width_buckets "${W[@]}" \
+          --frame_buckets "${F[@]}" \
           --max_sequence_length "$MAX_SEQUENCE_LENGTH" \
           --gradient_accumulation_steps 1 \
           --dataloader_num_workers 2 \
@@ -88,18 +87,18 @@ for learning_rate in "${LEARNING_RATES[@]}"; do
           --amp_level "$AMP_LEVEL" \
           --enable_sequence_parallelism "$SP" \
           --sequence_parallel_shards "$SP_SIZE" \
-          "${extra[@]}" "$@" || {
-          code=$?
-          failed+=("$name (exit code $code)")
-          ((code == 75 || code == 130 || code == 143)) && break 4 # stopped on request: the same script goes on
-        }
+          "${extra[@]}" "$@" && code=0 || code=$?
+        ((code == 0)) || failed+=("$name (exit code $code)")
+        is_stopped && break 4
         printf -- '-------------------- Finished executing script --------------------\n\n'
       done
     done
   done
 done
 
-if ((${#failed[@]})); then
-  printf 'FAILED: %s\n' "${failed[@]}" >&2
-  exit 1
+((${#failed[@]})) && printf 'FAILED: %s\n' "${failed[@]}" >&2
+if is_stopped; then
+  echo "Stopped; the same script goes on." >&2
+  exit "$((code ? code : 75))"
 fi
+((${#failed[@]} == 0))

@@ -16,6 +16,7 @@ from cogvideox_factory.attempt import FOLDER, Processes, read_ends, record
 from cogvideox_factory.cli import main
 from cogvideox_factory.errors import StorageError
 from cogvideox_factory.supervise import Launch, Supervisor
+from tests.ending import ask_to_end
 from tests.torch_engine.runs import losses
 
 SUMMARY = (
@@ -226,16 +227,6 @@ def test_a_command_line_of_the_older_trainers_is_launched_as_it_was_typed(tmp_pa
     assert "did you mean 'learning_rate'" in capsys.readouterr().err
 
 
-def _leave(machine: subprocess.Popen) -> None:
-    """Ask a supervisor that still runs as often as makes it kill what it started."""
-    end = time.monotonic() + 30
-    while machine.poll() is None and time.monotonic() < end:
-        machine.terminate()
-        time.sleep(0.3)
-    machine.kill()
-    machine.wait()
-
-
 def test_two_machines_lose_a_process_and_end_as_if_they_had_not(tiny_model, tmp_path):
     """torchrun itself, started twice on this machine, as two would; a rank of the second is killed on its way."""
     from tests.faults.makers import good_set
@@ -272,7 +263,7 @@ def test_two_machines_lose_a_process_and_end_as_if_they_had_not(tiny_model, tmp_
         told = [machine.communicate(timeout=240)[0] for machine in machines]
     finally:
         for machine in machines:
-            _leave(machine)
+            ask_to_end(machine)
     assert [machine.returncode for machine in machines] == [0, 0], told
     assert all("rank 1 was ended by SIGKILL" in words for words in told), told
     assert "step 60/60" in told[0]

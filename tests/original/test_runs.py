@@ -6,29 +6,47 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from cogvideox_factory.checkpoints import list_checkpoints
 from cogvideox_factory.cli import main
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.original.translate import SCRIPTS, translate
-from cogvideox_factory.recipe import check, read_recipe
+from cogvideox_factory.recipe import read_recipe
 from cogvideox_factory.tiny.world import random_scene, render
+from tests.ending import ask_to_end
+from tests.original.brought import config_of
 
 SCRIPTS_FOLDER = Path(__file__).parents[2] / "scripts"
 SIZE = {"H": "48", "W": "80", "F": "9", "MAX_SEQUENCE_LENGTH": "16"}
 SIZE_FLAGS = "--height_buckets 48 --width_buckets 80 --frame_buckets 9 --max_num_frames 9 --max_sequence_length 16"
 
 
-def script(name: str, *words: str, **variables: object) -> subprocess.CompletedProcess:
-    """Run a script of `scripts/` as from a shell, with these variables and no others of its own."""
+@contextmanager
+def start(name: str, *words: str, **variables: object) -> Iterator[subprocess.Popen]:
+    """Start a script of `scripts/` as from a shell, with these variables and no others of its own."""
     kept = {key: os.environ[key] for key in ("PATH", "PYTHONPATH", "HOME", "OMP_NUM_THREADS") if key in os.environ}
     environment = kept | {"PYTHON": sys.executable} | {key: str(value) for key, value in variables.items()}
     command = ["bash", str(SCRIPTS_FOLDER / name), *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield running
+    finally:
+        ask_to_end(running)
+
+
+def script(name: str, *words: str, **variables: object) -> subprocess.CompletedProcess:
+    """Run a script to its end."""
+    with start(name, *words, **variables) as running:
+        printed, said = running.communicate(timeout=240)
+    return subprocess.CompletedProcess(running.args, running.returncode, printed, said)
 
 
 def words_of(name: str, *extra: str, **variables: object) -> list[list[str]]:
@@ -39,18 +57,11 @@ def words_of(name: str, *extra: str, **variables: object) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-def config_of(words: list[str], *, num_processes: int) -> Config:
+def settings_of(words: list[str], *, num_processes: int) -> Config:
     """Return the settings of a command with `--original NAME`."""
     place = words.index("--original")
-    translation = translate(
-        SCRIPTS[words[place + 1]], words[place + 2 :], origin="mindspore", num_processes=num_processes
-    )
-    values: dict = {}
-    for name, value in translation.settings.items():
-        section, _, field = name.partition(".")
-        if value is not None and section != "prepare":
-            values |= {section: values.get(section, {}) | {field: value}} if field else {section: value}
-    return check(values, source="test")
+    name, typed = SCRIPTS[words[place + 1]], words[place + 2 :]
+    return config_of(translate(name, typed, origin="mindspore", num_processes=num_processes))
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +199,8 @@ def test_the_pytorch_projects_command_line_trains_from_clips(old_clips, tiny_mod
 )
 def test_the_train_scripts_have_the_shipped_defaults(name, sft, rate, model):
     (words,) = words_of(name, VAE_CACHE=0, EMBEDDINGS_CACHE=0)
-    assert words[1:7] == ["-m", "torch.distributed.run", "--nproc-per-node", "8", "--standalone", "-m"]
-    config = config_of(words, num_processes=8)
+    assert " ".join(words[1:11]) == "-m cogvideox_factory launch --nproc 8 --restarts 0 -- train --original"
+    config = settings_of(words, num_processes=8)
     assert config.model.path == model
     assert (config.train.steps, config.train.save_every, config.train.warmup_steps) == (
         100000 if sft else 3000,
@@ -207,6 +218,15 @@ def test_the_train_scripts_have_the_shipped_defaults(name, sft, rate, model):
     assert {"--vae_cache", "--embeddings_cache"} <= set(cached)
 
 
+def test_several_sizes_are_buckets():
+    (words,) = words_of("prepare_dataset.sh", HEIGHT_BUCKETS="480 720", WIDTH_BUCKETS="720 960", FRAME_BUCKETS="9 49")
+    prepared = settings_of(words, num_processes=8).data
+    (words,) = words_of("train_text_to_video_sft.sh", H="480 720", W="720 960", F="9 49", VAE_CACHE=0,
+                        EMBEDDINGS_CACHE=0)  # fmt: skip
+    for data in (prepared, settings_of(words, num_processes=8).data):
+        assert (data.buckets, data.height, data.width, data.num_frames) == ("auto", 720, 960, 49)
+
+
 def test_every_combination_of_the_four_lists_is_run():
     lists = {"LEARNING_RATES": "1e-5 2e-5", "LR_SCHEDULES": "cosine linear", "OPTIMIZERS": "adam adamw_bf16"}
     runs = words_of("train_text_to_video_lora.sh", MAX_TRAIN_STEPS="10 20", OUTPUT_ROOT_DIR="out", **lists)
@@ -216,13 +236,34 @@ def test_every_combination_of_the_four_lists_is_run():
     assert folders[0] == first, "named as the original named them"
 
 
-def test_a_stop_on_request_ends_a_sweep(tmp_path):
+def test_a_run_that_was_stopped_ends_a_sweep(tmp_path):
     stopping = tmp_path / "python"
     stopping.write_text("#!/bin/sh\nexit 75\n")
     stopping.chmod(0o755)
     done = script("train_text_to_video_lora.sh", PYTHON=stopping, NUM_NPUS=1, LEARNING_RATES="1e-5 2e-5 3e-5")
-    assert done.returncode == 1
+    assert done.returncode == 75
     assert done.stderr.count("FAILED") == 1
+
+
+def test_a_stop_of_a_script_reaches_the_run_on_many_cards_and_ends_the_sweep(prepared, tiny_model, tmp_path):
+    """The signal is for the script alone, as a scheduler or `kill` sends it; the run saves where it is."""
+    name = "cogvideox-lora__optimizer_adamw_bf16__steps_9999__lr-schedule_cosine_with_restarts__learning-rate_1e-5"
+    with start(
+        "train_text_to_video_lora.sh", "--run.device", "cpu", NUM_NPUS=2, MINDSPORE_MODE=1, DATA_ROOT=prepared,
+        MODEL_NAME_OR_PATH=tiny_model("cogvideox1.5-5b"), OUTPUT_ROOT_DIR=tmp_path, MAX_TRAIN_STEPS=9999,
+        LEARNING_RATES="1e-5 2e-5", **SIZE,
+    ) as running:  # fmt: skip
+        end = time.monotonic() + 200
+        while not (tmp_path / name / "metrics.jsonl").exists() and running.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        running.terminate()
+        printed, said = running.communicate(timeout=100)
+    assert running.returncode == 75, printed + said
+    assert [path.name for path in tmp_path.iterdir()] == [name], "no second run"
+    (saved,) = list_checkpoints(tmp_path / name)
+    logged = [json.loads(line)["step"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    assert saved >= max(logged) > 0
+    assert "Stopped; the same script goes on." in said
 
 
 def test_many_nodes_and_shapes_and_larger_models_by_variables():
@@ -231,8 +272,8 @@ def test_many_nodes_and_shapes_and_larger_models_by_variables():
         "train_text_to_video_sft.sh", EMBEDDINGS_CACHE=0, TRANSFORMER_CONFIG="30b.yaml", SP_SIZE=8, **more
     )
     launcher = " ".join(words[: words.index("train")])
-    assert "--nproc-per-node 8 --nnodes 2 --node-rank 1 --master-addr 10.0.0.1" in launcher
-    config = config_of(words, num_processes=16)
+    assert launcher.endswith("launch --nproc 8 --restarts 0 --nodes 2 --node-rank 1 --master-addr 10.0.0.1 --")
+    config = settings_of(words, num_processes=16)
     assert config.model.transformer_config == "30b.yaml"
     assert Path(config.data.buckets or "").is_file(), "the bucket file of recipes/"
     assert (config.parallel.sequence, config.train.batch_size) == (8, 1)
@@ -243,12 +284,14 @@ def test_many_nodes_and_shapes_and_larger_models_by_variables():
 
 def test_prepare_and_infer_scripts_have_the_shipped_defaults():
     (words,) = words_of("prepare_dataset.sh", SAVE_IMAGE_LATENTS=1)
-    config = config_of(words, num_processes=8)
+    launcher = "-m torch.distributed.run --nproc-per-node 8 --standalone -m cogvideox_factory prepare --original"
+    assert " ".join(words[1:10]) == launcher
+    config = settings_of(words, num_processes=8)
     assert (config.task, config.model.path) == ("i2v", "THUDM/CogVideoX1.5-5b")
     assert (config.cache.dir, config.run.dtype) == ("preprocessed-dataset", "bfloat16")
     assert (config.data.captions, config.data.num_frames) == ("prompt.txt", 77)
     (words,) = words_of("run_infer_image_to_video.sh", IMAGE_PATH="a b.png", LORA_PATH="l")
-    config = config_of(words, num_processes=8)
+    config = settings_of(words, num_processes=8)
     assert (config.parallel.sequence, config.parallel.zero) == (8, 3)
     assert (config.task, config.generate.image, config.generate.lora) == ("i2v", ["a b.png"], ["l"])
     assert (config.generate.out, config.model.path) == (

@@ -9,7 +9,7 @@ from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.original.modes import MEANINGS
 from cogvideox_factory.original.page import update
 from cogvideox_factory.original.translate import SCRIPTS, Translation, find_script, translate
-from cogvideox_factory.recipe import check
+from tests.original.brought import config_of
 
 # Names as the two parsers have them, typed from those, not from our table.
 MINDSPORE_TRAINING = """
@@ -318,15 +318,6 @@ def bring(script: str, words: str, *, num_processes: int = 1, rank: int = 0) -> 
     found, origin = find_script(script, SCRIPTS[script.rpartition(":")[2]].command)
     typed = [*BASE[found.command].split(), *words.split()]
     return translate(found, typed, origin=origin, num_processes=num_processes, rank=rank)
-
-
-def config_of(translation: Translation) -> Config:
-    values: dict = {}
-    for name, value in translation.settings.items():
-        section, _, field = name.partition(".")
-        if value is not None and section != "prepare":
-            values |= {section: values.get(section, {}) | {field: value}} if field else {section: value}
-    return check(values, source="test")
 
 
 @pytest.mark.parametrize(("script", "num_processes", "words", "settings"), SETS, ids=lambda value: str(value)[:60])
