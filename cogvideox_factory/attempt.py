@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cogvideox_factory.errors import PeerError
+from cogvideox_factory.errors import PeerError, StorageError
 from cogvideox_factory.publish import publish_text
 
 FOLDER = "COGVIDEOX_ATTEMPT"
@@ -43,17 +43,19 @@ def record(main: Callable[[], int]) -> int:
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     note = folder / f"rank-{rank}.json"
     publish_text(note, json.dumps({"pid": os.getpid()}))
-    is_done = False
     try:
         code = main()
-        is_done = code == 0
     except SystemExit as leaving:  # a parser's
-        code = leaving.code if isinstance(leaving.code, int) else 1
+        code = 0 if leaving.code is None else leaving.code
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:  # noqa: BLE001 - whatever it is, the process ends with it, and its log has it
         traceback.print_exc()
         code = 1
-    publish_text(note, json.dumps({"pid": os.getpid(), "code": code}))
-    if not is_done:  # threads that a broken connection has left waiting must not keep the process from ending
+    with suppress(StorageError):  # on a full disk torchrun still hears the code
+        publish_text(note, json.dumps({"pid": os.getpid(), "code": code}))
+    if code:  # threads that a broken connection has left waiting must not keep the process from ending
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

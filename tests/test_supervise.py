@@ -193,6 +193,23 @@ def test_a_process_alone_is_not_recorded(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("ending", "code", "told"),
+    [("return 6", 6, 6), ("fill(); return 6", 6, None), ("sys.exit()", 0, 0), ("sys.exit('words')", 1, 1)],
+)
+def test_a_process_ends_with_its_own_exit_code_and_leaves_word_of_it_while_there_is_room(tmp_path, ending, code, told):
+    program = (
+        "import resource, sys; from cogvideox_factory.attempt import record\n"
+        "def fill(): resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        f"def main(): {ending}\n"
+        "sys.exit(record(main))"
+    )
+    environment = os.environ | {FOLDER: str(tmp_path), "RANK": "3"}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == code
+    assert json.loads((tmp_path / "rank-3.json").read_text()).get("code") == told
+    assert (tmp_path / "rank-3.log").read_text() == ("words\n" if "words" in ending else "")
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--nproc", "2"], "nothing follows `--`"),
