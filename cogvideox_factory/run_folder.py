@@ -115,8 +115,13 @@ def _forget_lost_terminals() -> None:
     for descriptor in (1, 2):
         with suppress(OSError):  # closed: nothing is printed there
             if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
-                with open(os.devnull, "w") as nowhere:
-                    os.dup2(nowhere.fileno(), descriptor)
+                lead_nowhere(descriptor)
+
+
+def lead_nowhere(descriptor: int) -> None:
+    """Let an open file take what is written to it and keep nothing."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)
 
 
 _FATAL = {"task", "model", "train.method", "train.master_weights", "train.optimizer", "run.dtype"}

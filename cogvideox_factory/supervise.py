@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -24,7 +23,7 @@ from cogvideox_factory.attempt import FOLDER, Ends, Processes, last_lines, read_
 from cogvideox_factory.checkpoints import list_checkpoints
 from cogvideox_factory.errors import PeerError, StorageError
 from cogvideox_factory.metrics import say
-from cogvideox_factory.run_folder import StoppedError, stop_handler
+from cogvideox_factory.run_folder import StoppedError, lead_nowhere, stop_handler
 
 _REFUSALS = range(2, 8)
 _SAME_STEP = 3
@@ -119,7 +118,7 @@ class Supervisor:
                 number += 1
                 if not set(ends.codes) & set(self.launch.ranks):
                     stillborn += 1
-                    say(f"torchrun ended before it started a process{self._torchrun_said(ends)}")
+                    _tell(f"torchrun ended before it started a process{self._torchrun_said(ends)}")
                     if stillborn == _NO_START:
                         return PeerError.exit_code
                     self._pause(stillborn)
@@ -127,10 +126,10 @@ class Supervisor:
                 stillborn = 0
                 unmoved = 1 if self._newest() != before else unmoved + 1
                 if unmoved == _SAME_STEP or restarts == self.launch.restarts:
-                    say(self._given_up(ends, unmoved, restarts))
+                    _tell(self._given_up(ends, unmoved, restarts))
                     return PeerError.exit_code
                 restarts += 1
-                say(f"restart {restarts} of {self.launch.restarts}, {self._from_where()}")
+                _tell(f"restart {restarts} of {self.launch.restarts}, {self._from_where()}")
                 self._pause(restarts)
         return 128 + self._asked[0]
 
@@ -181,7 +180,7 @@ class Supervisor:
             return 128 + self._asked[0]
         for rank in ends.causes:
             echoed = rank == 0 and 0 in self.launch.ranks
-            say(ends.told(rank) + ("" if echoed else ends.last_words(rank, _SHOWN_LINES)))
+            _tell(ends.told(rank) + ("" if echoed else ends.last_words(rank, _SHOWN_LINES)))
         refusals = [code for code in codes.values() if code in _REFUSALS]
         return refusals[0] if refusals else None
 
@@ -241,9 +240,19 @@ class _Echo:
             file.seek(self._place)
             new = file.read()
         self._place += len(new)
-        with suppress(OSError):  # nobody reads us any more; the run goes on
+        try:
             sys.stdout.buffer.write(new)
             sys.stdout.flush()
+        except OSError:  # nobody reads us any more; the run goes on
+            lead_nowhere(sys.stdout.fileno())
+
+
+def _tell(text: str) -> None:
+    """Say something, if anybody still reads."""
+    try:
+        say(text)
+    except (OSError, SystemExit):  # rich ends a program whose reader is gone; this one watches over a run
+        lead_nowhere(sys.stdout.fileno())
 
 
 def _free_port() -> int:

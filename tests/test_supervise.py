@@ -175,6 +175,22 @@ def test_nothing_of_a_number_that_the_system_gave_to_another_is_killed(tmp_path)
         other.wait()
 
 
+@pytest.mark.parametrize("node_rank", [0, 1], ids=["that shows its output", "that only tells"])
+def test_a_supervisor_whose_reader_is_gone_goes_on(tmp_path, node_rank):
+    program = (
+        "import pathlib, sys; from tests.test_supervise import Attempts, supervised\n"
+        "attempts = Attempts({0: 8, 1: 1}, {0: 8, 1: 1}, {0: 0, 1: 0})\n"
+        f"options = dict(num_nodes=2, num_processes=1, node_rank={node_rank})\n"
+        f"sys.exit(supervised(pathlib.Path({str(tmp_path)!r}), attempts, **options))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("logs/attempt-*"))) == 3
+
+
 def test_one_machine_talks_to_itself_alone(tmp_path, monkeypatch):
     started = {}
     monkeypatch.setattr(supervise.subprocess, "Popen", lambda words, **options: started.update(options, words=words))
