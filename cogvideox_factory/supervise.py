@@ -136,7 +136,7 @@ class Supervisor:
     def _attempt(self, number: int, *, tries: int) -> Ends:
         """Start a torchrun and see it to its end."""
         launch, folder = self.launch, self._folder(number)
-        port = _free_port() if launch.master_port is None else launch.master_port + tries
+        port = free_port() if launch.master_port is None else launch.master_port + tries
         agent = self.start(launch, folder, port)
         processes = Processes(folder=folder, ranks=launch.ranks)
         echo = _Echo(folder / "rank-0.log") if 0 in launch.ranks else None
@@ -255,7 +255,8 @@ def _tell(text: str) -> None:
         lead_nowhere(sys.stdout.fileno())
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -277,7 +277,7 @@ def test_two_machines_lose_a_process_and_end_as_if_they_had_not(tiny_model, tmp_
         values["train"]["dir"] = str(tmp_path / name)
         recipes[name].write_text(yaml.safe_dump(values))
     assert main(["prepare", str(recipes["alone"])]) == 0
-    port, run = supervise._free_port(), tmp_path / "launched"
+    port, run = supervise.free_port(), tmp_path / "launched"
     words = [sys.executable, "-m", "cogvideox_factory", "launch", "--nproc", "1", "--nodes", "2"]
     words += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}

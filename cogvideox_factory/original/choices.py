@@ -7,9 +7,9 @@ from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.original.clips import buckets_of, steps_of_epochs
 from cogvideox_factory.original.flag import Given
 from cogvideox_factory.original.modes import Modes, dtype_settings, speed_settings
+from cogvideox_factory.tracker import TRACKERS
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-TRACKERS = ("wandb", "trackio")
 _SFT = {"lora": "lora", "full": "sft"}
 OPTIMIZERS = ("adam", "adamw", "adamw_bf16", "prodigy", "came")
 
@@ -48,10 +48,14 @@ def choose_zero(given: Given) -> None:
 
 def choose_batch(given: Given) -> None:
     """Decide the clips of a forward pass: ours counts them over all processes."""
-    if buckets_of(given) not in (None, "auto"):
+    if _has_bucket_file(given):
         given.say_inert(("train_batch_size",), "the bucket file says how many clips of each shape a step has")
         return
     given.set("train.batch_size", _batch(given))
+
+
+def _has_bucket_file(given: Given) -> bool:
+    return buckets_of(given) not in (None, "auto")
 
 
 def _batch(given: Given) -> int:
@@ -66,7 +70,7 @@ def choose_steps(given: Given) -> None:
     """Decide the length of the run, from epochs if need be, and what of it is kept."""
     steps = given["max_train_steps"]
     if steps is None:
-        steps = steps_of_epochs(given, given["num_train_epochs"], _clips_a_step(given))
+        steps = _steps_of(given, "num_train_epochs", instead="max_train_steps")
     else:
         given.say_inert(("num_train_epochs",), "max_train_steps decides")
     given.set("train.steps", steps)
@@ -76,6 +80,20 @@ def choose_steps(given: Given) -> None:
     given.set("train.keep_checkpoints", count if limit is None else limit)
     if limit is None and count > 1:
         given.say(f"--checkpoints_total_limit is not given: all {count} checkpoints are kept")
+
+
+def _steps_of(given: Given, flag: str, *, instead: str) -> int:
+    """Return the steps of as many epochs as `flag` says.
+
+    Raises:
+        FactoryError: a bucket file decides how many clips a step has.
+    """
+    if _has_bucket_file(given):
+        raise FactoryError(
+            f"--{flag} {given[flag]} with --bucket_config {given['bucket_config']}: that file gives each shape its own "
+            f"clips a step, so epochs are no number of steps; give --{instead} N"
+        )
+    return steps_of_epochs(given, given[flag], _clips_a_step(given))
 
 
 def choose_resume(given: Given) -> None:
@@ -148,8 +166,15 @@ def choose_checkpointing(given: Given) -> None:
 
 
 def choose_arithmetic(given: Given) -> None:
-    """Decide dtype and compilation."""
-    modes = modes_of(given)
+    """Decide dtype and compilation.
+
+    Raises:
+        FactoryError: a mode that is not there.
+    """
+    known = {name: given[name] for name in ("mindspore_mode", "jit_level", "amp_level")}
+    modes = Modes(**{name: value for name, value in known.items() if value is not None})
+    if modes.mindspore_mode not in (0, 1):
+        raise FactoryError(f"--mindspore_mode {modes.mindspore_mode}: give 0 (graph) or 1 (PyNative)")
     for setting, value in dtype_settings(modes, given["mixed_precision"] or "no").items():
         given.set(setting, value)
     if given["mixed_precision"] != "fp16":
@@ -166,12 +191,6 @@ def choose_arithmetic(given: Given) -> None:
         given.say(f"--mindspore_mode 0 --jit_level {modes.jit_level}: {row.here}")
 
 
-def modes_of(given: Given) -> Modes:
-    """Return MindSpore's own words of a command line, unchanged."""
-    known = {name: given[name] for name in ("mindspore_mode", "jit_level", "amp_level")}
-    return Modes(**{name: value for name, value in known.items() if value is not None})
-
-
 def choose_validation(given: Given) -> None:
     """Decide which sample videos are made, and how often."""
     text, mark = given["validation_prompt"], given["validation_prompt_separator"]
@@ -181,7 +200,9 @@ def choose_validation(given: Given) -> None:
         return
     every = given["validation_steps"]
     if every is None and given["validation_epochs"]:
-        every = steps_of_epochs(given, given["validation_epochs"], _clips_a_step(given))
+        every = _steps_of(given, "validation_epochs", instead="validation_steps")
+    else:
+        given.say_inert(("validation_epochs",), "validation_steps decides")
     if not every:
         raise FactoryError("--validation_prompt: how often? give --validation_steps N or --validation_epochs N")
     given.set("validation.every", every)

@@ -118,7 +118,8 @@ class Given:
     def say_inert(self, names: Iterable[str], why: str) -> None:
         """Tell of each of these flags that was typed why it has no effect."""
         for name in names:
-            if self.typed.get(name) not in (None, False):
+            value = self.typed.get(name)
+            if value is not None and value is not False:  # a typed 0 is a wish, too
                 self.say(f"--{name}: no effect, {why}")
 
 
@@ -161,12 +162,14 @@ def _value(flag: Flag, values: list[str]) -> Any:
         if values:
             raise FactoryError(f"--{flag.name} is a switch and takes no value; leave {values[0]!r} out")
         return True
+    if not values:
+        raise FactoryError(f"--{flag.name} needs a value")
+    if values == [""]:
+        return None
     if flag.kind == "integers":
-        return [_number(flag, value, int) for value in values] or _missing(flag)
-    if len(values) != 1:
-        if values:
-            raise FactoryError(f"--{flag.name} takes one value, not {len(values)}: {' '.join(values)!r}; quote it")
-        _missing(flag)
+        return [_number(flag, value, int) for value in values]
+    if len(values) > 1:
+        raise FactoryError(f"--{flag.name} takes one value, not {len(values)}: {' '.join(values)!r}; quote it")
     value = values[0]
     if flag.kind == "integer":
         return _number(flag, value, int)
@@ -176,18 +179,14 @@ def _value(flag: Flag, values: list[str]) -> Any:
         if value.lower() not in ("true", "false"):
             raise FactoryError(f"--{flag.name} {value}: give True or False")
         return value.lower() == "true"
-    if not flag.choices or not value:
-        return value or None
+    if not flag.choices:
+        return value
     matching = [choice for choice in flag.choices if choice.lower() == value.lower()]
     if not matching:
         raise FactoryError(
             f"--{flag.name} {value}{nearest(value, list(flag.choices))}: give one of {', '.join(flag.choices)}"
         )
     return matching[0]
-
-
-def _missing(flag: Flag) -> Any:
-    raise FactoryError(f"--{flag.name} needs a value")
 
 
 def _number(flag: Flag, value: str, kind: type) -> Any:

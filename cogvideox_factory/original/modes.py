@@ -1,7 +1,6 @@
 """What graph and PyNative mode, `jit_level` and `amp_level` mean here.
 
-They are MindSpore's words. An engine on MindSpore would take them as they are (`Modes`); for PyTorch this is their
-translation, one row a value.
+They are MindSpore's words; this is their translation for PyTorch, one row a value.
 """
 
 from dataclasses import dataclass

@@ -76,6 +76,6 @@ def _fate(flag: Flag) -> str:
         text = "; ".join(part for part in (settings, note) if part)
     if flag.only:
         text += f" ({'LoRA' if flag.only == 'lora' else 'image-to-video'} only)"
-    if flag.origin != BOTH and flag.origin == PYTORCH:
+    if flag.origin == PYTORCH:
         text += " (PyTorch only)"
     return text

@@ -5,9 +5,7 @@ from typing import Any
 
 from cogvideox_factory.errors import FactoryError, nearest
 from cogvideox_factory.original import inference, preparation, training
-from cogvideox_factory.original.choices import modes_of
 from cogvideox_factory.original.flag import MINDSPORE, PYTORCH, Flag, Given, Script, read_flags
-from cogvideox_factory.original.modes import Modes
 
 SCRIPTS = {
     script.name: script
@@ -39,8 +37,6 @@ class Translation:
     """What the user should know: flags without effect, and numbers that are not the typed ones."""
     ours: list[str]
     """Words for settings of ours that stood among theirs, as they were."""
-    modes: Modes
-    """MindSpore's own words, unchanged, for an engine that takes them."""
 
 
 def find_script(name: str, command: str) -> tuple[Script, str]:
@@ -89,7 +85,7 @@ def translate(script: Script, words: list[str], *, origin: str, num_processes: i
     if script.command == "train":
         given.set("train.caption_dropout", 0.0)
     _say_ways(given)
-    return Translation(settings=given.settings, said=given.said, ours=ours, modes=modes_of(given))
+    return Translation(settings=given.settings, said=given.said, ours=ours)
 
 
 def _has_effect(flag: Flag, given: Given) -> bool:

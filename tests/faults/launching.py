@@ -263,12 +263,12 @@ def _port_taken(run: Path) -> tuple[Verdict, str]:
     """Let torchrun be given a port that somebody listens at; it gets another one."""
 
     def with_a_port_taken() -> int:
-        free = supervise._free_port
+        free = supervise.free_port
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             ports = iter([taken.getsockname()[1]])
-            with mock.patch.object(supervise, "_free_port", side_effect=lambda: next(ports, None) or free()):
+            with mock.patch.object(supervise, "free_port", side_effect=lambda: next(ports, None) or free()):
                 return supervised(recipe(run), run, 2, lambda: None)
 
     ended = in_child(with_a_port_taken)

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as once
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from cogvideox_factory.checkpoints import list_checkpoints
+from cogvideox_factory.supervise import free_port
 from cogvideox_factory.tensors import open_tensors
 from cogvideox_factory.tiny.build import build_tiny_model
 from tests.faults.boundaries import Boundaries
@@ -152,13 +152,6 @@ def _as_rank(rank: int, size: int, port: int, function: Callable[..., Any], args
             "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
     return function(*args)
-
-
-def free_port() -> int:
-    """Return a loopback port that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def folder(run: Path, step: int) -> Path:
