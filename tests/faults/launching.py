@@ -36,6 +36,8 @@ from tests.faults.trial import Child, Trial, Verdict, in_child, spread
 
 _PR_SET_PDEATHSIG = 1
 _GRACE = 2.0
+_APART = 1.1
+"""Seconds after which a second signal is no part of the first request any more."""
 _STOPPED, _PEER = 75, 8
 
 
@@ -151,15 +153,23 @@ def _fresh(work: Path) -> Path:
     return empty(work / "run")
 
 
-def _recovered(run: Path, size: int, at: At, want: Wanted, *, says: list[str], **settings: Any) -> tuple[Verdict, str]:
-    """Run with a fault under the supervisor; it must be named, and the run end as if nothing had been."""
+def _recovered(
+    run: Path, size: int, at: At, want: Wanted, *, says: list[str], **settings: Any
+) -> tuple[Verdict, str, int | None]:
+    """Run with a fault under the supervisor; it must be named, and the run end as if nothing had been.
+
+    Returned with the steps that were done again, by the supervisor's word on where it went on.
+    """
     ended = in_child(supervised, recipe(run, **settings), run, size, at, limit=120.0)
     if ended.broke or ended.value != 0:
-        return ended.broke or Verdict.LOST, f"exit {ended.value}: {ended.output}{ended.error}"
+        return ended.broke or Verdict.LOST, f"exit {ended.value}: {ended.output}{ended.error}", None
     logs = "".join(path.read_text() for path in run.glob("logs/attempt-1/rank-*.log"))
     if missing := [words for words in says if not _tells(ended.output + logs, words)]:
-        return Verdict.SILENT, f"not told: {missing}: {ended.output}"
-    return same(run, want)
+        return Verdict.SILENT, f"not told: {missing}: {ended.output}", None
+    went_on = re.search(r"restart 1 of 3, from the (?:checkpoint of step (\d+)|start)", ended.output)
+    if went_on is None:
+        return Verdict.SILENT, f"not told where it goes on: {ended.output}", None
+    return *same(run, want), at.step - 1 - int(went_on[1] or 0)
 
 
 def _tells(output: str, words: str) -> bool:
@@ -176,14 +186,13 @@ def killed_ranks(count: int, seed: int, work: Path) -> Iterator[Trial]:
         at = At(
             rank=int(rng.integers(size)), step=int(rng.integers(1, STEPS + 1)), act=send(signal.SIGKILL), clock=work
         )
-        says = [f"rank {at.rank} was ended by SIGKILL", "restart 1 of 3"]
-        verdict, detail = _recovered(run, size, at, wanted(size, **settings), says=says, **settings)
+        says = [f"rank {at.rank} was ended by SIGKILL"]
+        verdict, detail, lost = _recovered(run, size, at, wanted(size, **settings), says=says, **settings)
         name = f"{trial}: rank {at.rank} of {size} at step {at.step}"
-        lost = (at.step - 1) % 2
-        seconds = at.recovery_seconds
         yield Trial(
-            family="F17", name=name, verdict=verdict, detail=detail, steps_redone=lost, recovery_seconds=seconds
-        )
+            family="F17", name=name, verdict=verdict, detail=detail, steps_redone=lost,
+            recovery_seconds=at.recovery_seconds,
+        )  # fmt: skip
 
 
 def frozen_ranks(count: int, seed: int, work: Path) -> Iterator[Trial]:
@@ -192,15 +201,15 @@ def frozen_ranks(count: int, seed: int, work: Path) -> Iterator[Trial]:
         run, rank, step = _fresh(work), trial // 2 % 2, 3 + trial % 3
         at = At(rank=rank, step=step, act=send(signal.SIGSTOP), clock=work)
         if trial % 2 == 0:
-            limit, says = {"hang_seconds": 5.0}, ["no step for", "in _step", "restart 1 of 3"]
+            limit, says = {"hang_seconds": 5.0}, ["no step for", "in _step"]
         else:
-            limit, says = {"timeout_seconds": 5.0}, ["no longer answers", "restart 1 of 3"]
-        verdict, detail = _recovered(run, 2, at, wanted(2), says=says, parallel=limit)
+            limit, says = {"timeout_seconds": 5.0}, ["no longer answers"]
+        verdict, detail, lost = _recovered(run, 2, at, wanted(2), says=says, parallel=limit)
         if verdict == Verdict.OK and (at.recovery_seconds or 1e9) > 60:
             verdict, detail = Verdict.HANG, f"noticed after {at.recovery_seconds} s"
         name = f"{trial}: rank {rank} at step {step}, {next(iter(limit))}"
         yield Trial(
-            family="F18", name=name, verdict=verdict, detail=detail, steps_redone=(step - 1) % 2,
+            family="F18", name=name, verdict=verdict, detail=detail, steps_redone=lost,
             recovery_seconds=at.recovery_seconds,
         )  # fmt: skip
 
@@ -278,37 +287,52 @@ def _port_taken(run: Path) -> tuple[Verdict, str]:
 
 
 def signalled(count: int, seed: int, work: Path) -> Iterator[Trial]:
-    """F20: told to stop at a drawn time, by one signal or two of them, alone and two under the supervisor."""
+    """F20: told to stop at a drawn time, or a second time in the same step, alone and two under the supervisor."""
     kinds = [[signal.SIGTERM], [signal.SIGINT], [signal.SIGUSR1], [signal.SIGINT] * 2, [signal.SIGHUP]]
     for trial in range(count):
         run, size, numbers = _fresh(work), 1 + trial % 2, kinds[trial % len(kinds)]
         want = wanted(size, **LONGER)
         delay = float(draws.generator(seed, "stop", str(trial)).uniform(0.2, 1.0)) * want.seconds
-        path = recipe(run, **LONGER)
-        child = Child(command, "train", path) if size == 1 else Child(supervised, path, run, 2, lambda: None)
-        time.sleep(delay)
-        for number in numbers:
+        is_twice, path = len(numbers) == 2, recipe(run, **LONGER)
+        long_step = At(rank=0, step=2 + trial % 8, act=lambda: time.sleep(5), clock=work)
+        before = long_step if is_twice else lambda: None
+        child = Child(command, "train", path, before) if size == 1 else Child(supervised, path, run, 2, before)
+        if is_twice:
+            _wait_for(work / "fault")
+        else:
+            time.sleep(delay)
+        os.kill(child.pid, numbers[0])
+        for number in numbers[1:]:
+            time.sleep(_APART)
             os.kill(child.pid, number)
-            time.sleep(0.02)
         ended = child.wait()
         code = codes([ended])[0]
         verdict, detail, lost = _stopped(run, size, code, numbers)
         told = "+".join(number.name for number in numbers)
-        name = f"{trial}: {told} after {delay:.2f} s, {size} processes"
+        name = (
+            f"{trial}: {told} {f'in step {long_step.step}' if is_twice else f'after {delay:.2f} s'}, {size} processes"
+        )
         if verdict != Verdict.OK:
             detail += ended.output + ended.error
         layer = f"exit {code}"
         yield Trial(family="F20", name=name, verdict=verdict, detail=detail, layer=layer, steps_redone=lost)
 
 
+def _wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def _stopped(run: Path, size: int, code: int | None, numbers: list[signal.Signals]) -> tuple[Verdict, str, int]:
     """Judge a run that was told to stop, and let it go on."""
     want = wanted(size, **LONGER)
     lost = redone(run)
-    killed = {outcome for number in numbers for outcome in (-number, 128 + number)}
-    if code not in killed | {0, _STOPPED}:
+    number = numbers[0]
+    allowed = {128 + number} if len(numbers) == 2 else {-number, 128 + number, 0, _STOPPED}
+    if code not in allowed:
         return Verdict.CRASH, f"exit {code}: ", lost
-    if lost and (code == _STOPPED or len(numbers) == 1 or lost > LONGER["save_every"]):
+    if lost and (len(numbers) == 1 or lost > LONGER["save_every"]):
         return Verdict.LOST, f"exit {code} and {lost} steps to be done again: ", lost
     verdict, detail = left_intact(run, want)
     if verdict == Verdict.OK:

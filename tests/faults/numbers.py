@@ -87,7 +87,7 @@ def poisoned(count: int, seed: int, work: Path) -> Iterator[Trial]:
         want = wanted(size, zero)
         poison = Poison(rank=int(rng.integers(size)), step=int(rng.integers(1, STEPS + 1)), where=where, value=value)
         outcomes = in_children(size, command, "train", recipe(run, **settings), poison)
-        found = codes(outcomes)
+        found, lost = codes(outcomes), redone(run)
         verdict, detail = Verdict.OK, ""
         if _NON_FINITE not in found or not set(found) <= {_NON_FINITE, _PEER}:
             broke = next((outcome.broke for outcome in outcomes if outcome.broke), Verdict.SILENT)
@@ -102,7 +102,7 @@ def poisoned(count: int, seed: int, work: Path) -> Iterator[Trial]:
             verdict = Verdict.REFUSED
         name = f"{trial}: {value} in a {where}, rank {poison.rank} of {size}, step {poison.step} (ZeRO {zero}, "
         name += f"logged every {log_every})"
-        yield Trial(family="F21", name=name, verdict=verdict, detail=detail, steps_redone=redone(run))
+        yield Trial(family="F21", name=name, verdict=verdict, detail=detail, steps_redone=lost)
 
 
 def moved(count: int, seed: int, work: Path) -> Iterator[Trial]:

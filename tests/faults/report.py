@@ -94,7 +94,7 @@ def to_markdown(results: Sequence[Result], *, tier: str, seed: int) -> str:
         f"| damaged clips that decode to other pixels without a complaint | {told['clips told only by their hash']} of "
         f"{told['clips']}, see below |",
         f"| bit-identical after a kill and the same command again | {told['bit-identical after a kill']} |",
-        f"| steps of training done again, median / most | {told['steps redone, median / most']} (saved every 2 to 5) |",
+        f"| steps of training done again, median / most | {told['steps redone, median / most']} (saved every 2 or 4) |",
         f"| s from a process's death to the next step of `launch`, p50 / p95 | {told['recovery seconds, p50 / p95']} |",
         f"| seconds | {told['seconds']} |",
         "",

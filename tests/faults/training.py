@@ -197,8 +197,8 @@ def left_intact(run: Path, want: Wanted) -> tuple[Verdict, str]:
 
 
 def redone(run: Path) -> int:
-    """Return how many logged steps have to be done again."""
-    return max(losses(run), default=0) - max(list_checkpoints(run), default=0)
+    """Return how many logged steps have to be done again; to be asked before the run goes on."""
+    return max(0, max(losses(run), default=0) - max(list_checkpoints(run), default=0))
 
 
 def goes_on(run: Path, want: Wanted, size: int = 1, *, logged: bool = True, **settings: Any) -> tuple[Verdict, str]:
