@@ -5,7 +5,8 @@ on attention) and SFT (bfloat16 states, rounded stochastically). Both models sta
 same objective and the same update, and keep what their own gradient checkpointing keeps: ours attention outputs, theirs
 block inputs. VAE, text encoder and data are outside: a step is forward, backward, clipping and optimizer.
 
-TFLOP/s are of the model, three forward passes a step (for LoRA two in linear layers), with no credit for recomputing.
+TFLOP/s are of the model (`plan.flops`): three forward passes a step (for LoRA two in linear layers), with no credit for
+recomputing.
 `--tiny` runs it all with a small model on whatever there is, to see that it runs.
 """
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cogvideox_factory.models import PUBLISHED, TransformerConfig, tiny_facts
+from cogvideox_factory.plan.flops import training_flops
 from cogvideox_factory.torch_engine.attention import backend_name
 from cogvideox_factory.torch_engine.device import peak_memory, reset_peak_memory
 from cogvideox_factory.torch_engine.layout import diffusers_names
@@ -47,18 +49,24 @@ class Case:
     method: str
 
     @property
-    def tokens(self) -> int:
-        """Of the joint stream."""
+    def video_tokens(self) -> int:
+        """Of the joint stream, those that are no text."""
         frames, height, width = self.latents
-        return self.text_length + frames // (self.config.patch_size_t or 1) * (height // 2) * (width // 2)
+        return frames // (self.config.patch_size_t or 1) * (height // 2) * (width // 2)
 
     @property
-    def flops(self) -> float:
+    def tokens(self) -> int:
+        """Of the joint stream."""
+        return self.text_length + self.video_tokens
+
+    @property
+    def flops(self) -> int:
         """Of a step, recomputation apart."""
-        config, tokens = self.config, self.tokens
-        linear = 24 * config.width**2 * tokens * config.num_layers
-        attention = 4 * tokens**2 * config.width * config.num_layers
-        return (3 if self.method == "sft" else 2) * linear + 3 * attention
+        config, is_lora = self.config, self.method == "lora"
+        return training_flops(
+            config, video_tokens=self.video_tokens, text_length=self.text_length, method="lora" if is_lora else "full",
+            adapter_weights=config.num_layers * len(TARGETS) * 2 * RANK * config.width if is_lora else 0,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,26 +23,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import AutoTokenizer, T5EncoderModel
 
+from benchmarks.clips import draw_clips
 from benchmarks.interleave import Ratio, interleave
 from cogvideox_factory.data.entry import read_entry
-from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.metrics import console
 from cogvideox_factory.recipe import check
-from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import prepare
 from cogvideox_factory.weights import resolve_model
 
 NUM_CLIPS, FRAMES, SOURCE, SIZE, TOKENS = 6, 49, 256, 128, 24
 LIMIT = 0.1
-
-
-def draw_clips(folder: Path) -> None:
-    """Write clips with captions beside them."""
-    for index in range(NUM_CLIPS):
-        scene = random_scene(1, index)
-        frames = render(scene, num_frames=FRAMES, height=SOURCE, width=SOURCE, fps=8)
-        export_to_video(frames, folder / f"{index}.mp4", fps=8)
-        (folder / f"{index}.txt").write_text(f"{scene.caption}, clip {index}")
 
 
 def decode(path: Path) -> Tensor:
@@ -114,7 +104,7 @@ def run() -> list[Ratio]:
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as name:
         clips, theirs, ours = (Path(name) / part for part in ("clips", "theirs", "ours"))
-        draw_clips(clips)
+        draw_clips(clips, num_clips=NUM_CLIPS, num_frames=FRAMES, size=SOURCE)
         model = copy_model(Path(name) / "model")
         their_way(model, clips, theirs)
         our_way(model, clips, ours)

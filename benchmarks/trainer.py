@@ -26,15 +26,14 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.clips import draw_clips
 from benchmarks.interleave import Ratio, interleave
 from benchmarks.pt_files import PtFiles
 from cogvideox_factory.config import Config
-from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.learning_rate import learning_rate
 from cogvideox_factory.metrics import console
 from cogvideox_factory.models import PUBLISHED
 from cogvideox_factory.recipe import check
-from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import prepare, train
 from cogvideox_factory.torch_engine.loop import Loop
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
@@ -59,17 +58,6 @@ def make_model(folder: Path) -> None:
     )  # fmt: skip
     shutil.rmtree(folder / "transformer")
     CogVideoXTransformer(config).save(folder / "transformer")
-
-
-def make_clips(folder: Path) -> None:
-    """Write clips with captions beside them."""
-    folder.mkdir()
-    for index in range(NUM_CLIPS):
-        scene = random_scene(1, index)
-        export_to_video(
-            render(scene, num_frames=FRAMES, height=SIZE, width=SIZE, fps=8), folder / f"{index}.mp4", fps=8
-        )
-        (folder / f"{index}.txt").write_text(f"{scene.caption}, clip {index}")
 
 
 def recipe(folder: Path, method: str) -> Config:
@@ -231,7 +219,7 @@ def run() -> Iterator[Ratio]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder / "model")
-        make_clips(folder / "clips")
+        draw_clips(folder / "clips", num_clips=NUM_CLIPS, num_frames=FRAMES, size=SIZE)
         console.quiet = True
         prepare.run(recipe(folder, "full"))
         for row, method, target in (("cpu.train.tiny", "full", 1.5), ("cpu.train.tiny_lora", "lora", None)):

@@ -16,11 +16,10 @@ import pytest
 from cogvideox_factory.checkpoints import list_checkpoints
 from cogvideox_factory.cli import main
 from cogvideox_factory.config import Config
-from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.original.translate import SCRIPTS, translate
 from cogvideox_factory.recipe import read_recipe
-from cogvideox_factory.tiny.world import random_scene, render
+from tests.clips import draw_lists
 from tests.ending import ask_to_end
 from tests.original.brought import config_of
 
@@ -142,13 +141,8 @@ def test_clips_of_many_shapes_by_a_bucket_file(tiny_model, tmp_path, capsys):
     folder = shutil.copytree(tiny_model("cogvideox1.5-5b"), tmp_path / "model")
     config = json.loads((folder / "transformer/config.json").read_text()) | {"sample_height": 32, "sample_width": 32}
     (folder / "transformer/config.json").write_text(json.dumps(config))
-    clips, buckets = tmp_path / "clips", tmp_path / "bucket.yaml"
-    (clips / "videos").mkdir(parents=True)
-    for index, (height, width) in enumerate([(144, 256), (256, 144)]):
-        frames = render(random_scene(0, index), num_frames=9, height=height, width=width, fps=8)
-        export_to_video(frames, clips / "videos" / f"{index}.mp4", fps=8)
-    (clips / "prompts.txt").write_text("one\ntwo\n")
-    (clips / "videos.txt").write_text("videos/0.mp4\nvideos/1.mp4\n")
+    clips = draw_lists(tmp_path / "clips", [(9, 144, 256), (9, 256, 144)], seed=0, prompts="prompts.txt")
+    buckets = tmp_path / "bucket.yaml"
     buckets.write_text('bucket_config:\n  "144p": { 9: [1.0, 1] }\n')
     model = f"--pretrained_model_name_or_path {folder} --max_sequence_length 16"
     lists, cache = "--caption_column prompts.txt --video_column videos.txt", tmp_path / "cache"

@@ -19,17 +19,16 @@ from cogvideox_factory import intake
 from cogvideox_factory.data import clip as naming
 from cogvideox_factory.data.cache import open_cache, verify_cache
 from cogvideox_factory.data.entry import read_entry
-from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import read_clip
 from cogvideox_factory.errors import DataError, FactoryError, UnfitError
 from cogvideox_factory.recipe import check
-from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import import_prepared, objective, prepare, train
 from cogvideox_factory.torch_engine.border import to_tensor
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
+from tests.clips import draw_lists
 from tests.torch_engine.runs import losses
 
 VARIANT = {"t2v": "cogvideox1.5-5b", "i2v": "cogvideox-5b-i2v"}
@@ -39,15 +38,7 @@ SIZE = {"num_frames": 9, "height": 64, "width": 96}
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     """Five drawn clips in two lists, as the older trainers take them."""
-    folder = tmp_path_factory.mktemp("clips")
-    captions = []
-    for index in range(5):
-        scene = random_scene(1, index)
-        export_to_video(render(scene, fps=8, **SIZE), folder / f"videos/{index}.mp4", fps=8)
-        captions.append(scene.caption)
-    (folder / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions))
-    (folder / "videos.txt").write_text("".join(f"videos/{index}.mp4\n" for index in range(5)))
-    return folder
+    return draw_lists(tmp_path_factory.mktemp("clips"), [tuple(SIZE.values())] * 5, seed=1, prompts="prompts.txt")
 
 
 @pytest.fixture(scope="module")

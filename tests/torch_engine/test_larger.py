@@ -20,7 +20,7 @@ from cogvideox_factory.torch_engine.optim import Update
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
 from cogvideox_factory.torch_engine.sharding import distribute
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
-from tests.torch_engine.ledger import Ledger
+from tests.torch_engine.live_memory import LiveMemory
 
 FILES = Path(__file__).parents[2] / "recipes" / "transformers"
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -48,21 +48,21 @@ def peak_of_a_step(config: TransformerConfig, ranks: Ranks) -> float:
         latent_frames=LATENTS[1], latent_height=LATENTS[3], latent_width=LATENTS[4], text_length=TEXT, device=CPU,
         dtype=BF16,
     )  # fmt: skip
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:
         model.to_empty(device=CPU)
         update = Update(
             model.named_parameters(), dtype=BF16, device=CPU, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-4,
             max_grad_norm=1.0, stochastic_bf16=True, seed=0, ranks=ranks,
         )  # fmt: skip
         update.tensors()  # makes the moments
-        assert ledger.bytes == pytest.approx(6 * config.num_parameters / LAYOUT.size, rel=1e-3)
+        assert memory.bytes == pytest.approx(6 * config.num_parameters / LAYOUT.size, rel=1e-3)
         latents, prompt = torch.empty(LATENTS, dtype=BF16), torch.empty(1, TEXT, config.text_embed_dim, dtype=BF16)
         out = model(latents, prompt, torch.zeros(1, dtype=torch.int64), positions=positions)
         assert out.shape == LATENTS
         (out.float() - latents).square().mean().backward()
         assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
         update.step(1e-5)
-    return ledger.peak / 1e9
+    return memory.peak / 1e9
 
 
 @pytest.mark.parametrize(

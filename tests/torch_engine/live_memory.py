@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Ledger(TorchDispatchMode):
+class LiveMemory(TorchDispatchMode):
     """Within, counts the bytes of all storages that operations make, until they are freed or resized.
 
     Sharding frees gathered weights by resizing their storage, which no operation shows; so that is watched too.
