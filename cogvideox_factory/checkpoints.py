@@ -10,16 +10,17 @@ One flipped bit in a weight file loads without an error, so every file is hashed
 """
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from cogvideox_factory.errors import UnfitError
+from cogvideox_factory.json_object import read_object
 from cogvideox_factory.publish import remove_folder
 
 FORMAT = 1
 MANIFEST, STATE = "MANIFEST.json", "state.json"
+_WAY_OUT = "Resume from another checkpoint."
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 
 
@@ -37,7 +38,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = Path(folder) / STATE
     if not path.is_file():
         raise UnfitError(f"{folder} is no checkpoint: state.json is missing. Give a folder named checkpoint-N.")
-    state = _read_json(path)
+    state = read_object(path, way_out=_WAY_OUT)
     if state.get("format") != FORMAT:
         raise UnfitError(f"{folder} has format {state.get('format')}; this version reads format {FORMAT}.")
     if not isinstance(state.get("step"), int):
@@ -54,23 +55,13 @@ def verify_checkpoint(folder: Path) -> None:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise UnfitError(f"{folder} is incomplete: MANIFEST.json is missing. Resume from another checkpoint.")
-    manifest = _read_json(path)
+    manifest = read_object(path, way_out=_WAY_OUT)
     found = {p.name for p in Path(folder).iterdir()} - {MANIFEST}
     if found != set(manifest):
         raise UnfitError(f"{folder}: files differ from its manifest: {sorted(found ^ set(manifest))}.")
     for name, recorded in manifest.items():
         if digest(Path(folder) / name) != recorded:
             raise UnfitError(f"{folder / name} was changed or damaged after it was written. Use another checkpoint.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UnfitError(f"{path} is damaged: {error}. Resume from another checkpoint.") from error
-    if not isinstance(values, dict):
-        raise UnfitError(f"{path} is damaged: it holds no object. Resume from another checkpoint.")
-    return values
 
 
 def checkpoint_folders(run: Path) -> list[Path]:

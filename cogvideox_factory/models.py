@@ -5,13 +5,13 @@ a checkpoint's own config is read by name and the tables below serve only where 
 models built from scratch. Sizes are latent sizes (pixels / 8) where the config's are.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from cogvideox_factory.errors import UnfitError, nearest
+from cogvideox_factory.json_object import read_object
 from cogvideox_factory.strict_yaml import read_yaml
 
 
@@ -47,13 +47,7 @@ class _Config:
                 f"{path} is missing, so {folder} is no {cls.class_name()} folder in the diffusers layout. "
                 "Give the model's root folder, the one that holds transformer/, vae/, text_encoder/ and tokenizer/."
             )
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UnfitError(f"{path} is not valid JSON: {error}. Download the model again.") from error
-        if not isinstance(values, dict):
-            raise UnfitError(f"{path} must hold an object, not a {type(values).__name__}. Download the model again.")
-        return cls.from_dict(values, source=str(path))
+        return cls.from_dict(read_object(path, way_out="Download the model again."), source=str(path))
 
     @classmethod
     def class_name(cls) -> str:

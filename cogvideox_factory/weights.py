@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from cogvideox_factory.errors import FactoryError, MissingError, UnfitError
+from cogvideox_factory.json_object import read_object
 from cogvideox_factory.lora_check import check_lora
 from cogvideox_factory.lora_files import LoraFile, bake_lora, load_lora, save_lora
 from cogvideox_factory.publish import publish_files
@@ -35,6 +36,7 @@ __all__ = [
     "load_lora",
     "read_config",
     "resolve_model",
+    "resolve_transformer",
     "sample_digest",
     "save_folder",
     "save_lora",
@@ -66,17 +68,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} is missing, so {folder} is no model folder. "
             "Give the folder that holds config.json and its weights."
         )
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UnfitError(f"{path} is not valid JSON: {error}. Download or export the model again.") from error
-    if not isinstance(values, dict):
-        raise UnfitError(f"{path} holds a {type(values).__name__}, not a JSON object. Download the model again.")
-    return values
+    return read_object(path, way_out="Download or export the model again.")
 
 
 def find_weight_files(folder: Path, stem: str = MODEL_STEM) -> list[Path]:
@@ -122,7 +114,7 @@ def sample_digest(folder: Path) -> str:
 
 def _weight_map(index: Path) -> dict[str, Path]:
     """Return {tensor name: shard} of an index file, every shard there and beside it."""
-    names = _read_json(index).get("weight_map")
+    names = read_object(index, way_out="Download or export the model again.").get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UnfitError(f"{index} has no weight_map. Download or export the model again.")
     shards = {str(name) for name in names.values()}
@@ -160,7 +152,8 @@ def stored_tensors(folder: Path, stem: str = MODEL_STEM) -> Iterator[tuple[str, 
     seen: set[str] = set()
     for path in files:
         with open_tensors(path) as file:
-            _check_config(folder, file.metadata)
+            if path == files[0]:  # all shards are of one save
+                _check_config(folder, file.metadata)
             for name in file.names:
                 if name in seen:
                     raise UnfitError(f"{path}: tensor {name!r} is in an earlier shard too. Export the model again.")

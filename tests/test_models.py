@@ -132,6 +132,9 @@ def test_broken_config_files(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UnfitError, match="is not valid JSON"):
         TransformerConfig.from_folder(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UnfitError, match=r"not valid JSON.*Download the model again"):
+        TransformerConfig.from_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +170,7 @@ def test_values_of_another_kind_are_refused_by_name(values, says):
 
 def test_a_config_that_is_no_object_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[1, 2]")
-    with pytest.raises(UnfitError, match="must hold an object"):
+    with pytest.raises(UnfitError, match="holds a list"):
         TransformerConfig.from_folder(tmp_path)
 
 

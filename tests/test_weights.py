@@ -325,3 +325,8 @@ def test_a_changed_config_is_told_beside_weights_that_were_saved_with_another(tm
     assert not caplog.records
     assert list(load_folder(tmp_path / "m")) == ["a"]
     assert "config.json is not the one these weights were saved with" in caplog.text
+    save_folder(tmp_path / "m", {"a": np.ones(3), "b": np.ones(3)}, config={"scale": 1.875}, max_shard_bytes=24)
+    path.write_text("{}")
+    caplog.clear()
+    assert set(load_folder(tmp_path / "m")) == {"a", "b"}
+    assert len(caplog.records) == 1, "once, not for each shard"

@@ -57,31 +57,47 @@ def examine(folder: Path) -> dict[str, Any]:
     entry: dict[str, Any] = {"path": str(folder), "problem": None}
     try:
         checkpoints.verify_checkpoint(folder)
-        state = checkpoints.read_state(folder)
+        entry |= _held(folder, checkpoints.read_state(folder))
     except UnfitError as error:
         return entry | {"problem": str(error)}
+    return entry
+
+
+def _held(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in folder.iterdir())
     names = ("step", "position", "seed", "versions", "layout", "changes", "settings")
-    return entry | {"bytes": size, "num_tensors": len(state["tensors"])} | {k: state[k] for k in names if k in state}
+    try:
+        held = {"bytes": size, "num_tensors": len(state["tensors"])} | {k: state[k] for k in names if k in state}
+        _rows(held)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UnfitError(
+            f"{folder / checkpoints.STATE} has another form than training writes ({type(error).__name__}: {error}). "
+            "Resume from another checkpoint."
+        ) from error
+    return held
 
 
 def _print(entry: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table("", "", title=entry["path"], title_justify="left", show_header=False)
-    if entry["problem"]:
-        table.add_row("DAMAGED", entry["problem"])
-    else:
-        table.add_row("state", f"ok: {entry['num_tensors']} tensors, {entry['bytes'] / 2**30:.2f} GiB, hashes agree")
-        place = entry.get("position", {})
-        table.add_row("step", f"{entry['step']}" + (f", epoch {place['epoch']:.2f}" if place else ""))
-        for name in ("seed", "versions", "layout"):
-            if name in entry:
-                table.add_row(name, _plain(entry[name]))
-        for change in entry.get("changes", []):
-            where = f"{change['setting']} {change['from']} -> {change['to']}"
-            table.add_row("changed", f"after step {change['after_step']}: {where}")
+    for row in [("DAMAGED", entry["problem"])] if entry["problem"] else _rows(entry):
+        table.add_row(*row)
     console.print(table)
+
+
+def _rows(held: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what a checkpoint holds, to be shown: name and value."""
+    place = held.get("position", {})
+    rows = [
+        ("state", f"ok: {held['num_tensors']} tensors, {held['bytes'] / 2**30:.2f} GiB, hashes agree"),
+        ("step", f"{held['step']}" + (f", epoch {place['epoch']:.2f}" if place else "")),
+        *((name, _plain(held[name])) for name in ("seed", "versions", "layout") if name in held),
+    ]
+    for change in held.get("changes", []):
+        where = f"{change['setting']} {change['from']} -> {change['to']}"
+        rows.append(("changed", f"after step {change['after_step']}: {where}"))
+    return rows
 
 
 def _plain(value: Any) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from cogvideox_factory.data.loader import Batch
 from cogvideox_factory.errors import UnfitError
+from cogvideox_factory.json_object import parse_object
 from cogvideox_factory.publish import publish_file
 from cogvideox_factory.tensors import open_tensors, save_tensors
 
@@ -33,7 +34,9 @@ def read_batch(path: Path) -> Batch:
         MissingError: no such file.
         UnfitError: damaged, or no batch.
     """
+    kept = "Batches that training kept lie in RUN/replay/."
     with open_tensors(path) as file:
         if "lists" not in file.metadata:
-            raise UnfitError(f"{path} is no batch that training kept; those lie in RUN/replay/.")
-        return {name: file.read(name) for name in file.names} | json.loads(file.metadata["lists"])
+            raise UnfitError(f"{path} has no `lists` in its header. {kept}")
+        lists = parse_object(file.metadata["lists"], source=f"{path}: `lists` in its header", way_out=kept)
+        return {name: file.read(name) for name in file.names} | lists

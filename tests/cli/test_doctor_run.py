@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from cogvideox_factory.checkpoints import digest
 from cogvideox_factory.cli import main
 from cogvideox_factory.torch_engine.checkpoint import save_checkpoint
 
@@ -53,6 +54,31 @@ def test_a_damaged_and_an_unfinished_one_are_named_and_the_good_one_too(run, cap
     assert "changed or damaged" in said.out.replace("\n", " ")
     assert doctor(run / "checkpoint-000010") == 5
     assert "None is good" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tensors": 3},
+        {"position": {"epoch": "1.5"}},
+        {"position": [1]},
+        {"position": {"clip": 3}},
+        {"changes": [{"setting": "a"}]},
+        {"changes": 3},
+        {"changes": ["a"]},
+    ],
+    ids=str,
+)
+def test_a_state_of_another_form_is_damage_and_no_crash(run, capsys, change):
+    """Its hash agrees: somebody wrote it so."""
+    folder = run / "checkpoint-000010"
+    state, manifest = (json.loads((folder / name).read_text()) for name in ("state.json", "MANIFEST.json"))
+    (folder / "state.json").write_text(json.dumps(state | change))
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest | {"state.json": digest(folder / "state.json")}))
+    assert doctor(run) == 5
+    said = capsys.readouterr()
+    assert "has another form than training writes" in " ".join(said.out.split())
+    assert "1 of 2 checkpoints" in said.err
 
 
 def test_it_needs_no_framework(run):
