@@ -88,8 +88,8 @@ for learning_rate in "${LEARNING_RATES[@]}"; do
           --enable_sequence_parallelism "$SP" \
           --sequence_parallel_shards "$SP_SIZE" \
           "${extra[@]}" "$@" && code=0 || code=$?
-        ((code == 0)) || failed+=("$name (exit code $code)")
         is_stopped && break 4
+        ((code == 0)) || failed+=("$name (exit code $code)")
         printf -- '-------------------- Finished executing script --------------------\n\n'
       done
     done
@@ -98,7 +98,7 @@ done
 
 ((${#failed[@]})) && printf 'FAILED: %s\n' "${failed[@]}" >&2
 if is_stopped; then
-  echo "Stopped; the same script goes on." >&2
+  echo "Stopped in $name (exit code $code); the same script goes on." >&2
   exit "$((code ? code : 75))"
 fi
 ((${#failed[@]} == 0))

@@ -68,7 +68,7 @@ def _held(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     names = ("step", "position", "seed", "versions", "layout", "changes", "settings")
     try:
         held = {"bytes": size, "num_tensors": len(state["tensors"])} | {k: state[k] for k in names if k in state}
-        _rows(held)
+        _rows(held)  # what cannot be shown is damage
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UnfitError(
             f"{folder / checkpoints.STATE} has another form than training writes ({type(error).__name__}: {error}). "
