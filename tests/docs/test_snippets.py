@@ -12,14 +12,26 @@ from cogvideox_factory import supervise
 from cogvideox_factory.cli import COMMANDS, main
 from cogvideox_factory.config import Config
 from tests.docs.conftest import small
-from tests.docs.snippets import PAGES, ROOT, blocks_of, commands_of, factory_words
+from tests.docs.snippets import (
+    CHINESE,
+    ENGLISH,
+    PAGES,
+    ROOT,
+    anchors_of,
+    blocks_of,
+    commands_of,
+    factory_words,
+    links_of,
+    skeleton,
+    tables_of,
+)
 
-BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+BLOCKS = [block for page in ENGLISH for block in blocks_of(page)]  # a translation has the same ones
 SHELL = [block for block in BLOCKS if block.language == "sh"]
 MAKE = (ROOT / "Makefile").read_text()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(b.page == p and not b.reason for b in SHELL)], ids=str)
+@pytest.mark.parametrize("page", [p for p in ENGLISH if any(b.page == p and not b.reason for b in SHELL)], ids=str)
 def test_commands_run_as_written(page, in_workshop):
     for block in (b for b in SHELL if b.page == page and not b.reason):
         for words in commands_of(block):
@@ -81,5 +93,22 @@ def test_settings_and_commands_that_a_page_names_exist(page):
         assert field.replace("-", "_") in fields or section == "prepare", f"--{section}.{field}"
     for command in re.findall(r"`cogvideox ([a-z][a-z-]*)", text):
         assert command in COMMANDS, command
-    for link in re.findall(r"\]\(([^)#:\s]+)", text):
-        assert (page.parent / link).exists(), f"{page.name} links {link}"
+    for file, anchor in links_of(page):
+        assert file.exists(), f"{page.name} links {file}"
+        assert not anchor or anchor in anchors_of(file), f"{page.name} links {file.name}#{anchor}"
+
+
+@pytest.mark.parametrize("page", sorted(CHINESE), ids=str)
+def test_the_chinese_page_has_what_the_english_page_has(page):
+    """All but prose is the same; a table that code writes in English may stay behind a link."""
+    chinese = CHINESE[page]
+    assert chinese.exists(), f"{chinese.relative_to(ROOT)} is missing: every English page has a translation"
+    kept = skeleton(chinese)
+    for part, parts in skeleton(page).items():
+        assert kept[part] == parts, f"{part} of {chinese.relative_to(ROOT)} are not those of {page.name}"
+    files = [file for file, _ in links_of(chinese)]
+    assert files[0] == page, "the first line leads to the English page"
+    assert {CHINESE.get(file, file) for file, _ in links_of(page)} <= {*files, chinese}
+    for name, table in tables_of(page).items():
+        copy = tables_of(chinese).get(name)
+        assert copy == table or copy is None and files.count(page) > 1, f"the table '{name}' is another, or nowhere"
