@@ -111,4 +111,4 @@ def test_the_chinese_page_has_what_the_english_page_has(page):
     assert {CHINESE.get(file, file) for file, _ in links_of(page)} <= {*files, chinese}
     for name, table in tables_of(page).items():
         copy = tables_of(chinese).get(name)
-        assert copy == table or copy is None and files.count(page) > 1, f"the table '{name}' is another, or nowhere"
+        assert copy == table or (copy is None and files.count(page) > 1), f"the table '{name}' is another, or nowhere"
