@@ -6,6 +6,7 @@ from textwrap import wrap
 
 from cogvideox_factory.original.flag import BOTH, PYTORCH, Flag, Script
 from cogvideox_factory.original.modes import MEANINGS
+from cogvideox_factory.original.published import compared
 from cogvideox_factory.original.translate import SCRIPTS, WAYS
 
 _TABLES = {
@@ -35,6 +36,9 @@ def update(text: str) -> str:
 
 
 def _table(name: str) -> str:
+    if name == "published":
+        header = ("model", "cards", "DP x SP", "VAE cache", "s/step", "GB a card", "ours: GB a card", "TFLOP", "TFLOP/s")
+        return _markdown(header, compared())
     if name == "modes":
         rows = [(f"`{row.flag} {row.value}`", row.theirs, row.here) for row in MEANINGS]
         return _markdown(("flag", "with MindSpore", "here"), rows)

@@ -150,6 +150,12 @@ def need(run: Training) -> Need:
     )  # fmt: skip
 
 
+def peak_of_one_pass(run: Training) -> int:
+    """Return the bytes on the device of a step of one pass: a layer's gradients come as its activations go."""
+    parts = need(run)
+    return parts.device - min(parts.activations, parts.gradients)
+
+
 def savings(run: Training, *, accelerator: bool) -> list[tuple[int, str]]:
     """Return (bytes saved on the device, what to set) for each single change that saves some, the most first."""
     now = need(run).device
@@ -290,8 +296,10 @@ def _gathered(run: Training, shards: int, stored: int) -> int:
         return 0
     if run.zero < 3:
         return run.model.num_parameters * run.item_bytes
-    blocks = _LIVE * _matrices(run.model)[0]
-    return (run.model.num_parameters - run.model.num_layers * _matrices(run.model)[0] + blocks) * run.item_bytes
+    model, block = run.model, _matrices(run.model)[0]
+    modulation = model.num_layers * 2 * 6 * model.width * model.time_embed_dim  # whole only before and after the blocks
+    rest = model.num_parameters - model.num_layers * block - modulation
+    return (rest + max(_LIVE * block, modulation)) * run.item_bytes
 
 
 # --- what would help --------------------------------------------------------------------------------------------------

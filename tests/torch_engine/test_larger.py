@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cogvideox_factory.models import LARGER, TransformerConfig
+from cogvideox_factory.plan.memory import Training, peak_of_one_pass
 from cogvideox_factory.torch_engine import linear, ranks
 from cogvideox_factory.torch_engine.optim import Update
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
@@ -78,6 +79,11 @@ def test_memory_of_a_step_is_what_the_original_took(name, gigabytes, rank_0_of_8
     peak = peak_of_a_step(config, rank_0_of_8)
     record_property("gigabytes", peak)
     assert peak == pytest.approx(gigabytes, rel=0.15)
+    planned = Training(
+        model=config, video_tokens=10 * 48 * 85, text_tokens=TEXT, method="full", stochastic=True, processes=LAYOUT.size,
+        sequence=LAYOUT.sequence, zero=LAYOUT.zero,
+    )  # fmt: skip
+    assert peak_of_one_pass(planned) / 1e9 == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize("name", LARGER)
