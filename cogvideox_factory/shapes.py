@@ -35,6 +35,12 @@ class ClipShape:
         return self.width // VAE_STRIDE
 
 
+def num_video_tokens(config: TransformerConfig, shape: ClipShape) -> int:
+    """Return the video tokens of one clip."""
+    frames = (shape.latent_frames + shape.num_front_padding) // (config.patch_size_t or 1)
+    return frames * (shape.latent_height // config.patch_size) * (shape.latent_width // config.patch_size)
+
+
 def clip_shape(
     config: TransformerConfig,
     *,

@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": "looks at every clip of a data set, entry of a cache or checkpoint of a run: counts, reasons",
     "prepare": "videos + captions -> cache of latents and text embeddings",
     "import-prepared": "a folder the older trainers prepared -> the same cache",
+    "plan": "what a recipe needs in memory and time on cards you name, and what makes it fit",
     "train": "cache or raw clips -> run folder with a LoRA or a fine-tuned transformer",
     "sweep": "one training run for each combination of settings; a table and a page of what came out",
     "launch": "starts `train` on many cards, and again after a crash",

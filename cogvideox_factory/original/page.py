@@ -37,7 +37,17 @@ def update(text: str) -> str:
 
 def _table(name: str) -> str:
     if name == "published":
-        header = ("model", "cards", "DP x SP", "VAE cache", "s/step", "GB a card", "ours: GB a card", "TFLOP", "TFLOP/s")
+        header = (
+            "model",
+            "cards",
+            "DP x SP",
+            "VAE cache",
+            "s/step",
+            "GB a card",
+            "ours: GB a card",
+            "TFLOP",
+            "TFLOP/s",
+        )
         return _markdown(header, compared())
     if name == "modes":
         rows = [(f"`{row.flag} {row.value}`", row.theirs, row.here) for row in MEANINGS]

@@ -1,4 +1,4 @@
-"""What the original published of its speed and memory, beside what ours needs by calculation (`docs/differences.md`)."""
+"""What the original published of its speed and memory, beside what ours needs by calculation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

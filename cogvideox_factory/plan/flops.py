@@ -45,6 +45,18 @@ def training_flops(
     return frozen + 2 * (linears + outputs) + 3 * (attention + adapters)
 
 
+def recomputed_flops(
+    config: TransformerConfig, *, video_tokens: int, text_length: int, checkpointing: str, layers: int
+) -> int:
+    """Return the FLOPs that one sample's backward pass does again in `layers` blocks: their linears, and with "full"
+    attention too. Outside the model's own, and so outside MFU."""
+    if checkpointing == "none" or not layers:
+        return 0
+    parts = _forward_parts(config, video_tokens, text_length)
+    again = parts["linears"] + (parts["attention"] if checkpointing == "full" else 0)
+    return again * layers // config.num_layers
+
+
 def _forward_parts(config: TransformerConfig, video_tokens: int, text_length: int) -> dict[str, int]:
     """Return forward FLOPs by part of the model."""
     d, t, layers, tokens = config.width, config.time_embed_dim, config.num_layers, video_tokens + text_length

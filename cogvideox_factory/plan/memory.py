@@ -163,6 +163,17 @@ def savings(run: Training, *, accelerator: bool) -> list[tuple[int, str]]:
     return sorted((item for item in found if item[0] > 0), reverse=True)
 
 
+def in_words(need: Need) -> str:
+    """Return the line about memory that a run begins with."""
+    parts = {
+        "weights": need.weights + need.gathered, "optimizer": need.masters + need.moments + need.average,
+        "gradients": need.gradients, "activations": need.activations, "a block at work": need.working,
+    }  # fmt: skip
+    listed = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items())
+    host = f"; {need.host / 2**30:.2f} GiB of host memory" if need.host else ""
+    return f"training needs about {need.device / 2**30:.2f} GiB a process: {listed}{host}"
+
+
 # --- activations ------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ import torch
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.metrics import say
-from cogvideox_factory.plan import memory
 from cogvideox_factory.plan.optimizer import optimizer_memory
 from cogvideox_factory.torch_engine.attention import backend_name
 from cogvideox_factory.torch_engine.optim import Update
@@ -64,14 +63,3 @@ def _say_optimizer(plan: Plan, update: Update) -> None:
             f"train.learning_rate={train.learning_rate:g}: prodigy finds the step size itself and multiplies it with "
             "this; it is made for 1.0"
         )
-
-
-def needs_of(need: memory.Need) -> str:
-    """Return the line about memory that a run begins with."""
-    parts = {
-        "weights": need.weights + need.gathered, "optimizer": need.masters + need.moments + need.average,
-        "gradients": need.gradients, "activations": need.activations, "a block at work": need.working,
-    }  # fmt: skip
-    listed = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items())
-    host = f"; {need.host / 2**30:.2f} GiB of host memory" if need.host else ""
-    return f"training needs about {need.device / 2**30:.2f} GiB a process: {listed}{host}"

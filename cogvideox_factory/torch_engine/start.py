@@ -21,7 +21,7 @@ from cogvideox_factory.plan.flops import training_flops
 from cogvideox_factory.plan.memory import Training
 from cogvideox_factory.plan.peaks import find_peak
 from cogvideox_factory.run_folder import differences, require_same
-from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
+from cogvideox_factory.shapes import ClipShape, check_task, clip_shape, num_video_tokens
 from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.device import device_name, pick_device, pick_dtype, versions
 from cogvideox_factory.torch_engine.lora_targets import adapted_layers
@@ -153,10 +153,8 @@ def complete(config: Config, model: TransformerConfig, shape: ClipShape) -> Conf
 
 def num_tokens(plan: Plan, bucket: Bucket) -> int:
     """Return the video tokens of one clip of a shape."""
-    model = plan.model
-    shape = clip_shape(model, num_frames=bucket.num_frames, height=bucket.height, width=bucket.width)
-    frames = (shape.latent_frames + shape.num_front_padding) // (model.patch_size_t or 1)
-    return frames * (shape.latent_height // model.patch_size) * (shape.latent_width // model.patch_size)
+    shape = clip_shape(plan.model, num_frames=bucket.num_frames, height=bucket.height, width=bucket.width)
+    return num_video_tokens(plan.model, shape)
 
 
 def model_flops(plan: Plan, bucket: Bucket, *, adapter_weights: int) -> int:

@@ -21,7 +21,7 @@ from cogvideox_factory.publish import require_room, sweep
 from cogvideox_factory.recipe import write_recipe
 from cogvideox_factory.run_folder import check_allowed, locked
 from cogvideox_factory.time_limit import TimeLimit
-from cogvideox_factory.torch_engine.announce import needs_of, say_arithmetic
+from cogvideox_factory.torch_engine.announce import say_arithmetic
 from cogvideox_factory.torch_engine.bad_steps import BadSteps
 from cogvideox_factory.torch_engine.compilation import compile_blocks
 from cogvideox_factory.torch_engine.device import require_compiler, set_determinism, set_tf32, take_card
@@ -120,7 +120,7 @@ def _run(plan: Plan, ranks: Ranks, tracker: Tracker | None, started: float) -> P
         numbers, in_hand = training_numbers(plan, sizes, ranks.layout), InHand("before the first step")
         accelerator = plan.device.type != "cpu"
         with told(plan.device, in_hand, lambda: memory.savings(numbers, accelerator=accelerator)):
-            say(needs_of(memory.need(numbers)))
+            say(memory.in_words(memory.need(numbers)))
             _train(
                 plan, source, sizes, set_weights, ranks, tracker, excluded=excluded, start=start, record=record,
                 started=started, in_hand=in_hand,

@@ -92,11 +92,11 @@ def small(words: list[str]) -> list[str]:
         if name in CAPS:
             words[index + 1] = CAPS[name]
     sections = SECTIONS.get(words[0], ())
-    if "--like" in words or words[0] == "doctor" and not any(word.endswith(".yaml") for word in words):
+    if "--like" in words or (words[0] == "doctor" and not any(word.endswith(".yaml") for word in words)):
         return words
     of_run = words[0] == "generate" and os.path.isdir(words[1])  # its own sizes
     for name, value in SMALL.items():
         section = name.partition(".")[0]
-        if section in sections and name not in given and not (of_run and section in ("text",) or name in given):
+        if section in sections and name not in given and not ((of_run and section in ("text",)) or name in given):
             at = [*(at or []), f"--{name.replace('_', '-')}", value]
     return [*words, *(at or [])]

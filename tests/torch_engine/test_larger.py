@@ -80,8 +80,8 @@ def test_memory_of_a_step_is_what_the_original_took(name, gigabytes, rank_0_of_8
     record_property("gigabytes", peak)
     assert peak == pytest.approx(gigabytes, rel=0.15)
     planned = Training(
-        model=config, video_tokens=10 * 48 * 85, text_tokens=TEXT, method="full", stochastic=True, processes=LAYOUT.size,
-        sequence=LAYOUT.sequence, zero=LAYOUT.zero,
+        model=config, video_tokens=10 * 48 * 85, text_tokens=TEXT, method="full", stochastic=True,
+        processes=LAYOUT.size, sequence=LAYOUT.sequence, zero=LAYOUT.zero,
     )  # fmt: skip
     assert peak_of_one_pass(planned) / 1e9 == pytest.approx(peak, rel=0.05)
 
