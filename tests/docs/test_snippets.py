@@ -78,7 +78,9 @@ def test_commands_for_other_machines_are_read(block, in_workshop, monkeypatch):
         return
     for words in commands_of(block):
         ours = factory_words(words)
-        if ours is not None and ours[0] in ("train", "generate", "prepare", "launch") and "..." not in words:
+        if ours is None or ours[0] not in ("train", "generate", "prepare", "launch") or "..." in words:
+            continue
+        if ours[0] == "launch" or Path(ours[1]).exists():  # a run of such a machine is not there
             assert main(small(ours) if ours[0] == "prepare" else ours) == 0, " ".join(words)
 
 
