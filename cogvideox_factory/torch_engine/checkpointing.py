@@ -29,6 +29,9 @@ from cogvideox_factory.torch_engine.sequence_parallel import RING_OP
 
 Checkpointing = Literal["none", "full", "save_attention"]
 
+_KEPT = (*SAVED_OPS, RING_OP)
+"""What "save_attention" runs once, on the device or a shelf."""
+
 _Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
@@ -66,7 +69,7 @@ def _full() -> _Contexts:
 
 
 def _save_attention() -> _Contexts:
-    first, second = create_selective_checkpoint_contexts([*SAVED_OPS, RING_OP])
+    first, second = create_selective_checkpoint_contexts(list(_KEPT))
     return first, second if torch.compiler.is_compiling() else _both(second, output_unread())
 
 
@@ -84,7 +87,7 @@ class _Shelve(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in SAVED_OPS:
+        if func in _KEPT:
             self._kept.append([self._shelf.pack(part) for part in out])
         return out
 
@@ -93,7 +96,7 @@ class _TakeBack(_Shelve):
     """Return what lies on the shelf in place of running the operator, in the same order."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func not in SAVED_OPS:
+        if func not in _KEPT:
             return func(*args, **(kwargs or {}))
         return tuple(self._shelf.unpack(part) for part in self._kept.popleft())
 

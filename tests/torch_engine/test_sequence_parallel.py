@@ -7,8 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.torch_engine import lora
+from cogvideox_factory.torch_engine.offload import Offload
 from cogvideox_factory.torch_engine.ranks import Layout, make_ranks
-from cogvideox_factory.torch_engine.sequence_parallel import ulysses_degree
+from cogvideox_factory.torch_engine.sequence_parallel import RING_OP, ulysses_degree
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.test_transformer import config_of, example, positions_for
@@ -111,6 +112,38 @@ def assert_two_all_to_alls_a_layer(calls, case, size):
     assert tokens % size or size == 2
     assert len(calls) == 2 * layers
     assert sum(sent for _, sent in calls) == layers * 4 * len(latents) * rows * model.config.width * 4
+
+
+class CountedRings(TorchDispatchMode):
+    """Counts forward passes of attention on a ring."""
+
+    num_forwards = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_forwards += func is RING_OP
+        return func(*args, **(kwargs or {}))
+
+
+def step_on_a_ring(offloaded: bool):
+    """Return layers, forward passes of attention in a step, and gradients, with attention kept."""
+    model, inputs = model_and_input("cogvideox-5b", 4, 15, "save_attention", True)
+    ranks = make_ranks(Layout(size=2, sequence=2, ring=2), num_heads=4, device_type="cpu")
+    model.sequence = ranks.sequence
+    if offloaded:
+        Offload(model.blocks, device=torch.device("cpu"), smallest=1)
+    with CountedRings() as counted:
+        _, grads = gradients(model, inputs)
+    return len(model.blocks), counted.num_forwards, grads
+
+
+def both_on_a_ring():
+    return [step_on_a_ring(offloaded) for offloaded in (False, True)]
+
+
+def test_attention_on_a_ring_runs_once_also_where_it_waits_on_the_host(tmp_path):
+    for (layers, plain, grads), (_, moved, moved_grads) in run_in(2, both_on_a_ring, folder=tmp_path):
+        assert plain == moved == layers > 1
+        assert all(torch.equal(moved_grads[name], grad) for name, grad in grads.items())
 
 
 @pytest.mark.parametrize(
