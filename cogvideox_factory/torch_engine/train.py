@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from cogvideox_factory.checkpoints import list_checkpoints
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.image import read_image
@@ -226,9 +227,10 @@ def _train(
 
 
 def _make_ready(plan: Plan, state_bytes: int) -> None:
-    num_checkpoints = plan.config.train.keep_checkpoints + 1
-    require_room(plan.run_folder, num_checkpoints * state_bytes, what=f"{num_checkpoints} checkpoints of this run")
-    sweep(plan.run_folder)
+    sweep(plan.run_folder)  # half a checkpoint of a run that was killed takes room too
+    # Those that are there have theirs already; the next one always needs its own, before the oldest goes.
+    missing = max(1, plan.config.train.keep_checkpoints + 1 - len(list_checkpoints(plan.run_folder)))
+    require_room(plan.run_folder, missing * state_bytes, what=f"{missing} more checkpoint(s) of this run")
     write_recipe(plan.run_folder / "config.yaml", plan.config)
 
 

@@ -338,9 +338,20 @@ def test_a_full_disk_loses_a_checkpoint_but_not_the_run(tiny_model, clips, cache
     assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-000006"]
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 10, 10))
-    with pytest.raises(StorageError, match="checkpoints of this run needs about"):
+    with pytest.raises(StorageError, match=r"checkpoint\(s\) of this run needs about"):
         train.run(cached(tiny_model, clips, caches, tmp_path, train={"dir": str(tmp_path / "full")}))
     assert not (tmp_path / "full").exists()
+
+
+def test_a_resume_asks_no_room_for_the_checkpoints_that_are_there(tiny_model, clips, caches, tmp_path, monkeypatch):
+    run = train.run(cached(tiny_model, clips, caches, tmp_path, train={"keep_checkpoints": 2}))
+    size = sum(path.stat().st_size for path in (run / "checkpoint-000006").iterdir())
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10 * size, 8 * size, 2 * size))
+    train.run(cached(tiny_model, clips, caches, tmp_path, train={"keep_checkpoints": 2, "steps": 9}))
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-000006", "checkpoint-000009"]
+    with pytest.raises(StorageError, match="3 more checkpoint"):
+        train.run(cached(tiny_model, clips, caches, tmp_path, train={"keep_checkpoints": 4, "steps": 12}))
 
 
 @pytest.mark.parametrize("mode", ["full", "save_attention"])
