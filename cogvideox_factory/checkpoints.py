@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cogvideox_factory.errors import UnfitError
+from cogvideox_factory.errors import StorageError, UnfitError
 from cogvideox_factory.json_object import read_object
 from cogvideox_factory.publish import remove_folder
 
@@ -97,11 +97,19 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def prune(run: Path, *, keep: int, newest: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints, counting `newest`, which is one of them."""
-    others = [step for step in list_checkpoints(run) if step != newest]
+def prune(run: Path, *, keep: int, newest: int) -> list[str]:
+    """Remove all but the newest `keep` complete checkpoints, counting `newest`, which is one of them.
+
+    Returns a line for each that could not be removed, which is no reason to lose the one just saved.
+    """
+    others, problems = [step for step in list_checkpoints(run) if step != newest], []
     for step in others[: max(0, len(others) - (keep - 1))]:
-        remove_folder(checkpoint_folder(run, step))
+        folder = checkpoint_folder(run, step)
+        try:
+            remove_folder(folder)
+        except (StorageError, OSError) as error:
+            problems.append(f"{folder} cannot be removed: {error}")
+    return problems
 
 
 def set_aside(folder: Path, label: str = "broken") -> Path:

@@ -2,7 +2,8 @@
 
 bfloat16 comes and goes as `ml_dtypes.bfloat16`, bit for bit. Files are read, not memory-mapped: a mapped
 file that another process truncates kills this one with a bus error no handler can catch. What is written
-here carries its own SHA-256 in the header, because a flipped bit of a weight is still a weight.
+here carries its own SHA-256 in the header, unless a manifest has it, because a flipped bit of a weight is
+still a weight.
 """
 
 import hashlib
@@ -123,8 +124,12 @@ class StoredTensor:
 
 
 @contextmanager
-def open_tensors(path: Path) -> Iterator[TensorFile]:
+def open_tensors(path: Path, *, verify: bool = True) -> Iterator[TensorFile]:
     """Open a safetensors file.
+
+    Args:
+        path: of the file.
+        verify: read all of it first, if it carries a digest; off where someone else has.
 
     Raises:
         MissingError: no such file.
@@ -140,7 +145,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         raise _unreadable(path, error) from error
     with opened as handle:
         file = TensorFile(path, handle)
-        if file.digest is not None and file.digest != _digest(path):
+        if verify and file.digest is not None and file.digest != _digest(path):
             raise UnfitError(
                 f"{path} was changed or damaged after it was written: its bytes do not have the digest in its header. "
                 "Copy or export it again."
@@ -205,19 +210,27 @@ def _what_it_is(start: bytes, size: int) -> str:
     return "it is no safetensors file. Download or export it again."
 
 
-def save_tensors(path: Path, arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str] | None = None, seal: bool = True
+) -> None:
     """Write a safetensors file in place; publish it through `publish_file` or `publish_folder`.
 
     The header says `format: pt` unless `metadata` says otherwise: readers refuse a file that does not name
     its format. The same arguments give the same bytes (the safetensors library itself shuffles the
     metadata).
 
+    Args:
+        path: of the file.
+        arrays: by name.
+        metadata: strings for the header.
+        seal: write the digest into the header; off for files that a manifest beside them has the digests of.
+
     Raises:
         StorageError: the disk is full, read-only or failing.
     """
     # Wide types first, so that every tensor starts at a multiple of its item size.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
-    described = {"format": "pt", **(metadata or {}), _DIGEST: _BLANK}
+    described = {"format": "pt", **(metadata or {})} | ({_DIGEST: _BLANK} if seal else {})
     header: dict[str, Any] = {"__metadata__": dict(sorted(described.items()))}
     start = 0
     for name in order:
@@ -232,15 +245,17 @@ def save_tensors(path: Path, arrays: Mapping[str, np.ndarray], *, metadata: Mapp
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    total = hashlib.sha256()
+    total = hashlib.sha256() if seal else None
     try:
         with Path(path).open("wb") as file:
             for part in [len(text).to_bytes(8, "little") + text, *(arrays[name] for name in order)]:
                 data = part if isinstance(part, bytes) else _little_endian_bytes(part)
-                total.update(data)
+                if total:
+                    total.update(data)
                 file.write(data)
-            file.seek(8 + _place_of_digest(text))
-            file.write(total.hexdigest().encode())
+            if total:
+                file.seek(8 + _place_of_digest(text))
+                file.write(total.hexdigest().encode())
     except OSError as error:
         raise StorageError(
             f"could not write {path}: {error.strerror or error}. Make room or choose another folder."

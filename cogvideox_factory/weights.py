@@ -138,8 +138,13 @@ def iterate_tensors(folder: Path, stem: str = MODEL_STEM) -> Iterator[tuple[str,
         yield name, stored[:]
 
 
-def stored_tensors(folder: Path, stem: str = MODEL_STEM) -> Iterator[tuple[str, StoredTensor]]:
+def stored_tensors(folder: Path, stem: str = MODEL_STEM, *, verify: bool = True) -> Iterator[tuple[str, StoredTensor]]:
     """Yield every (name, tensor) of a model folder; a tensor can be read, or rows of it, until the next is asked for.
+
+    Args:
+        folder: of the model.
+        stem: of its files.
+        verify: as `open_tensors`.
 
     Raises:
         MissingError: as `find_weight_files`.
@@ -151,7 +156,7 @@ def stored_tensors(folder: Path, stem: str = MODEL_STEM) -> Iterator[tuple[str, 
     promised = set(_weight_map(index)) if index.is_file() else None
     seen: set[str] = set()
     for path in files:
-        with open_tensors(path) as file:
+        with open_tensors(path, verify=verify) as file:
             if path == files[0]:  # all shards are of one save
                 _check_config(folder, file.metadata)
             for name in file.names:

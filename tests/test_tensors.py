@@ -67,6 +67,16 @@ def test_reading_rows_reads_no_others(tmp_path):
         assert _bytes_read() - before >= 4_000_000, "the counter counts"
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts what a process reads")
+def test_all_is_read_to_verify_and_nothing_where_someone_else_has(tmp_path):
+    save_tensors(tmp_path / "x", {"a": np.zeros((1000, 1000), np.float32)})
+    for verify in (True, False):
+        before = _bytes_read()
+        with open_tensors(tmp_path / "x", verify=verify) as file:
+            file.read_rows("a", 500, 510)
+        assert 4_000_000 * verify <= _bytes_read() - before <= 4_000_000 * verify + 50_000
+
+
 def _bytes_read():
     return int(Path("/proc/self/io").read_text().split()[1])
 

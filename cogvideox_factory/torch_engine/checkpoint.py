@@ -30,6 +30,7 @@ from cogvideox_factory.checkpoints import (
     verify_checkpoint,
 )
 from cogvideox_factory.errors import StorageError, UnfitError
+from cogvideox_factory.metrics import say
 from cogvideox_factory.publish import publish_folder, require_room, sync_file
 from cogvideox_factory.tensors import TensorFile, open_tensors, save_tensors
 from cogvideox_factory.torch_engine.border import local, rows_of, to_array, to_tensor
@@ -152,7 +153,8 @@ class Draft:
             raise self._error or RuntimeError(f"{self.target} was not saved: {problem}")
         self._ranks.from_lead(lambda: self._finish(words, problem))
         if self._ranks.leads:
-            prune(self.target.parent, keep=keep, newest=self.step)
+            for why in prune(self.target.parent, keep=keep, newest=self.step):
+                say(f"{self.target} is saved, but an older one stays: {why}")
         return self.target
 
     def _finish(self, words: Sequence[Word], problem: str | None) -> None:
@@ -197,21 +199,25 @@ def _write_shard(file: Path, parts: Mapping[str, Part]) -> None:
         name: {"saved_offsets": [part.start] + [0] * (part.tensor.ndim - 1)} for name, part in sorted(parts.items())
     }
     arrays = {name: to_array(part.tensor) for name, part in parts.items()}
-    save_tensors(file, arrays, metadata={_OFFSETS: json.dumps(offsets), "DCP_VERSION": "1.0"})
+    save_tensors(file, arrays, metadata={_OFFSETS: json.dumps(offsets), "DCP_VERSION": "1.0"}, seal=False)
     sync_file(file)
 
 
-def load_checkpoint(folder: Path, tensors: Mapping[str, Tensor], *, ranks: Ranks = _ALONE) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path, tensors: Mapping[str, Tensor], *, ranks: Ranks = _ALONE, verified: bool = False
+) -> dict[str, Any]:
     """Verify `folder`, fill `tensors` in place and return its state; it may come from any other layout of processes.
 
-    Every process reads the rows it holds, and no others.
+    The leading process reads all of it once, unless it is `verified`; then every process reads the rows it holds, and
+    no others.
 
     Raises:
         UnfitError: missing, damaged, or made by a run with other weights; names what differs.
     """
     folder = Path(folder)
     state = read_state(folder)
-    ranks.from_lead(lambda: verify_checkpoint(folder))
+    if not verified:
+        ranks.from_lead(lambda: verify_checkpoint(folder))
     if state["tensors"] != sorted(tensors):
         extra = sorted(set(state["tensors"]) ^ set(tensors))
         raise UnfitError(
@@ -219,7 +225,9 @@ def load_checkpoint(folder: Path, tensors: Mapping[str, Tensor], *, ranks: Ranks
             "Resume with the method, LoRA targets and EMA setting the run was started with."
         )
     with ExitStack() as stack:
-        shards = [stack.enter_context(open_tensors(path)) for path in sorted(folder.glob("*.safetensors"))]
+        shards = [
+            stack.enter_context(open_tensors(path, verify=False)) for path in sorted(folder.glob("*.safetensors"))
+        ]
         pieces = _find_pieces(shards)
         for name, tensor in tensors.items():
             shape = _at_least_1d(tensor).shape

@@ -19,7 +19,7 @@ from cogvideox_factory.torch_engine.low_bit import quantize
 from cogvideox_factory.torch_engine.objective import Objective, Scales
 from cogvideox_factory.torch_engine.offload import Offload
 from cogvideox_factory.torch_engine.optim import Update
-from cogvideox_factory.torch_engine.ranks import Ranks
+from cogvideox_factory.torch_engine.ranks import Ranks, leads_machine
 from cogvideox_factory.torch_engine.sharding import distribute
 from cogvideox_factory.torch_engine.start import Plan
 from cogvideox_factory.torch_engine.swap import Swap
@@ -50,7 +50,7 @@ def load_transformer(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
     if plan.is_random:
         transformer.initialize(config.run.seed)
     else:
-        transformer.load_folder(plan.transformer_folder)
+        transformer.load_folder(plan.transformer_folder, verify=leads_machine())
     if is_lora:
         lora.initialize_lora(transformer, seed=config.run.seed)
     if config.train.activation_offload:
@@ -64,7 +64,9 @@ def _load_sparingly(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
     Its blocks are rounded to few bits there one matrix at a time, or keep their weights on the host.
     """
     config = plan.config
-    transformer = CogVideoXTransformer.from_folder(plan.transformer_folder, config=plan.model, dtype=plan.dtype)
+    transformer = CogVideoXTransformer.from_folder(
+        plan.transformer_folder, config=plan.model, dtype=plan.dtype, verify=leads_machine()
+    )
     transformer.set_checkpointing(config.train.checkpointing, config.train.checkpointing_layers)
     if config.lora.base != "model":
         quantize(transformer, config.lora.base, device=plan.device)

@@ -212,7 +212,8 @@ class Loop:
         self._restart_clocks(step)
 
     def _restore(self, folder: Path) -> int:
-        state = checkpoint.load_checkpoint(folder, state_tensors(self.update, self.ema), ranks=self.ranks)
+        tensors = state_tensors(self.update, self.ema)
+        state = checkpoint.load_checkpoint(folder, tensors, ranks=self.ranks, verified=True)  # by `find_start`
         self.update.restore(state["scalars"])
         self._check_position(folder, state)
         return state["step"]

@@ -30,7 +30,7 @@ from cogvideox_factory.shapes import ClipShape, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.device import pick_device, pick_dtype
 from cogvideox_factory.torch_engine.objective import pad_image_latents
-from cogvideox_factory.torch_engine.ranks import Ranks
+from cogvideox_factory.torch_engine.ranks import Ranks, leads_machine
 from cogvideox_factory.torch_engine.sampling import denoise
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
@@ -106,7 +106,7 @@ class CogVideoXPipeline:
             vae.enable_tiling()
         return cls(
             transformer=CogVideoXTransformer.from_folder(
-                transformer_folder, config=config, dtype=arithmetic, device=place
+                transformer_folder, config=config, dtype=arithmetic, device=place, verify=leads_machine()
             ),
             vae=vae,
             text_encoder=TextEncoder.from_folder(folder, dtype=arithmetic, device=place) if text_encoder else None,

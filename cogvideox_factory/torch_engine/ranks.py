@@ -209,6 +209,11 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def leads_machine() -> bool:
+    """Whether this process is the first of its machine, and looks at the files there for all of them."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @contextmanager
 def joined(layout: Layout, *, num_heads: int, device: torch.device, timeout_seconds: float = 1800) -> Iterator[Ranks]:
     """Join the other processes for the duration.

@@ -294,10 +294,11 @@ class CogVideoXTransformer(nn.Module):
         config: TransformerConfig | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        verify: bool = True,
     ) -> Self:
         """Load a `transformer` folder in the diffusers layout; no more than one tensor is held twice.
 
-        A folder of weights alone needs their `config`.
+        A folder of weights alone needs their `config`. Without `verify` the digests of files are not looked at.
 
         Raises:
             MissingError, UnfitError: no weights, damaged ones, or ones of another shape than the config's.
@@ -306,17 +307,17 @@ class CogVideoXTransformer(nn.Module):
         with torch.device("meta"):
             model = cls(config or TransformerConfig.from_folder(folder))
         model = model.to(dtype).to_empty(device=device)
-        model.load_folder(folder)
+        model.load_folder(folder, verify=verify)
         return model
 
     @torch.no_grad()
-    def load_folder(self, folder: Path) -> None:
+    def load_folder(self, folder: Path, *, verify: bool = True) -> None:
         """Fill the model, or what this process holds of it, from a `transformer` folder.
 
         Raises:
             MissingError, UnfitError: as `from_folder`.
         """
-        self.load_arrays(weights.stored_tensors(folder, weights.MODEL_STEM))
+        self.load_arrays(weights.stored_tensors(folder, weights.MODEL_STEM, verify=verify))
 
     def save(self, folder: Path | str) -> None:
         """Write config and weights so that diffusers and `from_folder` load them; complete or not at all.

@@ -1,13 +1,17 @@
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from cogvideox_factory.checkpoints import digest
 from cogvideox_factory.errors import StorageError, UnfitError
+from cogvideox_factory.tensors import open_tensors
 from cogvideox_factory.torch_engine.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -55,6 +59,50 @@ def test_one_flipped_bit_anywhere_is_refused_and_the_one_before_is_found(tmp_pat
     assert newest_checkpoint(tmp_path)[0] == second
     assert set_aside(second).name == "broken-checkpoint-000002"
     assert list_checkpoints(tmp_path) == [1]
+
+
+def test_an_old_checkpoint_that_cannot_go_does_not_spoil_the_new_one(tmp_path, monkeypatch, capsys):
+    rename = os.replace
+
+    def stuck(source, target):
+        if Path(source).name == "checkpoint-000001":
+            raise OSError(errno.EBUSY, "Device or resource busy", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr("os.replace", stuck)
+    for step in (1, 2, 3):
+        assert save_checkpoint(tmp_path, step, tensors(1.0), {}, keep=1) == newest_checkpoint(tmp_path)[0]
+    assert list_checkpoints(tmp_path) == [1, 3], "the others go nevertheless"
+    assert "checkpoint-000003 is saved, but an older one stays: " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts what a process reads")
+def test_what_is_written_is_read_once_and_what_is_loaded_twice(tmp_path):
+    size = 4 * 300_000
+    folder, written = bytes_read(lambda: save_checkpoint(tmp_path, 1, {"a": torch.ones(300_000)}, {}, keep=1))
+    _, loaded = bytes_read(lambda: load_checkpoint(folder, {"a": torch.zeros(300_000)}))
+    _, again = bytes_read(lambda: load_checkpoint(folder, {"a": torch.zeros(300_000)}, verified=True))
+    for count, times in ((written, 1), (loaded, 2), (again, 1)):
+        assert times * size <= count <= times * size + 20_000
+
+
+def bytes_read(function):
+    """Return what `function` returns and how many bytes this process read for it."""
+    before = int(Path("/proc/self/io").read_text().split()[1])
+    result = function()
+    return result, int(Path("/proc/self/io").read_text().split()[1]) - before
+
+
+def test_a_shard_is_hashed_once_for_the_manifest(tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr("cogvideox_factory.tensors.hashlib.sha256", lambda *data: pytest.fail("hashed for the header"))
+    monkeypatch.setattr(
+        "cogvideox_factory.torch_engine.checkpoint.digest", lambda path: hashed.append(path.name) or digest(path)
+    )
+    folder = save_checkpoint(tmp_path, 1, tensors(1.0), {}, keep=1)
+    assert hashed == ["shard-00001.safetensors", "state.json"]
+    with open_tensors(folder / hashed[0]) as file:
+        assert file.digest is None
 
 
 def test_refuses_another_runs_state(tmp_path):

@@ -32,15 +32,19 @@ class Reads:
     """Counts what is read of weight files."""
 
     def __init__(self) -> None:
-        self.total = self.largest = 0
-        original = tensors._read_into
+        self.total = self.largest = self.num_verified = 0
+        original, digest = tensors._read_into, tensors._digest
 
         def counted(file, array):
             self.total += array.nbytes
             self.largest = max(self.largest, array.nbytes)
             return original(file, array)
 
-        tensors._read_into = counted
+        def counted_digest(path):
+            self.num_verified += 1
+            return digest(path)
+
+        tensors._read_into, tensors._digest = counted, counted_digest
 
 
 def plan_of(root: Path, *, task: str, method: str, **_) -> start.Plan:
@@ -57,16 +61,19 @@ def plan_of(root: Path, *, task: str, method: str, **_) -> start.Plan:
     return start.make_plan(check(values, source="test"))
 
 
-def load_each(root: Path) -> list[tuple[int, int, dict[str, tuple[int, np.ndarray]]]]:
-    """Load every case; return (bytes read, largest read, {name: (first row, rows)}) of each, as this process has it."""
+def load_each(root: Path) -> list[tuple[int, int, dict[str, tuple[int, np.ndarray]], int]]:
+    """Load every case; return what this process has of each.
+
+    (bytes read, largest read, {name: (first row, rows)}, files verified).
+    """
     reads, found = Reads(), []
     for case in CASES:
         layout = Layout(size=torch.distributed.get_world_size(), zero=case["zero"])
         ranks = make_ranks(layout, num_heads=2, device_type="cpu")
-        reads.total = reads.largest = 0
+        reads.total = reads.largest = reads.num_verified = 0
         model = learner.load_transformer(plan_of(root, **case), ranks)
         held = {name: (rows_of(t)[0], local(t.detach()).numpy()) for name, t in model.state_dict().items()}
-        found.append((reads.total, reads.largest, held))
+        found.append((reads.total, reads.largest, held, reads.num_verified))
     return found
 
 
@@ -89,7 +96,7 @@ def export_each(root: Path, out: Path) -> None:
     weights.save_tensors = written
 
 
-def both(root: Path) -> list[tuple[int, int, dict[str, tuple[int, np.ndarray]]]]:
+def both(root: Path) -> list[tuple[int, int, dict[str, tuple[int, np.ndarray]], int]]:
     export_each(root, root / "run")
     return load_each(root)
 
@@ -132,6 +139,12 @@ def test_divided_weights_are_those_of_one_process(loaded, number):
         else:
             assert pieces[1][0] == len(pieces[0][1]), name
             assert np.array_equal(np.concatenate([rows for _, rows in pieces]), tensor.numpy()), name
+
+
+def test_the_first_process_of_a_machine_alone_reads_all_to_verify(loaded):
+    _, results = loaded
+    for number, case in enumerate(CASES):
+        assert [results[rank][number][3] for rank in range(2)] == [int(case["method"] != "drawn"), 0], case
 
 
 @pytest.mark.parametrize("task", VARIANT)
