@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cogvideox_factory.lora_files import resolve_lora
 from cogvideox_factory.metrics import say
 from cogvideox_factory.recipe import check
 from cogvideox_factory.shapes import ClipShape
+from cogvideox_factory.weights import resolve_transformer, sample_digest
 
 FORMAT = 1
 _ENDINGS = (".mp4", ".gif", ".webp", ".npy")
@@ -117,16 +119,17 @@ def make_records(
     jobs: Sequence[Job], config: Config, shape: ClipShape, *, device: str, dtype: str, versions: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Return what makes each video what it is; `device` is a kind, such as "cuda"."""
-    hashes: dict[Path, str] = {}
+    digest = cache(sha256_file)  # most files go into many videos
 
     def digests(files: Iterable[Path | None]) -> dict[str, str]:
-        return {str(file): hashes.setdefault(file, sha256_file(file)) for file in files if file is not None}
+        return {str(file): digest(file) for file in files if file is not None}
 
     loras = [resolve_lora(path) for path in config.generate.lora]
     common = config.model_dump(include={"task", "model", "text", "sampling"})
     ask = config.generate.model_dump(exclude={*_OF_A_BATCH})
     ask |= {"num_frames": shape.num_frames, "height": shape.height, "width": shape.width, "fps": float(shape.fps)}
     machine = config.run.model_dump() | {"device": device, "dtype": dtype}
+    folders = _digests_of_folders(config)
     records = []
     for job in jobs:
         source = {"image": [str(job.image)] if job.image else []}
@@ -139,10 +142,19 @@ def make_records(
                 "image": str(job.image) if job.image else None,
                 "settings": settings,
                 "files": digests([job.image, job.video, *loras]),
+                "folders": folders,
                 "versions": dict(versions),
             }
         )
     return records
+
+
+def _digests_of_folders(config: Config) -> dict[str, str]:
+    """Return a digest of samples of the transformer that replaces the model's, if one does."""
+    name = config.model.transformer
+    if name is None:
+        return {}
+    return {name: sample_digest(resolve_transformer(name, has_config=config.model.transformer_config is None))}
 
 
 def left_to_make(
@@ -173,7 +185,11 @@ def left_to_make(
 
 
 def _same(recorded: dict[str, Any] | None, wanted: dict[str, Any]) -> bool:
-    return recorded is not None and all(recorded.get(key) == wanted[key] for key in ("format", "settings", "files"))
+    """Whether a video has the record it would be made with; the first records said nothing of folders."""
+    if recorded is None:
+        return False
+    recorded = {"folders": wanted["folders"]} | recorded
+    return all(recorded.get(key) == wanted[key] for key in ("format", "settings", "files", "folders"))
 
 
 def _recorded(job: Job) -> dict[str, Any] | None:
@@ -212,14 +228,18 @@ def settings_like(video: Path) -> Config:
 
     Raises:
         FactoryError: it does not say how it was made.
-        UnfitError: a LoRA, image or video that went into it has changed since.
+        UnfitError: a LoRA, transformer, image or video that went into it has changed since.
     """
     record = read_record(video)
-    for name, digest in record["files"].items():
-        file = Path(name)
-        if file.is_file() and sha256_file(file) != digest:  # one that is gone is missed where it is needed
-            raise UnfitError(f"{name} is another file than the one that went into {video}. Bring that one back.")
-    return check(record["settings"], source=str(video))
+    config = check(record["settings"], source=str(video))
+    # What is gone is missed where it is needed.
+    found = {name: sha256_file(Path(name)) for name in record["files"] if Path(name).is_file()}
+    if config.model.transformer and Path(config.model.transformer).is_dir():
+        found |= _digests_of_folders(config)
+    for name, digest in (record["files"] | record.get("folders", {})).items():
+        if found.get(name, digest) != digest:
+            raise UnfitError(f"{name} is another than the one that went into {video}. Bring that one back.")
+    return config
 
 
 def to_note(record: Mapping[str, Any]) -> str:
