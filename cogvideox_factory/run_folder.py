@@ -124,7 +124,9 @@ def lead_nowhere(descriptor: int) -> None:
         os.dup2(nowhere.fileno(), descriptor)
 
 
-_FATAL = {"task", "model", "train.method", "train.master_weights", "train.optimizer", "run.dtype"}
+_LATER = {"weights"}
+"""What the first checkpoints did not record, so nothing is held against them."""
+_FATAL = {"task", "model", "weights", "train.method", "train.master_weights", "train.optimizer", "run.dtype"}
 """Settings that decide what the state of a run is; so does every setting of `lora`."""
 
 
@@ -133,7 +135,7 @@ def differences(recorded: dict[str, Any], wanted: dict[str, Any]) -> dict[str, t
     return {
         key: (recorded.get(key), wanted.get(key))
         for key in dict.fromkeys([*recorded, *wanted])
-        if recorded.get(key) != wanted.get(key)
+        if recorded.get(key) != wanted.get(key) and (key in recorded or key not in _LATER)
     }
 
 

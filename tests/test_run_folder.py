@@ -98,6 +98,12 @@ def test_every_differing_setting_is_named(tmp_path):
     assert "--train.allow-change b gone new" in text
 
 
+def test_another_base_of_the_same_shape_is_refused_but_for_runs_that_did_not_record_theirs(tmp_path):
+    with pytest.raises(UnfitError, match="weights: the run has 'a', you ask for 'b'"):
+        require_same({"weights": "a"}, {"weights": "b"}, source=tmp_path, allow=["weights"])
+    assert require_same({"model": "m"}, {"model": "m", "weights": "b"}, source=tmp_path) == {}
+
+
 def test_a_change_is_allowed_by_name_but_never_another_model(tmp_path):
     recorded, wanted = {"data": "x", "model": "a", "lora.rank": 4}, {"data": "y", "model": "b", "lora.rank": 8}
     allow = ["data", "model", "lora.rank"]

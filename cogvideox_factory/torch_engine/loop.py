@@ -20,7 +20,7 @@ from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.errors import FactoryError, NonFiniteError, UnfitError
 from cogvideox_factory.learning_rate import learning_rate
 from cogvideox_factory.metrics import MetricsLog, StepRows, duration, progress_bar, say
-from cogvideox_factory.run_folder import StoppedError, StopRequest, stop_requests
+from cogvideox_factory.run_folder import StoppedError, StopRequest, differences, stop_requests
 from cogvideox_factory.time_limit import TimeLimit
 from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.bad_steps import BadSteps, bad_among
@@ -222,7 +222,7 @@ class Loop:
         """Refuse to go on with other clips than come next, which another version's sampler might draw."""
         step, wanted = state["step"], state.get("position", {}).get("next_clips")
         found = [pick.clip_id for pick in self.sampler.batch(step)]
-        if wanted not in (None, found) and state["identity"] == self.record["identity"]:
+        if wanted not in (None, found) and not differences(state["identity"], self.record["identity"]):
             raise UnfitError(
                 f"{folder}: step {step + 1} is of the clips {', '.join(wanted[:3])}, but this version would take "
                 f"{', '.join(found[:3])}. Go on with the version it was saved by: {state['versions']}."

@@ -264,8 +264,11 @@ def identity(plan: Plan, described: str) -> dict[str, Any]:
     parts = [plan.folder / "vae", plan.folder / "text_encoder", plan.folder / "scheduler"]
     start = "" if plan.is_random else _listing(plan.transformer_folder)
     start = f"{plan.model}{start}" if config.model.transformer_config else start
+    loaded = [plan.folder / "vae", plan.folder / "text_encoder"]
+    loaded += [] if plan.is_random else [plan.transformer_folder]
     return {
         "task": config.task, "model": digest_of([start, *(_listing(part) for part in parts)]),
+        "weights": digest_of([weights.sample_digest(folder) for folder in loaded]),
         "run.seed": config.run.seed, "run.dtype": str(plan.dtype).removeprefix("torch."), "run.tf32": config.run.tf32,
         "data": described,
         "data.flip_probability": config.data.flip_probability, "data.vae_tiling": config.data.vae_tiling,
@@ -290,10 +293,11 @@ def shared_settings(config: Config) -> dict[str, Any]:
 
 def shared_files(plan: Plan, described: str) -> dict[str, Any]:
     """Return what the data and the model are that a process finds, for a comparison with the others'."""
-    drawn = plan.config.model.transformer_config
+    drawn = plan.is_random
     return {
         "the data": described,
-        "the transformer": str(plan.model) if drawn else weights.sample_digest(plan.transformer_folder),
+        "the transformer's config": str(plan.model),
+        "the transformer": "random weights" if drawn else weights.sample_digest(plan.transformer_folder),
         "the VAE": weights.sample_digest(plan.folder / "vae"),
     }
 

@@ -230,18 +230,27 @@ def test_processes_that_are_not_of_one_run_are_told_apart(folder, tmp_path):
     data[-1] ^= 1
     file.write_bytes(data)
     alike = {"dir": str(tmp_path / "run")}
-    other = settings(folder, **alike)
-    other = other.model_copy(update={"model": other.model.model_copy(update={"path": str(tmp_path / "other")})})
+    own = settings(folder, **alike)
+
+    def with_model(**changes):
+        return own.model_copy(update={"model": own.model.model_copy(update=changes)})
+
+    described = {"transformer_config": str(folder / "t2v" / "transformer" / "config.json")}
     pairs = [
-        (settings(folder, **alike), settings(folder, **alike, learning_rate=2e-3)),
-        (settings(folder, **alike), settings(folder, **alike, parallel={"zero": 2})),
-        (settings(folder, **alike), other),
+        (own, settings(folder, **alike, learning_rate=2e-3)),
+        (own, settings(folder, **alike, parallel={"zero": 2})),
+        (own, with_model(path=str(tmp_path / "other"))),
+        (
+            with_model(transformer=str(folder / "t2v"), **described),
+            with_model(transformer=str(tmp_path / "other"), **described),
+        ),
     ]
     results = run_in(2, refused_of_each, pairs, folder=tmp_path)
     for number, says in enumerate(
         (
             "train.learning_rate is 0.002 there and 0.001 here",
             "parallel.zero is 2 there and 0 here",
+            "the transformer is ",
             "the transformer is ",
         )
     ):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -557,6 +558,19 @@ def test_resume_with_other_settings_is_refused_by_name(tiny_model, clips, caches
         train.run(cached(tiny_model, clips, caches, tmp_path, train={"learning_rate": 2e-2, "steps": 9}))
     with pytest.raises(FactoryError, match="holds a run already"):
         train.run(cached(tiny_model, clips, caches, tmp_path, train={"resume": "never"}))
+
+
+def test_a_resume_over_another_base_of_the_same_shape_is_refused(tiny_model, clips, caches, tmp_path):
+    base = shutil.copytree(tiny_model(VARIANT["t2v"]) / "transformer", tmp_path / "base")
+    config = cached(tiny_model, clips, caches, tmp_path, train={"steps": 2})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"transformer": str(base)})})
+    train.run(config)
+    file = base / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UnfitError, match="weights: the run has"):
+        train.run(config)
 
 
 def test_a_resume_may_change_what_it_names_and_the_checkpoint_says_so(tiny_model, clips, caches, tmp_path, capsys):
