@@ -54,16 +54,16 @@ class Watchdog:
         if self._seconds:
             self._thread.join()
 
-    def beat(self) -> None:
-        """Note that a step is done."""
+    def beat(self, *, typical: bool = True) -> None:
+        """Note that a step is done; how long one took that is not `typical` says nothing of the others."""
         now = time.monotonic()
-        if self._last is not None:
+        if self._last is not None and typical:
             self._steps.append(now - self._last)
         self._last = now
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Allow what is no step (a checkpoint, sample videos) the time it takes."""
+        """Allow what is no step (a checkpoint, sample videos, compiling) the time it takes."""
         self._paused += 1
         try:
             yield

@@ -86,6 +86,17 @@ def test_a_pause_may_take_any_time_and_the_step_after_it_its_own(clock):
     assert len(watched(clock, 30, [save, nothing], steps=[1.0])) == 1
 
 
+def test_a_step_that_compiles_may_take_any_time_and_says_nothing_of_the_others(clock):
+    def compile_one(dog):
+        with dog.pause():
+            clock.now += 10_000
+        dog.beat(typical=False)
+
+    assert watched(clock, 30, [compile_one] * 5, steps=[1.0]) == []
+    (told,) = watched(clock, 30, [compile_one, nothing], steps=[1.0])
+    assert "no step for 30 s (a step took 1 s until now)" in told
+
+
 def test_inside_a_pause_nothing_is_watched(clock):
     dog = Watchdog(30, end=pytest.fail)
     dog.beat()

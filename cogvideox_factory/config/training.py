@@ -146,7 +146,7 @@ class Parallel(Section):
     """How long a process waits for the others before it gives up."""
     hang_seconds: Annotated[float, Field(ge=0)] = 300
     """A run that makes no step for so long (or for ten times its usual step, if that is more) ends with exit code 8 and
-    the stacks of its threads. 0: never. Saving and validation may take longer."""
+    the stacks of its threads. 0: never. Saving, validation and compiling may take longer. Training only."""
 
 
 class Validation(Section):

@@ -6,8 +6,8 @@ Between log points nothing waits for the device: losses and norms stay there unt
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,11 @@ class Loop:
     in_hand: InHand
     hang_seconds: float = 0.0
     """Without a step after which the run ends (0: never)."""
+    compiled: bool = False
+    """A shape that is new is compiled first, which takes its time."""
     _clock: float = 0.0
     _clock_step: int = 0
+    _shapes: set[str] = field(default_factory=set)
 
     def run(self, start: Path | None) -> None:
         """Train until `num_steps`, from checkpoint `start` or from scratch."""
@@ -92,8 +95,10 @@ class Loop:
                     self._look(0, log)
                 self._restart_clocks(first)
                 for step in range(first + 1, self.num_steps + 1):
-                    self._step(step, batches)
-                    watchdog.beat()
+                    compiles = self._compiles(step)
+                    with watchdog.pause() if compiles else nullcontext():
+                        self._step(step, batches)
+                    watchdog.beat(typical=not compiles)
                     advance()
                     last = step == self.num_steps
                     saves = step % self.save_every == 0 or last
@@ -122,6 +127,12 @@ class Loop:
             self.bad_steps.close()
             if samples:
                 samples.close()
+
+    def _compiles(self, step: int) -> bool:
+        """Whether blocks are compiled in this step: its shape is new here."""
+        new = self.compiled and self.sampler.bucket(step - 1) not in self._shapes
+        self._shapes.add(self.sampler.bucket(step - 1))
+        return new
 
     def _step(self, step: int, batches: Iterator[dict[str, Any]]) -> None:
         self.in_hand.what = f"at step {step}, with clips of {self.sampler.bucket(step - 1)}"

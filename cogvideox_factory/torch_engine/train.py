@@ -213,6 +213,7 @@ def _train(
             device=plan.device, run_folder=plan.run_folder, ranks=ranks,
         ),
         ranks=ranks, in_hand=in_hand, hang_seconds=config.parallel.hang_seconds,
+        compiled=config.train.compile != "none",
     )  # fmt: skip
     say_arithmetic(plan, sampler, update, start, ranks)
     if peak:

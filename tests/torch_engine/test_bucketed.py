@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from cogvideox_factory.errors import DataError, FactoryError, UnfitError
 from cogvideox_factory.recipe import check
-from cogvideox_factory.torch_engine import prepare, train
+from cogvideox_factory.torch_engine import loop, prepare, train
+from cogvideox_factory.watchdog import Watchdog
 from tests.clips import draw_clips
 from tests.torch_engine.runs import assert_same, losses
 
@@ -76,6 +78,38 @@ def test_a_stopped_run_goes_on_exactly(roomy_model, clips, tmp_path):
     train.run(settings(roomy_model, clips, dir=str(tmp_path / "parts"), **config | {"steps": 3}))
     parts = train.run(settings(roomy_model, clips, dir=str(tmp_path / "parts"), **config))
     assert_same(whole, parts)
+
+
+def test_the_watchdog_is_patient_with_the_first_step_of_each_shape_where_blocks_are_compiled(
+    roomy_model, clips, tmp_path, monkeypatch
+):
+    beats = []
+
+    class Fake(Watchdog):
+        paused = False
+
+        @contextmanager
+        def pause(self):
+            self.paused = True
+            yield
+
+        def beat(self, *, typical=True):
+            beats.append((self.paused, typical))
+            self.paused = False
+
+    monkeypatch.setattr(loop, "Watchdog", Fake)
+    monkeypatch.setattr(train, "require_compiler", lambda device: None)
+    monkeypatch.setattr(train, "compile_blocks", lambda *args, **options: 1)
+    for compiles in ("none", "default"):
+        options = {"data": {"buckets": "auto"}, "steps": 7, "save_every": 7, "compile": compiles}
+        run = train.run(settings(roomy_model, clips, dir=str(tmp_path / compiles), **options))
+        shapes = {
+            row["step"]: row["bucket"] for row in map(json.loads, (run / "losses.jsonl").read_text().splitlines())
+        }
+        seen = [shapes[step] not in [shapes[s] for s in range(1, step)] for step in range(1, 8)]
+        assert sum(seen) > 1
+        assert beats == [(new and compiles == "default", not new or compiles == "none") for new in seen]
+        beats.clear()
 
 
 def test_with_one_shape_nothing_changes(roomy_model, tmp_path):
