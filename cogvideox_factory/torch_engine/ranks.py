@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cogvideox_factory.errors import FactoryError, PeerError
+from cogvideox_factory.torch_engine.exhausted import is_out_of_memory
 from cogvideox_factory.torch_engine.sequence_parallel import SequenceGroup, ulysses_degree
 
 if TYPE_CHECKING:
@@ -176,7 +177,9 @@ class Ranks:
         problem, results = None, []
         try:
             results.append(function())
-        except (FactoryError, OSError, torch.OutOfMemoryError) as error:
+        except (FactoryError, OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
             problem = str(error)
         if (problem := self.agree(problem)) is not None:
             raise AgreedError(problem)

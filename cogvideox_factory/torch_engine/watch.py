@@ -27,6 +27,7 @@ from cogvideox_factory.shapes import ClipShape
 from cogvideox_factory.torch_engine.border import to_tensor
 from cogvideox_factory.torch_engine.device import pin
 from cogvideox_factory.torch_engine.encode import Encoder
+from cogvideox_factory.torch_engine.exhausted import is_out_of_memory
 from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
 from cogvideox_factory.torch_engine.ranks import AgreedError, Ranks
@@ -181,8 +182,8 @@ class Watch:
             self._show(step)
         except AgreedError as error:
             problem = str(error)
-        except (FactoryError, OSError, torch.OutOfMemoryError) as error:
-            if isinstance(error, torch.OutOfMemoryError) and self.ranks.layout.divides_forward:
+        except (FactoryError, OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and (not is_out_of_memory(error) or self.ranks.layout.divides_forward):
                 raise
             problem = self.ranks.agree(str(error))
         else:
