@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.torch_engine.border import local
-from cogvideox_factory.torch_engine.device import pin
 from cogvideox_factory.torch_engine.optimizers import common_state, make_optimizer, whole_state
+from cogvideox_factory.torch_engine.passage import host_like
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks
 from cogvideox_factory.torch_engine.sharding import host_mesh, like, total_norm
 from cogvideox_factory.torch_engine.spikes import Spikes
@@ -91,8 +91,9 @@ class Update:
         if not own:
             self._sums[name] = self._sum(parameter)
         if self.offload:
-            master = pin(local(parameter).detach().to("cpu", torch.float32, copy=True)).requires_grad_()
-            master.grad = pin(torch.zeros_like(master))
+            weight = local(parameter).detach()
+            master = host_like(weight, dtype=torch.float32).copy_(weight).requires_grad_()
+            master.grad = host_like(master).zero_()
         elif own:
             master = parameter
             if isinstance(parameter, DTensor):  # a weight of its own in the same memory

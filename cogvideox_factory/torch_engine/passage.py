@@ -72,6 +72,6 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
     return [part for name in names for part in plain_parts(getattr(tensor, name))]
 
 
-def host_like(tensor: Tensor) -> Tensor:
-    """Return unset host memory for a copy of `tensor`, page-locked where there is a card."""
-    return torch.empty_like(tensor, device="cpu", pin_memory=torch.accelerator.is_available())
+def host_like(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return unset host memory for a copy of `tensor` (in `dtype`), page-locked where there is a card."""
+    return torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=torch.accelerator.is_available())

@@ -20,7 +20,8 @@ from torch import Tensor
 from cogvideox_factory.errors import StorageError
 from cogvideox_factory.metrics import say
 from cogvideox_factory.torch_engine.checkpoint import Draft, Part, Word, own_parts
-from cogvideox_factory.torch_engine.device import pin, synchronize
+from cogvideox_factory.torch_engine.device import synchronize
+from cogvideox_factory.torch_engine.passage import host_like
 from cogvideox_factory.torch_engine.ranks import Ranks
 
 
@@ -126,12 +127,18 @@ class Saver:
             self._hand = None
 
     def _stage(self, parts: Mapping[str, Part]) -> dict[str, Part]:
-        """Copy `parts` to the host; a run that saves in the background keeps the memory for its next save."""
+        """Copy `parts` to the host, but for what can be written from where it is.
+
+        A run that saves in the background keeps the memory for its next save.
+        """
         staged: dict[str, Part] = {}
         for name, part in parts.items():
+            if part.tensor.device.type == "cpu" and not self._in_background:
+                staged[name] = part  # an offloaded optimizer's, which nobody changes meanwhile
+                continue
             buffer = self._buffers.get(name)
             if buffer is None or buffer.shape != part.tensor.shape or buffer.dtype != part.tensor.dtype:
-                buffer = pin(torch.empty_like(part.tensor, device="cpu"))
+                buffer = host_like(part.tensor)
                 if self._in_background:
                     self._buffers[name] = buffer
             buffer.copy_(part.tensor, non_blocking=True)

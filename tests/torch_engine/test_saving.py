@@ -114,6 +114,19 @@ def test_the_next_save_waits_for_the_one_in_hand_and_the_old_ones_go_last(tmp_pa
     assert saver._buffers["model.w"].shape == (40, 3)
 
 
+def test_what_is_on_the_host_already_is_copied_only_while_training_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("cogvideox_factory.torch_engine.saving.synchronize", lambda device: None)  # there is no card
+    parts = own_parts(tensors(1.0))
+    for in_background in (False, True):
+        saver = Saver(
+            tmp_path, keep=2, ranks=ALONE, device=torch.device("cuda"), in_background=in_background, wait_seconds=60
+        )
+        staged = saver._stage(parts)
+        shared = [staged[name].tensor.data_ptr() == part.tensor.data_ptr() for name, part in parts.items()]
+        assert shared == [not in_background] * len(parts)
+        assert all(torch.equal(staged[name].tensor, part.tensor) for name, part in parts.items())
+
+
 def test_background_and_plain_saves_are_the_same_bytes(tmp_path):
     for name, in_background in (("plain", False), ("behind", True)):
         saver = make_saver(tmp_path / name, in_background=in_background)
