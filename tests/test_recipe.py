@@ -50,6 +50,7 @@ def test_numbers_mean_what_they_look_like(tmp_path):
             "train.checkpointing_layers has no effect with train.checkpointing=none",
         ),
         ("train: {power: 2.0}", "train.power has no effect"),
+        ("parallel: {ring: 2}", "parallel.ring has no effect with parallel.sequence=1"),
         ("train: {beta3: 0.9}", "train.beta3 has no effect with train.optimizer other than prodigy and came"),
         ("train: {optimizer: came, epsilon: 1.0e-6}", "train.epsilon has no effect with train.optimizer=came"),
         ("train: {optimizer: prodigi}", "train.optimizer"),

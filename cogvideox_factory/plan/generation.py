@@ -33,7 +33,9 @@ def generation_savings(video: Generation, *, accelerator: bool) -> list[tuple[in
     latents = pixels // (8 * 8 * video.model.temporal_compression_ratio)
     patch = video.model.patch_size**2 * (video.model.patch_size_t or 1)
     stream = 2 * 12 * latents // patch * video.model.width * video.item_bytes
-    found = [(stream // 2, f"--generate.num-frames {(video.num_frames // 16) * 8 + 1}")]
+    found, fewer = [], (video.num_frames // 16) * 8 + 1
+    if fewer < video.num_frames:
+        found.append((stream - stream * fewer // video.num_frames, f"--generate.num-frames {fewer}"))
     if video.item_bytes == 4 and accelerator:
         found.append((2 * video.model.num_parameters + stream // 2, "--run.dtype bfloat16"))
     if not video.tiling and video.height * video.width > _TILE:

@@ -9,7 +9,7 @@ uncompiled: its shapes would cost more than they return.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from cogvideox_factory.errors import FactoryError, nearest
 from cogvideox_factory.torch_engine.device import require_compiler
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
-
-Compile = Literal["none", "default", "max_autotune"]
 
 # CUDA graphs keep the inputs of every block of every shape in memory of their own.
 _MODES = {"default": None, "max_autotune": "max-autotune-no-cudagraphs"}
@@ -38,7 +36,7 @@ def compile_blocks(transformer: CogVideoXTransformer, mode: str, *, num_shapes: 
         MissingError: no compiler on this machine.
     """
     if mode not in _MODES:
-        raise FactoryError(f"compile={mode!r}{nearest(mode, list(_MODES))}: give {', '.join(get_args(Compile))}.")
+        raise FactoryError(f"compile={mode!r}{nearest(mode, list(_MODES))}: give {' or '.join(_MODES)}.")
     if backend == "inductor":
         require_compiler(next(transformer.parameters()).device)
     num_graphs = num_shapes * _num_kinds(transformer)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cogvideox_factory import intake, weights
-from cogvideox_factory.config import Config
+from cogvideox_factory.config import Config, Parallel
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.reasons import ClipError
@@ -66,6 +66,8 @@ def run(config: Config) -> list[Path]:
     seconds, heads = config.parallel.timeout_seconds, transformer.num_attention_heads
     with joined(layout, num_heads=heads, device=device, timeout_seconds=seconds) as ranks, speaking(ranks.leads):
         set_tf32(config.run.tf32, device)
+        if layout.size > 1 and config.parallel.hang_seconds != Parallel().hang_seconds:
+            say("parallel.hang_seconds is for training; here processes wait parallel.timeout_seconds for each other")
         paths, left = ranks.from_lead(lambda: _plan(config, transformer, shape, layout, device, dtype))
         if left:
             video = Generation(
@@ -127,7 +129,7 @@ def layout_for(config: Config, size: int) -> Layout:
         FactoryError: numbers that do not go together.
     """
     if size == 1:
-        if config.parallel != type(config.parallel)():
+        if config.parallel != Parallel():
             say("one process: parallel.* is for the processes that torchrun starts")
         return Layout()
     if config.parallel.zero in (1, 2):
@@ -174,7 +176,7 @@ def _plan(
     )
     left = left_to_make(jobs, records, overwrite=ask.overwrite)
     if left:
-        for job, _ in left:
+        for job in {(job.image, job.video): job for job, _ in left}.values():
             _read_source(job, config, shape)
         frame_bytes = shape.num_frames * shape.height * shape.width * (3 if ask.format in ("png", "npy") else 1)
         require_room(left[0][0].path.parent, len(left) * frame_bytes, what="the videos")

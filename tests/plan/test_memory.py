@@ -248,3 +248,4 @@ def test_generation_advises_tiles_and_fewer_frames():
     assert settings[0] == "--run.dtype bfloat16"
     assert set(settings) == {"--run.dtype bfloat16", "--sampling.tiling True", "--generate.num-frames 25"}
     assert len(generation_savings(replace(video, item_bytes=2, tiling=True), accelerator=True)) == 1
+    assert generation_savings(replace(video, num_frames=1, item_bytes=2, tiling=True), accelerator=True) == []

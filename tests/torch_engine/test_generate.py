@@ -8,6 +8,7 @@ import torch
 
 from cogvideox_factory.cli import main
 from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.errors import DataError, ExhaustedError, FactoryError, StorageError
 from cogvideox_factory.jobs import read_record
@@ -144,10 +145,16 @@ def test_loras_add_up_with_their_weights(tiny_model, tmp_path):
     assert video("off", lora=[str(files[0])], lora_weight=[0.0]) == base
 
 
-def test_one_image_for_all_prompts_or_one_each(tiny_model, tmp_path):
+def test_one_image_for_all_prompts_or_one_each(tiny_model, tmp_path, monkeypatch):
     images = [write_png(tmp_path / f"{i}.png", np.full((30, 40, 3), 60 * i, np.uint8)) for i in (1, 2)]
     variant = "cogvideox1.5-5b-i2v"
-    shared = generate.run(settings(tiny_model, tmp_path, variant=variant, prompt=["a", "b"], image=[str(images[0])]))
+    reads = []
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "read_image", lambda *args: reads.append(args) or read_image(*args))
+        shared = generate.run(
+            settings(tiny_model, tmp_path, variant=variant, prompt=["a", "b"], image=[str(images[0])])
+        )
+    assert len(reads) == 1 + 2, "once before anything is loaded, and for each video"
     each = generate.run(
         settings(
             tiny_model, tmp_path, variant=variant, prompt=["a", "b"], image=[str(i) for i in images],
