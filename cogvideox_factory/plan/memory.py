@@ -15,9 +15,11 @@ The last layers after the blocks keep the stream, its norm and, trained, two mor
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from math import prod
 from typing import Literal
 
 from cogvideox_factory.models import TransformerConfig
+from cogvideox_factory.plan.optimizer import optimizer_memory
 
 MATRIX_BYTES = {
     "int8": (1, 5),
@@ -26,10 +28,8 @@ MATRIX_BYTES = {
 }
 """Of a base of few bits: bytes a weight, and bytes a row besides."""
 
-STATE_BYTES = {"adamw": 8, "adam": 8, "adamw8bit": 2 + 2 * 4 / 256, "prodigy": 16, "came": 4}
-"""What an optimizer remembers of a parameter of a large matrix, with float32 moments (see `plan.optimizer`)."""
-
-_FROZEN_KEPT = 2.75
+FROZEN_KEPT = 11 / 16
+"""Part of a feed-forward's hidden columns kept when no weight of it is trained, for 5 % more matrix products."""
 _LIVE = 2
 """Blocks whose activations or weights are on the device at a time when the others' are in host memory."""
 
@@ -45,6 +45,10 @@ class Training:
     """Clips of one forward pass in one process."""
     item_bytes: int = 2
     """Of a value in the run's dtype."""
+    bfloat16: bool = True
+    """With two bytes: the dtype is that one, not float16."""
+    compiled: bool = False
+    """Blocks are compiled."""
     method: Literal["lora", "full"] = "lora"
     rank: int = 64
     adapted: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -57,7 +61,7 @@ class Training:
     swapped_blocks: int = 0
     optimizer: str = "adamw"
     optimizer_offload: bool = False
-    """float32 weights and what the optimizer remembers are in host memory."""
+    """float32 weights, their averages and what the optimizer remembers are in host memory, gradients there too."""
     stochastic: bool = False
     """Weights, gradients and moments in bfloat16 (full fine-tuning)."""
     average: bool = False
@@ -77,11 +81,18 @@ class Training:
     @property
     def num_trained(self) -> int:
         """Parameters that are trained."""
+        return sum(map(prod, self.trained_shapes))
+
+    @property
+    def trained_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of what is trained; all vectors of a model count as one."""
         if self.method == "full":
-            return self.model.num_parameters
-        sizes = [linear_sizes(self.model)[name] for name in self._adapted]
-        each = sum(self.rank * (o + i) + (o if self.use_dora else 0) for o, i in sizes)
-        return self.model.num_layers * each
+            matrices = _shapes_of_matrices(self.model)
+            return [*matrices, (self.model.num_parameters - sum(map(prod, matrices)),)]
+        shapes = []
+        for rows, columns in (linear_sizes(self.model)[name] for name in self._adapted):
+            shapes += [(self.rank, columns), (rows, self.rank)] + ([(rows,)] if self.use_dora else [])
+        return self.model.num_layers * shapes
 
     @property
     def _adapted(self) -> list[str]:
@@ -110,7 +121,7 @@ class Need:
     working: int
     """A block while it is recomputed and while its gradients are made, an estimate."""
     host: int
-    """In host memory: swapped weights, offloaded activations."""
+    """In host memory: swapped weights, offloaded activations, an offloaded optimizer with gradients and averages."""
 
     @property
     def device(self) -> int:
@@ -126,26 +137,38 @@ def linear_sizes(model: TransformerConfig) -> dict[str, tuple[int, int]]:
     return {"norm1.linear": (6 * d, t), "norm2.linear": (6 * d, t)} | attention | feed_forward
 
 
+def _shapes_of_matrices(model: TransformerConfig) -> list[tuple[int, ...]]:
+    """Return the shapes of a transformer's matrices, as trained: q, k and v are one, and norms of all blocks."""
+    d, t = model.width, model.time_embed_dim
+    patch = model.patch_size**2 * (model.patch_size_t or 1)
+    block = [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)]
+    ends = [(d, model.in_channels * patch), (d, model.text_embed_dim), (2 * d, t), (model.out_channels * patch, d)]
+    times = [(t, d), (t, t)] + ([(model.ofs_embed_dim,) * 2] * 2 if model.ofs_embed_dim else [])
+    norms = [(2 * model.num_layers, d)] * 2 if model.norm_elementwise_affine else []
+    return [*block * model.num_layers, (12 * d * model.num_layers, t), *norms, *ends, *times]
+
+
 def need(run: Training) -> Need:
     """Return what one process of `run` needs."""
     shards = run.processes // run.replicas if run.zero else 1
-    trained = run.num_trained
     kept_float32 = run.method == "full" and run.processes > 1 and not run.stochastic
     stored = 4 if kept_float32 else run.item_bytes
     swapped = _swapped_bytes(run)
     on_device = round(_model_bytes(run, stored) / shards) - swapped
-    adapters = 4 * trained // shards if run.method == "lora" else 0
-    state = 2 if run.stochastic else 4  # bytes of a gradient and of each moment
-    divided = trained // shards
+    cost = optimizer_memory(
+        run.optimizer, run.trained_shapes, half=run.method == "full" and stored == 2, stochastic=run.stochastic,
+        offload=run.optimizer_offload,
+    )  # fmt: skip
+    adapters = cost.weights // shards if run.method == "lora" else 0
+    masters, moments = cost.masters // shards, cost.state // shards
+    average = 4 * run.num_trained // shards if run.average else 0
     activations, host = _activations(run)
-    masters = 4 * divided if run.method == "full" and stored == 2 and not run.stochastic else 0
-    moments = round(STATE_BYTES[run.optimizer] * divided * (state / 4 if run.optimizer != "adamw8bit" else 1))
     if run.optimizer_offload:
-        host, masters, moments = host + 4 * divided + moments, 0, 0
+        host += masters + moments + average + cost.host_gradients // shards
+        masters = moments = average = 0
     return Need(
-        weights=on_device + adapters, gathered=_gathered(run, shards, stored),
-        masters=masters, moments=moments, gradients=state * (trained if run.zero == 1 else divided),
-        average=4 * divided if run.average else 0,
+        weights=on_device + adapters, gathered=_gathered(run, shards, stored), masters=masters, moments=moments,
+        gradients=cost.gradients // (1 if run.zero == 1 else shards), average=average,
         activations=activations, working=_working(run), host=host + _swapped_bytes(run, here=0),
     )  # fmt: skip
 
@@ -199,7 +222,7 @@ def _hidden_units(run: Training, *, checkpointed: bool) -> float:
     up, down = run.adapts("ff.net.0.proj"), run.adapts("ff.net.2")
     if up or down:
         return up + 4 + 4 * down
-    return 4 if checkpointed or run.method == "full" else _FROZEN_KEPT
+    return 4 if checkpointed or run.method == "full" else 4 * FROZEN_KEPT
 
 
 def _low_rank_units(run: Training) -> float:
@@ -332,19 +355,15 @@ def _changes(run: Training, accelerator: bool) -> Iterator[tuple[str, Training]]
         )
     if run.item_bytes == 4 and accelerator:
         yield "--run.dtype bfloat16", replace(run, item_bytes=2)
-    if accelerator and not run.activation_offload:
+    if accelerator and not run.activation_offload and not run.compiled:
         yield "--train.activation-offload True", replace(run, activation_offload=True)
-    if run.method == "full" and run.item_bytes == 2 and not run.stochastic:
-        yield "--train.master-weights stochastic_bf16", replace(run, stochastic=True)
-    if run.optimizer == "adamw":
-        yield "--train.optimizer adamw8bit", replace(run, optimizer="adamw8bit")
-    if accelerator and not run.optimizer_offload and run.optimizer in ("adam", "adamw") and not run.stochastic:
-        yield "--train.optimizer-offload True", replace(run, optimizer_offload=True)
+    yield from _changes_of_optimizer(run, accelerator)
     if run.method == "full":
-        yield "--train.method lora", replace(run, method="lora", stochastic=False)
+        also = " (and no --train.master-weights)" if run.stochastic else ""
+        yield f"--train.method lora{also}", replace(run, method="lora", stochastic=False)
     if run.method == "lora" and not run.zero:
         for base in MATRIX_BYTES:
-            if run.base == "model":
+            if run.base == "model" and not run.compiled:
                 yield f"--lora.base {base}", replace(run, base=base)
         if accelerator and run.swapped_blocks < layers:
             yield f"--train.swapped-blocks {layers}", replace(run, swapped_blocks=layers)
@@ -354,3 +373,15 @@ def _changes(run: Training, accelerator: bool) -> Iterator[tuple[str, Training]]
         yield "--parallel.zero 3", replace(run, zero=3)
     if run.processes % (2 * run.sequence) == 0:
         yield f"--parallel.sequence {2 * run.sequence}", replace(run, sequence=2 * run.sequence)
+
+
+def _changes_of_optimizer(run: Training, accelerator: bool) -> Iterator[tuple[str, Training]]:
+    if run.optimizer_offload:  # which is for float32 masters of plain optimizers
+        return
+    is_half = run.method == "full" and run.item_bytes == 2 and run.bfloat16
+    if is_half and not run.stochastic and run.optimizer in ("adamw", "adamw8bit"):
+        yield "--train.master-weights stochastic_bf16", replace(run, stochastic=True)
+    if run.optimizer == "adamw":
+        yield "--train.optimizer adamw8bit", replace(run, optimizer="adamw8bit")
+    if accelerator and run.optimizer in ("adam", "adamw") and not run.stochastic:
+        yield "--train.optimizer-offload True", replace(run, optimizer_offload=True)

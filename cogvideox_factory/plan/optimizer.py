@@ -20,6 +20,8 @@ class OptimizerMemory:
     """float32 copies of weights; 0 where the weights are their own."""
     state: int
     """What the optimizer remembers."""
+    host_gradients: int = 0
+    """Copies of `gradients` in host memory, for an optimizer that works there."""
 
 
 def optimizer_memory(
@@ -32,7 +34,7 @@ def optimizer_memory(
         shapes: of the trained weights.
         half: they are in half precision.
         stochastic: and stay so (`train.master_weights=stochastic_bf16`).
-        offload: masters and state are in host memory, where float32 weights have masters too.
+        offload: masters and state are in host memory, where float32 weights have masters too, and gradients again.
     """
     shapes = list(shapes)
     total = sum(map(prod, shapes))
@@ -41,6 +43,7 @@ def optimizer_memory(
         gradients=total * (2 if stochastic else 4),
         masters=total * 4 if (half and not stochastic) or offload else 0,
         state=sum(_state(optimizer, shape, value=2 if stochastic else 4) for shape in shapes),
+        host_gradients=total * 4 if offload else 0,
     )
 
 

@@ -47,12 +47,12 @@ def say_arithmetic(plan: Plan, sampler: Sampler, update: Update, start: Path | N
 
 def _say_optimizer(plan: Plan, update: Update) -> None:
     train, trained = plan.config.train, list(update.trained.values())
-    memory = optimizer_memory(
+    cost = optimizer_memory(
         train.optimizer, [p.shape for p in trained], half=any(p.dtype != torch.float32 for p in trained),
         stochastic=train.master_weights == "stochastic_bf16", offload=train.optimizer_offload,
     )  # fmt: skip
     count = sum(p.numel() for p in trained)
-    parts = {name: value / count for name, value in asdict(memory).items() if value}
+    parts = {name.replace("_", " "): value / count for name, value in asdict(cost).items() if value}
     say(
         f"optimizer {train.optimizer}: {sum(parts.values()):.3g} bytes a trained parameter "
         f"({', '.join(f'{name} {value:.3g}' for name, value in parts.items())}"

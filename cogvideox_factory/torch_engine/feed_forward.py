@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from cogvideox_factory.plan.memory import FROZEN_KEPT
 from cogvideox_factory.torch_engine.fused import (
     add_gated,
     gate_rows,
@@ -26,9 +27,6 @@ from cogvideox_factory.torch_engine.fused import (
     norm_forward,
 )
 from cogvideox_factory.torch_engine.linear import Linear, dense, is_plain, linear, product
-
-FROZEN_KEPT = 11 / 16
-"""Part of the hidden columns kept when no weight here is trained: 2.75 of 4 units, for 5 % more matrix products."""
 
 _output_unread: ContextVar[bool] = ContextVar("output_unread", default=False)
 

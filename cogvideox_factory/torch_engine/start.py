@@ -359,7 +359,8 @@ def training_numbers(plan: Plan, sizes: Mapping[str, int], layout: Layout) -> Tr
     per_pass = -(-sizes[largest] // layout.num_data_ranks)
     return Training(
         model=plan.model, video_tokens=num_tokens(plan, Bucket.parse(largest)), text_tokens=plan.text_length,
-        batch_size=per_pass, item_bytes=plan.dtype.itemsize, method=train.method, rank=config.lora.rank,
+        batch_size=per_pass, item_bytes=plan.dtype.itemsize, bfloat16=plan.dtype == torch.bfloat16,
+        compiled=train.compile != "none", method=train.method, rank=config.lora.rank,
         adapted=adapted_layers(plan.model, config.lora.target_modules),
         use_dora=config.lora.use_dora, base=config.lora.base, checkpointing=train.checkpointing,
         checkpointing_layers=train.checkpointing_layers, activation_offload=train.activation_offload,

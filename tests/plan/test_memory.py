@@ -1,19 +1,23 @@
 """Memory by formula against real tensors: weights and optimizer to the byte, activations and peak by tracing."""
 
+import itertools
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.models import PUBLISHED, tiny_facts
 from cogvideox_factory.plan.generation import Generation, generation_savings
 from cogvideox_factory.plan.memory import Training, need, savings
+from cogvideox_factory.recipe import check
 from cogvideox_factory.torch_engine.lora import add_lora
 from cogvideox_factory.torch_engine.low_bit import BASES, quantize
-from cogvideox_factory.torch_engine.optim import Update
+from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.passage import plain_parts
 from cogvideox_factory.torch_engine.swap import Swap
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
@@ -87,7 +91,11 @@ def test_swapped_weights_are_on_the_host():
     "options",
     [
         {"method": "full", "item_bytes": 4}, {"method": "full", "item_bytes": 2}, {"item_bytes": 2},
-        {"method": "full", "item_bytes": 2, "stochastic": True},
+        {"method": "full", "item_bytes": 2, "stochastic": True}, {"method": "full", "optimizer": "came"},
+        {"method": "full", "optimizer": "adamw8bit"}, {"method": "full", "item_bytes": 2, "optimizer": "prodigy"},
+        {"item_bytes": 2, "optimizer": "came", "use_dora": True}, {"optimizer": "adamw8bit", "rank": 64},
+        {"method": "full", "item_bytes": 2, "optimizer_offload": True, "average": True},
+        {"item_bytes": 4, "optimizer_offload": True, "average": True},
     ],
 )  # fmt: skip
 def test_masters_moments_and_gradients_are_exact(options):
@@ -97,18 +105,26 @@ def test_masters_moments_and_gradients_are_exact(options):
         model.requires_grad_(True)
     update = Update(
         model.named_parameters(), dtype=model.proj_out.weight.dtype, device=CPU, betas=(0.9, 0.95), eps=1e-8,
-        weight_decay=0.0, max_grad_norm=1.0, stochastic_bf16=run.stochastic, seed=0,
+        weight_decay=0.0, max_grad_norm=1.0, stochastic_bf16=run.stochastic, seed=0, optimizer=run.optimizer,
+        offload=run.optimizer_offload,
     )  # fmt: skip
     for parameter in update.trained.values():
         parameter.sum().backward()
-    tensors = update.tensors()
-    masters = [m for name, m in update.masters.items() if m is not update.trained[name]]
-    grads = [t.grad for t in (*update.masters.values(), *update.trained.values()) if t.grad is not None]
+    masters = sum(m.nbytes for name, m in update.masters.items() if m is not update.trained[name])
+    kept = [t for name, t in update.tensors().items() if name.startswith("optimizer.") and t.numel() > 1]
+    moments = sum(t.nbytes for t in kept)
+    average = sum(t.nbytes for t in Ema(update, decay=0.9).averages.values()) if run.average else 0
+    of_masters, of_model = ([t.grad for t in held.values()] for held in (update.masters, update.trained))
+    on_model = [*(g for g in of_model if g is not None), *update._sums.values()]
+    gradients = sum({g.data_ptr(): g.nbytes for g in on_model}.values())
     told = need(run)
-    assert told.masters == sum(m.nbytes for m in masters)
-    moments = [t for name, t in tensors.items() if name.startswith("optimizer.exp_avg")]
-    assert told.moments == sum(t.nbytes for t in moments)
-    assert told.gradients == sum({g.data_ptr(): g.nbytes for g in grads}.values())
+    assert told.gradients == gradients
+    if run.optimizer_offload:
+        copies = sum(g.nbytes for g in of_masters if g is not None)
+        assert copies == gradients
+        assert told.host == masters + moments + average + copies
+        masters = moments = average = 0
+    assert (told.masters, told.moments, told.average) == (masters, moments, average)
 
 
 def test_what_is_divided_is_divided():
@@ -237,7 +253,49 @@ def test_nothing_is_advised_that_is_set_already():
     sharded = real(
         method="full", processes=8, zero=3, sequence=8, checkpointing="full", stochastic=True, optimizer="adamw8bit"
     )
-    assert [setting for _, setting in savings(sharded, accelerator=False)] == ["--train.method lora"]
+    assert [setting for _, setting in savings(sharded, accelerator=False)] == [
+        "--train.method lora (and no --train.master-weights)"
+    ]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_is_advised_is_allowed(method, compiled):
+    """Every advice, put into the recipe it is for, makes a valid recipe."""
+    advised = set()
+    for optimizer, offload, stochastic, bfloat16 in itertools.product(
+        ("adamw", "adam", "adamw8bit", "prodigy", "came"), (False, True), (False, True), (False, True)
+    ):
+        train = {"method": method, "optimizer": optimizer, "optimizer_offload": offload, "checkpointing": "none"}
+        train |= {"master_weights": "stochastic_bf16"} if stochastic else {}
+        values = {"train": train | ({"compile": "default"} if compiled else {}), "data": {"root": "clips"}}
+        if not is_valid(values) or (stochastic and not bfloat16):
+            continue
+        run = real(
+            method=method, optimizer=optimizer, optimizer_offload=offload, stochastic=stochastic, bfloat16=bfloat16,
+            compiled=compiled, batch_size=1,
+        )  # fmt: skip
+        for _, setting in savings(run, accelerator=True):
+            advised.add(setting)
+            words = setting.replace("-", "_").removeprefix("__").split(" (and no __train.master_weights")
+            name, value = words[0].split(" ")
+            section, field = name.split(".")
+            kept = {key: old for key, old in values["train"].items() if len(words) == 1 or key != "master_weights"}
+            changed = {**values, "train": kept}
+            changed[section] = {**changed.get(section, {}), field: yaml.safe_load(value)}
+            assert is_valid(changed), (setting, values)
+            assert bfloat16 or "stochastic" not in setting
+    assert ("--train.activation-offload True" in advised) == (not compiled)
+    assert ("--lora.base nf4" in advised) == (method == "lora" and not compiled)
+    assert ("--train.master-weights stochastic_bf16" in advised) == (method == "full")
+
+
+def is_valid(values) -> bool:
+    try:
+        check(values, source="test")
+    except FactoryError:
+        return False
+    return True
 
 
 def test_generation_advises_tiles_and_fewer_frames():

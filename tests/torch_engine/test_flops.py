@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvideox_factory.models import PUBLISHED, tiny_facts
 from cogvideox_factory.plan.flops import forward_flops, training_flops
-from cogvideox_factory.torch_engine.feed_forward import FROZEN_KEPT
+from cogvideox_factory.plan.memory import FROZEN_KEPT
 from cogvideox_factory.torch_engine.lora import add_lora
 from cogvideox_factory.torch_engine.objective import predict_v
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
