@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cogvideox_factory.errors import StorageError
+from cogvideox_factory.publish import publish_text
 
 if TYPE_CHECKING:
     from cogvideox_factory.tracker import Tracker
@@ -28,23 +30,23 @@ class StepRows:
 
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
         self.path = path
-        self._keep_until(-1 if resume_step is None else resume_step)
+        self._last_kept: int | None = -1 if resume_step is None else resume_step
+        """Step beyond which rows are to be removed before any is added; None once they are."""
         self._is_failing = False
         self._file: TextIO | None = None
+        with self._surviving():
+            self._keep()
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append `rows`; the file is made with the first."""
         text = "".join(json.dumps(finite_json(row)) + "\n" for row in rows)
         if not text:
             return
-        try:
+        with self._surviving():
+            self._keep()
             self._file = self._file or self.path.open("a", encoding="utf-8")
             self._file.write(text)
             self._file.flush()
-        except OSError as error:  # a run is worth more than its log
-            if not self._is_failing:
-                say(f"{self.path} cannot be written ({error.strerror}); training goes on without it")
-            self._is_failing = True
 
     def close(self) -> None:
         """Close the file."""
@@ -56,13 +58,23 @@ class StepRows:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         return sorted({int(step) for step in map(_step_of, lines) if math.isfinite(step)})
 
-    def _keep_until(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        rows = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        temporary = self.path.with_name(f".tmp-{self.path.stem}-{os.getpid()}")
-        temporary.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, self.path)
+    def _keep(self) -> None:
+        if self._last_kept is not None and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            rows = [line for line in lines if _step_of(line) <= self._last_kept]
+            publish_text(self.path, "".join(f"{row}\n" for row in rows))
+        self._last_kept = None
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """Say, once, what goes wrong with the file: a run is worth more than its log."""
+        try:
+            yield
+        except (StorageError, OSError) as error:
+            if not self._is_failing:
+                why = error.strerror if isinstance(error, OSError) else error
+                say(f"{self.path} cannot be written ({why}); training goes on without it")
+            self._is_failing = True
 
 
 class MetricsLog:

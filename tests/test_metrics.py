@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 
@@ -54,6 +55,24 @@ def test_a_disk_that_is_full_is_told_once(tmp_path, capsys):
         found.write([{"step": step}])
     found.close()
     assert capsys.readouterr().out.count("cannot be written") == 1
+
+
+def test_rows_that_cannot_be_dropped_end_no_run_and_none_is_added_behind_them(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "rows.jsonl"
+    StepRows(file).write([{"step": step} for step in (1, 2, 3)])
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        again = StepRows(file, resume_step=1)
+        again.write([{"step": 2}])
+    assert capsys.readouterr().out.count("training goes on without it") == 1
+    assert again.steps() == [1, 2, 3]
+    again.write([{"step": 4}])
+    assert again.steps() == [1, 4]
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_duration():
