@@ -17,6 +17,7 @@ from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.metrics import say
 from cogvideox_factory.recipe import read_recipe
 from cogvideox_factory.torch_engine import checkpoint
+from cogvideox_factory.torch_engine.device import pick_device
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.examine import first_not_finite
 from cogvideox_factory.torch_engine.learner import load_transformer, make_objective, make_update
@@ -74,8 +75,12 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _with_run(config: Config, **given: str | None) -> Config:
-    changes = {key: value for key, value in given.items() if value is not None}
-    return config.model_copy(update={"run": config.run.model_copy(update=changes)})
+    """Return the settings of the step, `given` ones changed; on a CPU nothing is moved out of a card's way."""
+    run = config.run.model_copy(update={key: value for key, value in given.items() if value is not None})
+    train = config.train
+    if pick_device(run.device).type == "cpu":
+        train = train.model_copy(update={"activation_offload": False, "optimizer_offload": False, "swapped_blocks": 0})
+    return config.model_copy(update={"run": run, "train": train})
 
 
 def _load_encoder(plan: Plan) -> Encoder:

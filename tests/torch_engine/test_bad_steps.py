@@ -9,7 +9,7 @@ import torch
 from cogvideox_factory.cli import main
 from cogvideox_factory.data.loader import CacheSource
 from cogvideox_factory.errors import FactoryError, NonFiniteError
-from cogvideox_factory.recipe import check
+from cogvideox_factory.recipe import check, read_recipe, write_recipe
 from cogvideox_factory.torch_engine import loop, prepare, spikes, train
 from cogvideox_factory.torch_engine.bad_steps import bad_among, too_many
 from cogvideox_factory.torch_engine.feed_forward import FeedForward
@@ -115,6 +115,11 @@ def test_the_first_bad_module_is_found_and_found_again_by_replay(tiny_model, fol
 
     file = str(run / "replay" / "step-000004.json")
     assert main(["replay", file]) == 0
+    assert "all is finite" in capsys.readouterr().out
+    config = read_recipe(run / "config.yaml")  # as a run on a card that spares its memory leaves it
+    spared = {"activation_offload": True, "optimizer_offload": True}
+    write_recipe(run / "config.yaml", config.model_copy(update={"train": config.train.model_copy(update=spared)}))
+    assert main(["replay", file, "--device", "cpu"]) == 0
     assert "all is finite" in capsys.readouterr().out
     monkeypatch.setattr(FeedForward, "forward", lambda *args: original_forward(*args) * float("inf"))
     assert main(["replay", file, "--dtype", "float32"]) == 7
