@@ -1,5 +1,6 @@
 """AdamW whose state, or weights too, are kept in fewer bits: stochastic bfloat16, and moments of 8 bits."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,11 +30,13 @@ class StochasticAdamW(Guarded):
     with the probability of the remainder keeps them on average (Gupta et al. 2015, arXiv 1502.02551).
     """
 
-    def __init__(self, weights: Sequence[Tensor], group: dict[str, Any], *, seed: int) -> None:
+    def __init__(self, weights: Sequence[Tensor], group: dict[str, Any], *, seed: int, num_skipped: Tensor) -> None:
         super().__init__(weights, group)
         self.seed = seed
         self.num_steps = 0
         """Seeds the rounding, with the number of the weight."""
+        self._num_skipped = num_skipped
+        """Steps before this one that changed nothing, counted by the caller."""
         for weight in weights:
             self.state[weight] = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
 
@@ -42,23 +45,30 @@ class StochasticAdamW(Guarded):
         """Apply one update."""
         assert closure is None
         self.num_steps += 1
+        count = self.num_steps - self._num_skipped
+        corrections = [_bias_correction(beta, count) for beta in self.param_groups[0]["betas"]]
         for index, weight in enumerate(self.param_groups[0]["params"]):
             if weight.grad is not None:
-                self._update(weight, index)
+                self._update(weight, index, *corrections)
 
-    def _update(self, weight: Tensor, index: int) -> None:
+    def _update(self, weight: Tensor, index: int, correction1: Tensor, correction2: Tensor) -> None:
         state, group = self.state[weight], self.param_groups[0]
         beta1, beta2 = group["betas"]
         assert weight.grad is not None
         grad = weight.grad.float()
         first = state["exp_avg"].float().lerp_(grad, 1 - beta1)
         second = state["exp_avg_sq"].float().lerp_(grad.square(), 1 - beta2)
-        denominator = (second / (1 - beta2**self.num_steps)).sqrt_().add_(group["eps"])
+        denominator = (second / correction2).sqrt_().add_(group["eps"]).mul_(correction1)
         new = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
-        new.addcdiv_(first, denominator, value=-group["lr"] / (1 - beta1**self.num_steps))
+        new.addcdiv_(first, denominator, value=-group["lr"])
         draws = rounding_draws(weight.device, self.seed, self.num_steps, index)
         for target, value in ((weight, new), (state["exp_avg"], first), (state["exp_avg_sq"], second)):
             self._keep(target, round_stochastically(value, draws))
+
+
+def _bias_correction(beta: float, count: Tensor) -> Tensor:
+    """Return 1 - beta^count, which float32 would lose digits of for a beta near 1."""
+    return -torch.expm1(count * (math.log(beta) if beta else -math.inf))
 
 
 def rounding_draws(device: torch.device, seed: int, step: int, index: int) -> torch.Generator:

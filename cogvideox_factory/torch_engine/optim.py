@@ -83,6 +83,7 @@ class Update:
         self.optimizer = make_optimizer(
             optimizer, list(self.masters.values()), shapes=[p.shape for p in self.trained.values()], betas=betas,
             beta3=beta3, eps=eps, weight_decay=weight_decay, total=self.ranks.over_shards, seed=seed,
+            num_skipped=self.num_skipped,
         )  # fmt: skip
 
     def _master(self, name: str, parameter: nn.Parameter, *, stochastic: bool) -> Tensor:

@@ -34,6 +34,7 @@ def make_optimizer(
     weight_decay: float,
     total: Total,
     seed: int,
+    num_skipped: Tensor,
 ) -> torch.optim.Optimizer:
     """Return the optimizer `name`, its state made; the learning rate is set before each step.
 
@@ -48,12 +49,13 @@ def make_optimizer(
         weight_decay: decoupled; with "adam", added to the gradient.
         total: sums over the processes that divide the weights.
         seed: of stochastic rounding.
+        num_skipped: steps that changed nothing, a device scalar that the caller counts up after each.
     """
     group: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if name == "adamw8bit":
         return AdamW8bit(weights, group, shapes=shapes, seed=seed)
     if name == "adamw" and any(weight.dtype == torch.bfloat16 for weight in weights):
-        return StochasticAdamW(weights, group, seed=seed)
+        return StochasticAdamW(weights, group, seed=seed, num_skipped=num_skipped)
     if name in ("adamw", "adam"):
         return _fused(torch.optim.AdamW if name == "adamw" else torch.optim.Adam, weights, group)
     if name == "prodigy":

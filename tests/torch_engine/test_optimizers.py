@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit
 
 from cogvideox_factory.plan.optimizer import optimizer_memory
-from cogvideox_factory.torch_engine import checkpoint
+from cogvideox_factory.torch_engine import checkpoint, low_precision
 from cogvideox_factory.torch_engine.border import whole
 from cogvideox_factory.torch_engine.low_precision import Code
 from cogvideox_factory.torch_engine.optim import Update
@@ -103,6 +103,7 @@ def test_ten_steps_are_those_of_the_package(name):
     optimizer = make_optimizer(
         name, list(ours.parameters()), shapes=[torch.Size(shape) for shape in shapes.values()], betas=BETAS,
         beta3=None, eps=1e-8, weight_decay=WEIGHT_DECAY, total=lambda x: x, seed=0,
+        num_skipped=torch.zeros(()),
     )  # fmt: skip
     optimizer.param_groups[0]["lr"] = RATES.get(name, 1e-2)
     expected = reference(name, list(theirs.parameters()))
@@ -151,6 +152,25 @@ def test_a_step_that_is_not_finite_changes_no_bit(name, mode):
     assert all(torch.equal(value, before[key]) for key, value in update.tensors().items())
     move(own, update, name, [4])
     assert not torch.equal(update.tensors()["model.rest"], before["model.rest"])
+
+
+@pytest.mark.parametrize(("name", "mode"), MODES)
+def test_skipped_steps_do_not_count_as_steps(name, mode, monkeypatch):
+    """Not even after a checkpoint; only the rounding goes on, which is plain here."""
+    monkeypatch.setattr(low_precision, "round_stochastically", lambda value, draws: value.to(torch.bfloat16))
+    through, around = module(), module()
+    plain, skipping = update_of(through, name, mode), update_of(around, name, mode)
+    move(through, plain, name, range(4))
+    move(around, skipping, name, range(2))
+    move(around, skipping, name, [8, 9], factor=float("nan"))
+    resumed = update_of(around, name, mode)
+    tensors = resumed.tensors()
+    with torch.no_grad():
+        for key, value in skipping.tensors().items():
+            tensors[key].copy_(value)
+    resumed.restore(skipping.scalars())
+    move(around, resumed, name, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(through.parameters(), around.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(("name", "mode"), MODES)
