@@ -23,7 +23,7 @@ from cogvideox_factory.attempt import FOLDER, Ends, Processes, last_lines, read_
 from cogvideox_factory.checkpoints import list_checkpoints
 from cogvideox_factory.errors import PeerError, StorageError
 from cogvideox_factory.metrics import say
-from cogvideox_factory.run_folder import StoppedError, lead_nowhere, stop_handler
+from cogvideox_factory.stopping import StoppedError, lead_nowhere, stop_handler
 
 _REFUSALS = range(2, 8)
 _SAME_STEP = 3

@@ -23,7 +23,7 @@ from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import say
 from cogvideox_factory.publish import publish_text
 from cogvideox_factory.report import sweep_page
-from cogvideox_factory.run_folder import StoppedError, StopRequest, stop_requests
+from cogvideox_factory.stopping import StoppedError, StopRequest, stop_requests
 
 _SHORT = {"train.schedule": "lr-schedule"}
 """What the older trainers' folders call a setting, where that is not its own name."""

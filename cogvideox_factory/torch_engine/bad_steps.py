@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cogvideox_factory.checkpoints import checkpoint_folder, list_checkpoints
 from cogvideox_factory.data.loader import Loader
 from cogvideox_factory.data.replay import write_batch
 from cogvideox_factory.data.sampler import Pick
 from cogvideox_factory.errors import NonFiniteError
 from cogvideox_factory.metrics import StepRows, finite_json, say
 from cogvideox_factory.publish import publish_text
-from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.ledger import Sample, Step
 from cogvideox_factory.torch_engine.ranks import AgreedError, Ranks
 
@@ -180,8 +180,8 @@ class BadSteps:
 
     def _checkpoint(self) -> str | None:
         """Return the name of the newest checkpoint; it is not hashed here, but by whoever reads it."""
-        steps = checkpoint.list_checkpoints(self.run_folder)
-        return checkpoint.checkpoint_folder(self.run_folder, steps[-1]).name if steps else None
+        steps = list_checkpoints(self.run_folder)
+        return checkpoint_folder(self.run_folder, steps[-1]).name if steps else None
 
 
 def too_many(numbers: Sequence[int]) -> str | None:

@@ -22,11 +22,8 @@ from cogvideox_factory.checkpoints import (
     STATE,
     checkpoint_folder,
     digest,
-    list_checkpoints,
-    newest_checkpoint,
     prune,
     read_state,
-    set_aside,
     verify_checkpoint,
 )
 from cogvideox_factory.errors import StorageError, UnfitError
@@ -35,19 +32,6 @@ from cogvideox_factory.publish import publish_folder, require_room, sync_file
 from cogvideox_factory.tensors import TensorFile, open_tensors, save_tensors
 from cogvideox_factory.torch_engine.border import local, rows_of, to_array, to_tensor
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks
-
-__all__ = [
-    "Draft",
-    "checkpoint_folder",
-    "list_checkpoints",
-    "load_checkpoint",
-    "newest_checkpoint",
-    "own_parts",
-    "read_state",
-    "save_checkpoint",
-    "set_aside",
-    "verify_checkpoint",
-]
 
 _OFFSETS = "DCP_SHARDING_INFO"
 """Key of the header under which DCP keeps {name: {"saved_offsets": [...]}}."""

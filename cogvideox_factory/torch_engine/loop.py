@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cogvideox_factory.checkpoints import checkpoint_folder
 from cogvideox_factory.data.loader import Loader
 from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.errors import FactoryError, NonFiniteError, UnfitError
 from cogvideox_factory.learning_rate import learning_rate
 from cogvideox_factory.metrics import MetricsLog, StepRows, duration, progress_bar, say
-from cogvideox_factory.run_folder import StoppedError, StopRequest, differences, stop_requests
+from cogvideox_factory.run_folder import differences
+from cogvideox_factory.stopping import StoppedError, StopRequest, stop_requests
 from cogvideox_factory.time_limit import TimeLimit
-from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.bad_steps import BadSteps, bad_among
 from cogvideox_factory.torch_engine.border import local
+from cogvideox_factory.torch_engine.checkpoint import load_checkpoint
 from cogvideox_factory.torch_engine.device import host_memory, peak_memory
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.exhausted import InHand
@@ -224,7 +226,7 @@ class Loop:
 
     def _restore(self, folder: Path) -> int:
         tensors = state_tensors(self.update, self.ema)
-        state = checkpoint.load_checkpoint(folder, tensors, ranks=self.ranks, verified=True)  # by `find_start`
+        state = load_checkpoint(folder, tensors, ranks=self.ranks, verified=True)  # by `find_start`
         self.update.restore(state["scalars"])
         self._check_position(folder, state)
         return state["step"]
@@ -245,7 +247,7 @@ class Loop:
         self.limit.go_on(step)
 
     def _leave(self, step: int, asked: str) -> None:
-        folder = checkpoint.checkpoint_folder(self.run_folder, step)
+        folder = checkpoint_folder(self.run_folder, step)
         raise StoppedError(f"stopped by {asked} after step {step}; {folder} is saved. The same command goes on.")
 
     @contextmanager

@@ -10,6 +10,14 @@ from typing import Any
 import torch
 
 from cogvideox_factory import intake, weights
+from cogvideox_factory.checkpoints import (
+    checkpoint_folder,
+    list_checkpoints,
+    newest_checkpoint,
+    read_state,
+    set_aside,
+    verify_checkpoint,
+)
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.auto_buckets import balanced_batches, step_cost
 from cogvideox_factory.data.buckets import Bucket, read_buckets
@@ -22,7 +30,6 @@ from cogvideox_factory.plan.memory import Training
 from cogvideox_factory.plan.peaks import find_peak
 from cogvideox_factory.run_folder import differences, require_same
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape, num_video_tokens
-from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.device import device_name, pick_device, pick_dtype, versions
 from cogvideox_factory.torch_engine.lora_targets import adapted_layers
 from cogvideox_factory.torch_engine.low_bit import require_torchao
@@ -233,26 +240,26 @@ def find_start(plan: Plan) -> Path | None:
         FactoryError: a used run folder with `train.resume=never`.
     """
     run_folder, resume = plan.run_folder, plan.config.train.resume
-    steps = checkpoint.list_checkpoints(run_folder)
+    steps = list_checkpoints(run_folder)
     if resume == "never":
         if steps or (run_folder / "final").exists():
             raise FactoryError(f"{run_folder} holds a run already; choose another --train.dir or --train.resume auto")
         return None
     if resume != "auto":
         start = Path(resume)
-        if not (start / "state.json").is_file() and checkpoint.list_checkpoints(start):
-            newest = checkpoint.checkpoint_folder(start, checkpoint.list_checkpoints(start)[-1])
+        if not (start / "state.json").is_file() and list_checkpoints(start):
+            newest = checkpoint_folder(start, list_checkpoints(start)[-1])
             raise FactoryError(f"train.resume={resume} is a run folder; name one of its checkpoints, such as {newest}")
-        checkpoint.verify_checkpoint(start)
-        after, label = checkpoint.read_state(start)["step"], "abandoned"
+        verify_checkpoint(start)
+        after, label = read_state(start)["step"], "abandoned"
     else:
-        start, problems = checkpoint.newest_checkpoint(run_folder)
+        start, problems = newest_checkpoint(run_folder)
         for problem in problems:
             say(f"skipped: {problem}")
-        after, label = (checkpoint.read_state(start)["step"] if start else -1), "broken"
+        after, label = (read_state(start)["step"] if start else -1), "broken"
     for step in steps:
         if step > after:
-            say(f"moved to {checkpoint.set_aside(checkpoint.checkpoint_folder(run_folder, step), label)}")
+            say(f"moved to {set_aside(checkpoint_folder(run_folder, step), label)}")
     return start
 
 
@@ -318,7 +325,7 @@ def check_resume(plan: Plan, start: Path, wanted: dict[str, Any]) -> list[dict[s
         UnfitError: a setting that numbers depend on differs and is not in `train.allow_change`.
         FactoryError: the checkpoint is behind the last step asked for.
     """
-    config, state = plan.config, checkpoint.read_state(start)
+    config, state = plan.config, read_state(start)
     step = state["step"]
     changed = require_same(state["identity"], wanted, source=start, allow=config.train.allow_change)
     if step > config.train.steps:

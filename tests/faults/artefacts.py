@@ -28,7 +28,7 @@ class Artefact:
 
 
 def _read_checkpoint(path: Path) -> str:
-    from cogvideox_factory.torch_engine.checkpoint import read_state, verify_checkpoint
+    from cogvideox_factory.checkpoints import read_state, verify_checkpoint
 
     verify_checkpoint(path)
     return digest(path) + json.dumps(read_state(path), sort_keys=True)

@@ -48,7 +48,8 @@ def _limit_files(kib: int, function: Callable, *args: object) -> object:
 def _save(run: Path) -> None:
     import torch
 
-    from cogvideox_factory.torch_engine.checkpoint import save_checkpoint, verify_checkpoint
+    from cogvideox_factory.checkpoints import verify_checkpoint
+    from cogvideox_factory.torch_engine.checkpoint import save_checkpoint
 
     verify_checkpoint(save_checkpoint(run, 2, {"w": torch.ones(8, 1024)}, {}, keep=5))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from cogvideox_factory.checkpoints import list_checkpoints
+from cogvideox_factory.checkpoints import list_checkpoints, verify_checkpoint
 from cogvideox_factory.supervise import free_port
 from cogvideox_factory.tensors import open_tensors
 from cogvideox_factory.tiny.build import build_tiny_model
@@ -184,7 +184,6 @@ def digest(folder: Path) -> str:
 def left_intact(run: Path, want: Wanted) -> tuple[Verdict, str]:
     """Judge what stands under final names in a folder whose run ended somehow."""
     from cogvideox_factory.errors import UnfitError
-    from cogvideox_factory.torch_engine.checkpoint import verify_checkpoint
 
     for step in list_checkpoints(run):
         try:

@@ -9,15 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogvideox_factory.checkpoints import digest
+from cogvideox_factory.checkpoints import digest, list_checkpoints, newest_checkpoint, set_aside
 from cogvideox_factory.errors import StorageError, UnfitError
 from cogvideox_factory.tensors import open_tensors
 from cogvideox_factory.torch_engine.checkpoint import (
-    list_checkpoints,
     load_checkpoint,
-    newest_checkpoint,
     save_checkpoint,
-    set_aside,
 )
 
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit
 
+from cogvideox_factory.checkpoints import checkpoint_folder
 from cogvideox_factory.plan.optimizer import optimizer_memory
 from cogvideox_factory.torch_engine import checkpoint, low_precision
 from cogvideox_factory.torch_engine.border import whole
@@ -264,7 +265,7 @@ def test_three_processes_take_the_steps_of_one_and_one_goes_on_from_three(tmp_pa
                 torch.testing.assert_close(torch.from_numpy(result[name][key]), p.detach(), rtol=1e-5, atol=1e-6)
         other = module(seed=1)
         resumed = update_of(other, name, max_grad_norm=1.0)
-        folder = checkpoint.checkpoint_folder(tmp_path / name, 3)
+        folder = checkpoint_folder(tmp_path / name, 3)
         resumed.restore(checkpoint.load_checkpoint(folder, resumed.tensors())["scalars"])
         for key, value in resumed.tensors().items():
             torch.testing.assert_close(value, at_three[key], rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")

@@ -13,16 +13,19 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from cogvideox_factory.checkpoints import digest
+from cogvideox_factory.checkpoints import (
+    checkpoint_folder,
+    digest,
+    list_checkpoints,
+    newest_checkpoint,
+    verify_checkpoint,
+)
 from cogvideox_factory.errors import StorageError
 from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.checkpoint import (
-    list_checkpoints,
     load_checkpoint,
-    newest_checkpoint,
     own_parts,
     save_checkpoint,
-    verify_checkpoint,
 )
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
 from cogvideox_factory.torch_engine.saving import Saver
@@ -53,7 +56,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def stored(run: Path, step: int) -> float:
     """Load checkpoint `step` and return what all of its tensors are full of."""
     target = tensors(0.0)
-    load_checkpoint(checkpoint.checkpoint_folder(run, step), target)
+    load_checkpoint(checkpoint_folder(run, step), target)
     (value,) = {float(tensor.flatten()[0]) for tensor in target.values()}
     assert all((tensor == value).all() for tensor in target.values())
     return value

@@ -25,7 +25,8 @@ from cogvideox_factory.errors import (
     UnfitError,
 )  # fmt: skip
 from cogvideox_factory.recipe import check, read_recipe
-from cogvideox_factory.run_folder import StoppedError, locked
+from cogvideox_factory.run_folder import locked
+from cogvideox_factory.stopping import StoppedError
 from cogvideox_factory.torch_engine import checkpoint, loop, offload, prepare, saving, start, train
 from cogvideox_factory.torch_engine.lora import lora_arrays
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline as OurPipeline
