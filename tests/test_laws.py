@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FRAMEWORKS = {"torch", "mindspore", "transformers", "diffusers", "peft", "accelerate", "torchao"}
 ENTRIES = {"intake.py", "preparation.py", "jobs.py"} | {
     f"torch_engine/{name}.py"
-    for name in ("prepare", "import_prepared", "start", "train", "train_vae", "generate", "replay")
+    for name in ("prepare", "import_prepared", "start", "resume", "train", "train_vae", "generate", "replay")
 }
 
 

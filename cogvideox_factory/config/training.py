@@ -1,6 +1,6 @@
 """Settings of training: adapters, the optimisation, many processes, and what is watched."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -147,6 +147,11 @@ class Parallel(Section):
     hang_seconds: Annotated[float, Field(ge=0)] = 300
     """A run that makes no step for so long (or for ten times its usual step, if that is more) ends with exit code 8 and
     the stacks of its threads. 0: never. Saving, validation and compiling may take longer. Training only."""
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What is divided, without how long anyone waits: the arguments of `torch_engine.ranks.Layout` but its size."""
+        return self.model_dump(exclude={"timeout_seconds", "hang_seconds"})
 
 
 class Validation(Section):

@@ -102,6 +102,11 @@ def pick_dtype(name: str, device: torch.device, config: TransformerConfig | None
     return dtype
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return what settings call `dtype`, e.g. "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def device_name(device: torch.device) -> str:
     """Return what a log line calls `device`, e.g. "NVIDIA H100 80GB HBM3"."""
     if device.type == "cuda":

@@ -12,10 +12,12 @@ from cogvideox_factory.data.loader import CacheSource, Draws, RawSource
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.torch_engine import prepare
+from cogvideox_factory.torch_engine.device import dtype_name
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
 from cogvideox_factory.torch_engine.ranks import Ranks
-from cogvideox_factory.torch_engine.start import Plan, digest_of
+from cogvideox_factory.torch_engine.resume import digest_of
+from cogvideox_factory.torch_engine.start import Plan
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
@@ -35,7 +37,7 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str, dict[str, flo
     spec = intake.clip_spec(config, plan.shape)
     if config.cache.dir:
         # What the encoders ran in is the cache's affair: float32 latents feed a bfloat16 run as well.
-        dtype = recorded_dtype(Path(config.cache.dir)) or str(plan.dtype).removeprefix("torch.")
+        dtype = recorded_dtype(Path(config.cache.dir)) or dtype_name(plan.dtype)
         memo = Memo(Path(config.cache.dir) / "survey.jsonl")  # knows what unchanged weights hash to
         settings = intake.cache_settings(config, plan.folder, plan.model, spec, dtype, memo=memo)
         verb = "prepare"

@@ -25,6 +25,7 @@ from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.attention import backend_name
 from cogvideox_factory.torch_engine.device import (
+    dtype_name,
     pick_device,
     pick_dtype,
     set_determinism,
@@ -137,7 +138,7 @@ def layout_for(config: Config, size: int) -> Layout:
             f"parallel.zero={config.parallel.zero} divides the optimizer or gradients, which generate has not. Use 3 "
             "to divide the weights, or 0."
         )
-    return Layout(size=size, **config.parallel.model_dump(exclude={"timeout_seconds", "hang_seconds"}))
+    return Layout(size=size, **config.parallel.layout)
 
 
 def share_of(num_videos: int, ranks: Ranks) -> list[tuple[int, bool]]:
@@ -171,9 +172,7 @@ def _plan(
         )
     for path in ask.lora:
         lora.check_fit(load_lora(resolve_lora(path)), transformer)
-    records = make_records(
-        jobs, config, shape, device=device.type, dtype=str(dtype).removeprefix("torch."), versions=versions()
-    )
+    records = make_records(jobs, config, shape, device=device.type, dtype=dtype_name(dtype), versions=versions())
     left = left_to_make(jobs, records, overwrite=ask.overwrite)
     if left:
         for job in {(job.image, job.video): job for job, _ in left}.values():

@@ -35,7 +35,7 @@ from cogvideox_factory.models import TransformerConfig, VaeConfig
 from cogvideox_factory.publish import sweep
 from cogvideox_factory.shapes import check_buckets, check_task
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
-from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, set_determinism, set_tf32
+from cogvideox_factory.torch_engine.device import dtype_name, pick_device, pick_dtype, set_determinism, set_tf32
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
@@ -70,7 +70,7 @@ def run(config: Config) -> CacheIndex:
     dtype = pick_dtype(config.run.dtype, device, model)
     set_determinism(config.run.deterministic)
     set_tf32(False, device)
-    settings = intake.cache_settings(config, folder, model, spec, str(dtype).removeprefix("torch.")).as_imported()
+    settings = intake.cache_settings(config, folder, model, spec, dtype_name(dtype)).as_imported()
     cache = Cache(Path(config.cache.dir or ""), settings)
     if cache.folder.exists():
         sweep(cache.folder)

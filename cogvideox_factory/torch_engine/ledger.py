@@ -138,7 +138,7 @@ def averages(steps: Sequence[Step], *, by_bucket: bool) -> dict[str, float]:
     return values | {name: _mean(losses) for name, losses in groups.items() if losses}
 
 
-def rows_of(steps: Sequence[Step], count: int) -> list[dict[str, Any]]:
+def sample_rows(steps: Sequence[Step], count: int) -> list[dict[str, Any]]:
     """Return a row for each of the last `count` samples of `steps`."""
     rows = [
         {"step": step.number, "clip": s.clip_id, "bucket": step.bucket, "timestep": s.timestep, "loss": s.loss}

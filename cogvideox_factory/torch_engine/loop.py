@@ -30,7 +30,7 @@ from cogvideox_factory.torch_engine.checkpoint import load_checkpoint
 from cogvideox_factory.torch_engine.device import host_memory, peak_memory
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.exhausted import InHand
-from cogvideox_factory.torch_engine.ledger import Ledger, Step, Work, averages, rows_of
+from cogvideox_factory.torch_engine.ledger import Ledger, Step, Work, averages, sample_rows
 from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.ranks import Ranks
@@ -175,7 +175,7 @@ class Loop:
             values["loss_scale"] = loss_scale
         log.write(step, values)
         if samples:
-            samples.write(rows_of(steps, self.log_samples))
+            samples.write(sample_rows(steps, self.log_samples))
         say(self._line(step, values))
         self.bad_steps.answer(bad_among(steps, loss_scale=values.get("loss_scale")), now=step)
         _require_sound(steps, weight_norm)

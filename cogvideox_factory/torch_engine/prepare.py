@@ -26,6 +26,7 @@ from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
 from cogvideox_factory.torch_engine.device import (
     DTYPES,
+    dtype_name,
     pick_device,
     pick_dtype,
     pin,
@@ -46,7 +47,7 @@ class TorchEngine:
 
     def auto_dtype(self, device: str, transformer: TransformerConfig) -> str:
         """Return what `auto` comes to on `device`."""
-        return str(pick_dtype("auto", pick_device(device), transformer)).removeprefix("torch.")
+        return dtype_name(pick_dtype("auto", pick_device(device), transformer))
 
     def encode(self, work: preparation.Work) -> dict[str, ClipError]:
         """Write the entries of `work`; return what went wrong, as `preparation.Engine.encode`."""

@@ -44,7 +44,7 @@ class Saver:
         """Told how many seconds each checkpoint took in all."""
         self._keep, self._ranks, self._device = keep, ranks, device
         self._in_background, self._wait_seconds = in_background, wait_seconds
-        self._hand: _InHand | None = None
+        self._hand: _Save | None = None
         self._buffers: dict[str, Tensor] = {}
 
     @property
@@ -70,7 +70,7 @@ class Saver:
         with self._surviving(step, must=must):
             began = time.monotonic()
             draft = Draft(self.run, step, tensors, state, ranks=self._ranks)
-            self._hand = _InHand(draft, began)
+            self._hand = _Save(draft, began)
             parts = own_parts(tensors, self._ranks)
             if self._in_background or self._device.type != "cpu":
                 parts = self._stage(parts)
@@ -156,7 +156,7 @@ class Saver:
             say(f"NOT SAVED at step {step}, trying again at the next: {error}")
 
 
-class _InHand:
+class _Save:
     """A save that is written or waits to be committed."""
 
     def __init__(self, draft: Draft, began: float) -> None:

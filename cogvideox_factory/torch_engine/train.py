@@ -6,6 +6,7 @@ four trainers; the loop itself is in `loop.py`.
 
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cogvideox_factory.checkpoints import list_checkpoints
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.image import read_image
-from cogvideox_factory.data.loader import CacheSource, Loader, RawSource
+from cogvideox_factory.data.loader import CacheSource, Draws, Loader, RawSource
 from cogvideox_factory.data.sampler import Sampler, hold_out
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import say, speaking
@@ -26,32 +27,37 @@ from cogvideox_factory.torch_engine.announce import say_arithmetic
 from cogvideox_factory.torch_engine.bad_steps import BadSteps
 from cogvideox_factory.torch_engine.compilation import compile_blocks
 from cogvideox_factory.torch_engine.device import require_compiler, set_determinism, set_tf32, take_card
+from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.examine import first_not_finite
 from cogvideox_factory.torch_engine.exhausted import InHand, told
-from cogvideox_factory.torch_engine.feed import load_frozen, make_draws, make_samples, open_source
+from cogvideox_factory.torch_engine.feed import Frozen, load_frozen, make_draws, make_samples, open_source
 from cogvideox_factory.torch_engine.learner import export, load_transformer, make_objective, make_update
 from cogvideox_factory.torch_engine.ledger import Ledger, Work
 from cogvideox_factory.torch_engine.loop import Loop, state_tensors
-from cogvideox_factory.torch_engine.optim import Ema
+from cogvideox_factory.torch_engine.objective import Objective
+from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks, joined, num_processes
+from cogvideox_factory.torch_engine.resume import (
+    check_resume,
+    digest_of,
+    find_start,
+    identity,
+    record_of,
+    shared_files,
+    shared_settings,
+)
 from cogvideox_factory.torch_engine.saving import Saver
 from cogvideox_factory.torch_engine.start import (
     Plan,
     batch_sizes,
-    check_resume,
-    digest_of,
     excluded_clips,
-    find_start,
-    identity,
     make_plan,
     model_flops,
     num_tokens,
     peak_tflops,
-    record_of,
-    shared_files,
-    shared_settings,
     training_numbers,
 )
+from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.torch_engine.watch import Watch, to_device
 from cogvideox_factory.tracker import Tracker
 
@@ -78,7 +84,7 @@ def run(config: Config) -> Path:
     tracker = _make_tracker(plan)
     if config.train.compile != "none":
         require_compiler(plan.device)
-    layout = Layout(size=num_processes(), **config.parallel.model_dump(exclude={"timeout_seconds", "hang_seconds"}))
+    layout = Layout(size=num_processes(), **config.parallel.layout)
     heads = plan.model.num_attention_heads
     set_determinism(config.run.deterministic)
     seconds = config.parallel.timeout_seconds
@@ -122,102 +128,63 @@ def _run(plan: Plan, ranks: Ranks, tracker: Tracker | None, started: float) -> P
         accelerator = plan.device.type != "cpu"
         with told(plan.device, in_hand, lambda: memory.savings(numbers, accelerator=accelerator)):
             say(memory.in_words(memory.need(numbers)))
-            _train(
-                plan, source, sizes, set_weights, ranks, tracker, excluded=excluded, start=start, record=record,
-                started=started, in_hand=in_hand,
-            )  # fmt: skip
+            data = _make_data(plan, source, sizes, set_weights, excluded, ranks)
+            _train(plan, data, ranks, in_hand, tracker, start=start, record=record, started=started)
     return plan.run_folder
 
 
-def _train(
-    plan: Plan,
-    source: CacheSource | RawSource,
-    sizes: dict[str, int],
-    set_weights: dict[str, float],
-    ranks: Ranks,
-    tracker: Tracker | None,
-    *,
-    excluded: set[str],
-    start: Path | None,
-    record: dict[str, Any],
-    started: float,
-    in_hand: InHand,
-) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Data:
+    """What a run is trained and watched on, and in which order."""
+
+    source: CacheSource | RawSource
+    sampler: Sampler
+    draws: Draws
+    loader: Loader
+    held_ids: list[str]
+    """Clips that are watched and not trained on."""
+
+
+def _make_data(
+    plan: Plan, source: CacheSource | RawSource, sizes: dict[str, int], set_weights: dict[str, float],
+    excluded: set[str], ranks: Ranks,
+) -> _Data:  # fmt: skip
     config = plan.config
     train_ids, held_ids = sorted(set(source.buckets) - excluded), []
     if config.validation.every:
         train_ids, held_ids = hold_out(train_ids, config.validation.num_clips)
         if unseen := len(source.buckets) - len(excluded) - len(train_ids) - len(held_ids):
             say(f"{unseen} other windows of the {len(held_ids)} clips held out are not trained on either")
+    num_micros = config.train.gradient_accumulation
     sampler = Sampler(
-        train_ids, batch_size={key: size * config.train.gradient_accumulation for key, size in sizes.items()},
+        train_ids, batch_size={key: size * num_micros for key, size in sizes.items()},
         seed=config.run.seed, buckets=source.buckets, sets=source.sets, weights=set_weights,
     )  # fmt: skip
     draws = make_draws(plan)
     loader = Loader(
-        source, sampler, draws, num_micros=config.train.gradient_accumulation,
-        num_workers=config.train.num_workers, rank=ranks.data_rank, num_ranks=ranks.layout.num_data_ranks,
+        source, sampler, draws, num_micros=num_micros, num_workers=config.train.num_workers,
+        rank=ranks.data_rank, num_ranks=ranks.layout.num_data_ranks,
     )  # fmt: skip
+    return _Data(source=source, sampler=sampler, draws=draws, loader=loader, held_ids=held_ids)
+
+
+def _train(
+    plan: Plan, data: _Data, ranks: Ranks, in_hand: InHand, tracker: Tracker | None,
+    *, start: Path | None, record: dict[str, Any], started: float,
+) -> None:  # fmt: skip
+    config = plan.config
     # The text encoder is the largest part; it is done with, where it can be, before the transformer is loaded.
-    frozen = load_frozen(plan, source, ranks)
+    frozen = load_frozen(plan, data.source, ranks)
     transformer = load_transformer(plan, ranks)
     if config.train.compile != "none":
-        num_graphs = compile_blocks(transformer, config.train.compile, num_shapes=len(sizes))
-        say(f"compiling blocks ({config.train.compile}): {num_graphs} graph(s) for {len(sizes)} shape(s)")
-    update = make_update(plan, transformer, ranks)
-    ema = Ema(update, decay=config.train.ema_decay) if config.train.ema_decay else None
-    objective = make_objective(plan, transformer)
-    ledger = Ledger(sampler, draws, num_micros=config.train.gradient_accumulation, ranks=ranks)
-    peak = peak_tflops(plan)
-    if config.train.method == "lora":
-        adapter_weights = sum(p.numel() for p in update.trained.values() if p.dim() == 2)
-    else:
-        adapter_weights = 0
-
-    def examine(batches: list[dict[str, Any]]) -> str | None:
-        ready = [to_device(batch, plan.device) for batch in batches]
-        if frozen.encoder:
-            ready = [frozen.encoder.batch(batch) for batch in ready]
-        return first_not_finite(objective, update, ready, ranks)
-
-    saver = Saver(
-        plan.run_folder, keep=config.train.keep_checkpoints, ranks=ranks, device=plan.device,
-        in_background=config.train.async_checkpoint,
-        wait_seconds=config.parallel.timeout_seconds / 2,  # before the others give up waiting for this process
-    )  # fmt: skip
-    state_bytes = sum(t.numel() * t.element_size() for t in state_tensors(update, ema).values())
-    loop = Loop(
-        objective=objective, update=update, ema=ema, sampler=sampler, loader=loader, encoder=frozen.encoder,
-        device=plan.device, run_folder=plan.run_folder, num_steps=config.train.steps,
-        num_micros=config.train.gradient_accumulation,
-        rate={
-            "peak": config.train.learning_rate, "schedule": config.train.schedule, "num_steps": config.train.steps,
-            "warmup_steps": config.train.warmup_steps, "num_cycles": config.train.num_cycles,
-            "power": config.train.power,
-        },
-        log_every=config.train.log_every, save_every=config.train.save_every, saver=saver, record=record,
-        limit=TimeLimit(config.train.time_limit_minutes, save_bytes=state_bytes, started=started),
-        ledger=ledger,
-        bad_steps=BadSteps(
-            plan.run_folder, policy=config.train.on_bad_step, loader=loader, ranks=ranks, examine=examine
-        ),
-        work=Work(
-            tokens={key: num_tokens(plan, Bucket.parse(key)) + plan.text_length for key in sizes},
-            flops={key: model_flops(plan, Bucket.parse(key), adapter_weights=adapter_weights) for key in sizes},
-            num_cards=ranks.layout.size, peak_tflops=peak[0] if peak else None,
-        ),
-        log_samples=config.train.log_samples, tracker=tracker,
-        watch=Watch(
-            every=config.validation.every, source=source, clip_ids=held_ids, draws=make_draws(plan, quiet=True),
-            samples=make_samples(plan, frozen, transformer, ranks), objective=objective, encoder=frozen.encoder,
-            device=plan.device, run_folder=plan.run_folder, ranks=ranks,
-        ),
-        ranks=ranks, in_hand=in_hand, hang_seconds=config.parallel.hang_seconds,
-        compiled=config.train.compile != "none",
-    )  # fmt: skip
-    say_arithmetic(plan, sampler, update, start, ranks)
-    if peak:
+        num_shapes = len(data.sampler.batch_sizes)
+        num_graphs = compile_blocks(transformer, config.train.compile, num_shapes=num_shapes)
+        say(f"compiling blocks ({config.train.compile}): {num_graphs} graph(s) for {num_shapes} shape(s)")
+    loop = _make_loop(plan, data, frozen, transformer, ranks, in_hand, tracker, record=record, started=started)
+    say_arithmetic(plan, data.sampler, loop.update, start, ranks)
+    if peak := peak_tflops(plan):
         say(f"MFU against {peak[0]:g} TFLOP/s a card ({peak[1]})")
+    state_bytes = _num_bytes(loop.update, loop.ema)
     ranks.from_lead(lambda: _make_ready(plan, state_bytes))
     if tracker and ranks.leads:
         tracker.start()
@@ -225,6 +192,70 @@ def _train(
     with loop.averaged_weights():
         export(transformer, plan.run_folder, method=config.train.method, ranks=ranks)
     say(f"final weights in {plan.run_folder / 'final'}")
+
+
+def _make_loop(
+    plan: Plan, data: _Data, frozen: Frozen, transformer: CogVideoXTransformer, ranks: Ranks, in_hand: InHand,
+    tracker: Tracker | None, *, record: dict[str, Any], started: float,
+) -> Loop:  # fmt: skip
+    train, parallel, num_micros = plan.config.train, plan.config.parallel, plan.config.train.gradient_accumulation
+    update = make_update(plan, transformer, ranks)
+    ema = Ema(update, decay=train.ema_decay) if train.ema_decay else None
+    objective = make_objective(plan, transformer)
+    saver = Saver(
+        plan.run_folder, keep=train.keep_checkpoints, ranks=ranks, device=plan.device,
+        in_background=train.async_checkpoint,
+        wait_seconds=parallel.timeout_seconds / 2,  # before the others give up waiting for this process
+    )  # fmt: skip
+    return Loop(
+        objective=objective, update=update, ema=ema, sampler=data.sampler, loader=data.loader, encoder=frozen.encoder,
+        device=plan.device, run_folder=plan.run_folder, num_steps=train.steps, num_micros=num_micros,
+        rate={
+            "peak": train.learning_rate, "schedule": train.schedule, "num_steps": train.steps,
+            "warmup_steps": train.warmup_steps, "num_cycles": train.num_cycles, "power": train.power,
+        },
+        log_every=train.log_every, save_every=train.save_every, saver=saver, record=record,
+        limit=TimeLimit(train.time_limit_minutes, save_bytes=_num_bytes(update, ema), started=started),
+        ledger=Ledger(data.sampler, data.draws, num_micros=num_micros, ranks=ranks),
+        bad_steps=_make_bad_steps(plan, data.loader, objective, update, frozen.encoder, ranks),
+        work=_make_work(plan, list(data.sampler.batch_sizes), update, ranks),
+        log_samples=train.log_samples, tracker=tracker,
+        watch=Watch(
+            every=plan.config.validation.every, source=data.source, clip_ids=data.held_ids,
+            draws=make_draws(plan, quiet=True), samples=make_samples(plan, frozen, transformer, ranks),
+            objective=objective, encoder=frozen.encoder, device=plan.device, run_folder=plan.run_folder, ranks=ranks,
+        ),
+        ranks=ranks, in_hand=in_hand, hang_seconds=parallel.hang_seconds, compiled=train.compile != "none",
+    )  # fmt: skip
+
+
+def _make_bad_steps(
+    plan: Plan, loader: Loader, objective: Objective, update: Update, encoder: Encoder | None, ranks: Ranks
+) -> BadSteps:
+    def examine(batches: list[dict[str, Any]]) -> str | None:
+        ready = [to_device(batch, plan.device) for batch in batches]
+        if encoder:
+            ready = [encoder.batch(batch) for batch in ready]
+        return first_not_finite(objective, update, ready, ranks)
+
+    policy = plan.config.train.on_bad_step
+    return BadSteps(plan.run_folder, policy=policy, loader=loader, ranks=ranks, examine=examine)
+
+
+def _make_work(plan: Plan, keys: list[str], update: Update, ranks: Ranks) -> Work:
+    """Return what a sample of each shape costs."""
+    is_lora, peak = plan.config.train.method == "lora", peak_tflops(plan)
+    weights = sum(p.numel() for p in update.trained.values() if p.dim() == 2) if is_lora else 0
+    return Work(
+        tokens={key: num_tokens(plan, Bucket.parse(key)) + plan.text_length for key in keys},
+        flops={key: model_flops(plan, Bucket.parse(key), adapter_weights=weights) for key in keys},
+        num_cards=ranks.layout.size, peak_tflops=peak[0] if peak else None,
+    )  # fmt: skip
+
+
+def _num_bytes(update: Update, ema: Ema | None) -> int:
+    """Return the bytes of a checkpoint's tensors."""
+    return sum(t.numel() * t.element_size() for t in state_tensors(update, ema).values())
 
 
 def _make_ready(plan: Plan, state_bytes: int) -> None:

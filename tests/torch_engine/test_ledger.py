@@ -7,7 +7,7 @@ import torch
 
 from cogvideox_factory.data.loader import Draws
 from cogvideox_factory.data.sampler import Sampler
-from cogvideox_factory.torch_engine.ledger import Ledger, Sample, Step, Work, averages, rows_of
+from cogvideox_factory.torch_engine.ledger import Ledger, Sample, Step, Work, averages, sample_rows
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks
 
 CLIPS = [f"clip-{index}" for index in range(12)]
@@ -76,9 +76,9 @@ def test_means_by_part_of_the_schedule_and_by_shape_leave_out_what_is_not_finite
 
 
 def test_rows_are_the_last_samples_and_no_more_than_asked():
-    assert [row["timestep"] for row in rows_of(STEPS, 2)] == [999, 600]
-    assert rows_of(STEPS, 0) == []
-    assert rows_of(STEPS, 99)[0] == {"step": 1, "clip": "clip-0", "bucket": "a", "timestep": 0, "loss": 1.0}
+    assert [row["timestep"] for row in sample_rows(STEPS, 2)] == [999, 600]
+    assert sample_rows(STEPS, 0) == []
+    assert sample_rows(STEPS, 99)[0] == {"step": 1, "clip": "clip-0", "bucket": "a", "timestep": 0, "loss": 1.0}
 
 
 def test_rates_are_of_all_cards_for_tokens_and_of_one_for_flops():
