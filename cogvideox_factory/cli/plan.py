@@ -93,7 +93,8 @@ def training_of(config: Config, cards: int) -> tuple[Training, int, str]:
     half, groups = config.run.dtype != "float32", cards // parallel.sequence
     training = Training(
         model=model, video_tokens=tokens, text_tokens=text, batch_size=-(-train.batch_size // groups),
-        item_bytes=2 if half else 4, method=train.method, rank=config.lora.rank,
+        item_bytes=2 if half else 4, bfloat16=config.run.dtype != "float16", compiled=train.compile != "none",
+        method=train.method, rank=config.lora.rank,
         adapted=tuple(config.lora.target_modules), use_dora=config.lora.use_dora, base=config.lora.base,
         checkpointing=train.checkpointing, checkpointing_layers=train.checkpointing_layers,
         activation_offload=train.activation_offload, swapped_blocks=train.swapped_blocks, optimizer=train.optimizer,

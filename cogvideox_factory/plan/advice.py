@@ -120,7 +120,7 @@ def _moving(run: Training, machine: Machine) -> Iterator[tuple[tuple[str, ...], 
         if run.method == "full" and run.optimizer in ("adam", "adamw") and not run.stochastic:
             changes.append(("--train.optimizer-offload True", {"optimizer_offload": True}))
         for flag, change in [("", {}), *changes]:
-            for offload in (False, True):
+            for offload in (False,) if run.compiled else (False, True):
                 more = [flag] * bool(flag) + ["--train.activation-offload True"] * offload
                 if more:
                     yield (*settings, *more), replace(other, activation_offload=offload, **change)
@@ -130,11 +130,13 @@ def _rounding(run: Training, machine: Machine) -> Iterator[tuple[tuple[str, ...]
     """Yield the same with fewer bits, with and without moving."""
     for tier in (_exact, _moving):
         for settings, other in tier(run, machine):
-            if run.method == "lora" and not other.zero:
+            if run.method == "lora" and not other.zero and not run.compiled:
                 for base in MATRIX_BYTES:
                     yield (*settings, f"--lora.base {base}"), replace(other, base=base)
-            if run.method == "full" and run.item_bytes == 2 and not other.optimizer_offload:
+            if run.method == "full" and run.item_bytes == 2 and run.bfloat16 and not other.optimizer_offload:
                 flag = "--train.master-weights stochastic_bf16"
-                yield (*settings, flag), replace(other, stochastic=True)
-                eight = replace(other, stochastic=True, optimizer="adamw8bit")
-                yield (*settings, flag, "--train.optimizer adamw8bit"), eight
+                if run.optimizer in ("adamw", "adamw8bit"):
+                    yield (*settings, flag), replace(other, stochastic=True)
+                if run.optimizer != "adamw8bit":
+                    eight = replace(other, stochastic=True, optimizer="adamw8bit")
+                    yield (*settings, flag, "--train.optimizer adamw8bit"), eight

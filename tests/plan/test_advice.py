@@ -51,6 +51,19 @@ def test_host_memory_and_rounding_are_last_resorts():
     assert fitting(LORA, Machine.of("any", memory_gib=3)) == []
 
 
+def test_what_a_recipe_of_that_kind_refuses_is_not_offered():
+    tight = Machine.of("any", memory_gib=16)
+    assert any("offload" in w or "base" in w for w in words(fitting(replace(LORA, checkpointing="none"), tight)))
+    for gib in (5, 8, 12, 16):
+        offered = words(fitting(replace(LORA, compiled=True), Machine.of("any", memory_gib=gib)))
+        assert not any("activation-offload" in w or "base" in w for w in offered)
+    eight, came = replace(FULL, optimizer="adamw8bit"), replace(FULL, optimizer="came")
+    for run, halves in ((eight, True), (came, True), (replace(eight, bfloat16=False), False)):
+        offered = [w for w in words(fitting(run, Machine.of("any", memory_gib=56))) if "stochastic" in w]
+        assert bool(offered) == halves
+        assert run is eight or all("--train.optimizer adamw8bit" in w for w in offered)
+
+
 def test_full_fine_tuning_of_a_large_model_is_divided():
     choices = fitting(replace(FULL, model=LARGER["20b"]), Machine.of("H100", cards=8))
     assert choices
