@@ -211,9 +211,11 @@ def read_record(video: Path) -> dict[str, Any]:
     text = read_note(video) or (beside.read_text(encoding="utf-8") if beside.is_file() else None)
     try:
         record = json.loads(text) if text else None
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
-    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+    if not isinstance(record, dict) or not all(
+        isinstance(part, dict) for part in (record.get("settings"), record.get("files"), record.get("folders", {}))
+    ):
         raise FactoryError(
             f"{video} does not say how it was made, and no {beside.name} beside it does. Give a video made by "
             "`cogvideox generate`."

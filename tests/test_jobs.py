@@ -8,7 +8,7 @@ import pytest
 from cogvideox_factory import jobs
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.fingerprint import sha256_file
-from cogvideox_factory.errors import StorageError, UnfitError
+from cogvideox_factory.errors import FactoryError, StorageError, UnfitError
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.recipe import check
 from cogvideox_factory.shapes import clip_shape
@@ -61,3 +61,12 @@ def test_a_transformer_that_was_trained_again_makes_other_videos(tmp_path, image
         export_to_video(np.zeros((3, 16, 16, 3), np.uint8), job.path, note=json.dumps(record))
     assert jobs.left_to_make(*make_all(config), overwrite=False) == []
     jobs.settings_like(made[0].path)
+
+
+@pytest.mark.parametrize("record", ["[" * 100_000, "[]", '{"settings": {}}', '{"settings": {}, "files": []}',
+                                    '{"settings": {}, "files": {}, "folders": 1}'])  # fmt: skip
+def test_a_record_of_another_form_is_none(tmp_path, record):
+    path = export_to_video(np.zeros((3, 16, 16, 3), np.uint8), tmp_path / "v.mp4")
+    path.with_suffix(".json").write_text(record)
+    with pytest.raises(FactoryError, match="does not say how it was made"):
+        jobs.settings_like(path)
