@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from cogvideox_factory.data.loader import CacheSource
 from cogvideox_factory.errors import StorageError
 from cogvideox_factory.recipe import check
 from cogvideox_factory.torch_engine import prepare, train, watch
+from cogvideox_factory.torch_engine.ranks import Layout, Ranks
 from tests.clips import draw_clips
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.runs import assert_same, weights_of
@@ -110,6 +112,23 @@ def test_three_failures_end_the_watching_and_none_the_run(tiny_model, folder, tm
     assert said.count("after 3 failures there is no more validation") == 1
     assert [row["step"] for row in rows(run) if "validation_loss" in row] == [0, 1, 2]
     assert_same(plain, run)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_memory_that_runs_out_ends_a_run_only_where_others_wait(size, monkeypatch, capsys):
+    """A CPU's error has no class of its own; what is no want of memory always ends the run."""
+    ranks = Ranks(layout=Layout(size=size, sequence=size))
+    parts = dict.fromkeys(("source", "draws", "samples", "objective", "encoder", "device", "run_folder"))
+    looking = watch.Watch(every=1, clip_ids=[], ranks=ranks, **parts)  # pyright: ignore[reportArgumentType]
+    for says, survives in (("can't allocate memory", size == 1), ("shapes do not match", False)):
+
+        def measure(self, step, log, says=says):
+            raise RuntimeError(says)
+
+        monkeypatch.setattr(watch.Watch, "_measure", measure)
+        with nullcontext() if survives else pytest.raises(RuntimeError, match=says):
+            looking.look(1, None)  # pyright: ignore[reportArgumentType]
+    assert capsys.readouterr().out.count("VALIDATION FAILED") == (size == 1)
 
 
 def train_with_a_bad_disk(config):
