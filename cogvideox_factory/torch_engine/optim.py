@@ -143,12 +143,11 @@ class Update:
 
     @torch.no_grad()
     def clear_gradients(self) -> None:
-        """Forget what backward passes have added up."""
-        for name, grad in self._gradients().items():
-            if isinstance(self.trained[name], DTensor):
-                self.trained[name].grad = None
-            else:
-                grad.zero_()
+        """Forget what backward passes have added up; the next one's own tensors then take the place, with no sum."""
+        for total in self._sums.values():
+            total.zero_()
+        for parameter in self.trained.values():
+            parameter.grad = None
 
     @torch.no_grad()
     def weight_norm(self) -> Tensor:
