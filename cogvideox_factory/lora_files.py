@@ -4,8 +4,9 @@ One safetensors file, keys `transformer.MODULE.lora_A.weight` [rank, in], `.lora
 for DoRA `.lora_magnitude_vector` [out]. What a layer adds is `scaling * B @ A` with scaling = alpha / rank
 (rsLoRA: alpha / sqrt(rank)). alpha is not in the tensors: it travels in the header, as the JSON string
 `lora_adapter_metadata` (the PEFT config, keys prefixed `transformer.`). A file without it means alpha =
-rank. finetrainers' header `lora_config` (same keys, no prefix) is read too, and so are ComfyUI's
-`diffusion_model.` prefix and lora_down / lora_up / alpha names.
+rank. finetrainers' header `lora_config` (same keys, no prefix) is read too, and so are PEFT's folders
+(`adapter_model.safetensors`, with the config beside it) and the names of ComfyUI and CogVideoX-Fun
+(`module_names`) with lora_down / lora_up / alpha.
 
 LoRA: Hu et al. (ICLR 2022). rsLoRA: Kalajdzievski (2023). DoRA: Liu et al. (ICML 2024).
 """
@@ -22,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from cogvideox_factory.errors import FactoryError, MissingError, UnfitError
+from cogvideox_factory.module_names import to_diffusers
 from cogvideox_factory.publish import publish_file
 from cogvideox_factory.tensors import open_tensors, save_tensors
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
-_PREFIXES = ("base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.")
+PEFT_FILE_NAME, PEFT_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 _MATRIX = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora[_.]down|lora[_.]up)(\.\w+)?\.weight")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.\w+)*")
 _ALPHA = re.compile(r"(?P<module>.+)\.alpha")
@@ -82,26 +84,17 @@ def save_lora(
     """Write a LoRA file atomically and return its path.
 
     `path` is the file, or the folder that gets `pytorch_lora_weights.safetensors`. `arrays` have the names
-    of `LoraFile.arrays`. The header holds few keys on purpose: PEFT refuses a config with a key newer than
-    itself.
+    of `LoraFile.arrays`.
 
     Raises:
         StorageError: the disk is full, read-only or failing.
     """
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path / LORA_FILE_NAME
-    ranks = _ranks(arrays)
-    config = {
-        "r": rank,
-        "lora_alpha": _plain(alpha),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": target_modules if isinstance(target_modules, str) else sorted(target_modules),
-        "rank_pattern": {module: r for module, r in sorted(ranks.items()) if r != rank},
-        "alpha_pattern": {module: _plain(a) for module, a in sorted((alpha_pattern or {}).items())},
-        "use_rslora": use_rslora,
-        "use_dora": use_dora,
-    }
+    config = peft_config(
+        rank=rank, alpha=alpha, target_modules=target_modules, ranks=_ranks(arrays), use_rslora=use_rslora,
+        use_dora=use_dora, alpha_pattern=alpha_pattern or {},
+    )  # fmt: skip
     text = json.dumps({f"transformer.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
     with publish_file(path) as temporary:
         prefixed = {f"transformer.{name}": array for name, array in arrays.items()}
@@ -109,21 +102,46 @@ def save_lora(
     return path
 
 
+def peft_config(
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str] | str,
+    ranks: Mapping[str, int],
+    use_rslora: bool,
+    use_dora: bool,
+    alpha_pattern: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return a LoRA's settings as PEFT names them; few keys, because PEFT refuses one that is newer than itself."""
+    return {
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": target_modules if isinstance(target_modules, str) else sorted(target_modules),
+        "rank_pattern": {module: r for module, r in sorted(ranks.items()) if r != rank},
+        "alpha_pattern": {module: _plain(a) for module, a in sorted(alpha_pattern.items())},
+        "use_rslora": use_rslora,
+        "use_dora": use_dora,
+    }
+
+
 def load_lora(path: Path) -> LoraFile:
-    """Read a LoRA file, or the `pytorch_lora_weights.safetensors` of a folder.
+    """Read a LoRA file, or that of a folder as diffusers or PEFT writes them.
 
     Raises:
         MissingError: no such file, or only a pickled one.
         UnfitError: damaged; tensors that belong to no LoRA; a header that contradicts the tensors.
     """
     path = Path(path)
-    path = path / LORA_FILE_NAME if path.is_dir() else path
+    if path.is_dir():
+        path = path / (LORA_FILE_NAME if not (path / PEFT_FILE_NAME).is_file() else PEFT_FILE_NAME)
     if path.suffix in (".bin", ".pt", ".ckpt", ".pth"):
         raise MissingError(f"{path} is pickled, which can run code when it is opened. Convert it to safetensors first.")
     if not path.is_file():
         raise MissingError(f"LoRA {path} does not exist. Give the .safetensors file or the folder it lies in.")
     with open_tensors(path) as file:
-        config = _read_header(file.metadata, str(path))
+        config = _read_settings(path, file.metadata)
         arrays, alphas = _canonical({name: file.read(name) for name in file.names}, str(path))
     if not arrays:
         raise UnfitError(f"{path} holds no tensors. Export the LoRA again.")
@@ -156,16 +174,11 @@ def resolve_lora(path: str | Path) -> Path:
         FactoryError: nothing there.
     """
     path = Path(path)
-    candidates = [
-        path,
-        path / LORA_FILE_NAME,
-        path / "final" / LORA_FILE_NAME,
-    ]
-    for candidate in candidates:
+    for candidate in (path, path / LORA_FILE_NAME, path / PEFT_FILE_NAME, path / "final" / LORA_FILE_NAME):
         if candidate.is_file():
             return candidate
     raise FactoryError(
-        f"{path}: no LoRA there. Give a .safetensors file, a folder with {LORA_FILE_NAME}, "
+        f"{path}: no LoRA there. Give a .safetensors file, a folder with {LORA_FILE_NAME} or {PEFT_FILE_NAME}, "
         "or the folder of a finished LoRA run."
     )
 
@@ -180,18 +193,23 @@ def bake_lora(file: LoraFile) -> LoraFile:
     return replace(file, arrays=arrays, alpha=float(file.rank), alpha_pattern=ranks, use_rslora=False)
 
 
-def _read_header(metadata: Mapping[str, str], source: str) -> dict[str, Any] | None:
-    """Return the PEFT config of a header without its prefix, or None if there is none."""
-    text = metadata.get("lora_adapter_metadata") or metadata.get("lora_config")
+def _read_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return the PEFT config of a file's header without its prefix, or the one beside it, or None if there is none."""
+    source, text = str(path), metadata.get("lora_adapter_metadata") or metadata.get("lora_config")
+    beside = path.with_name(PEFT_CONFIG_NAME)
+    if not text and path.name == PEFT_FILE_NAME:
+        if not beside.is_file():
+            raise UnfitError(f"{beside} is missing, so the scale of {path.name} is unknown. Copy the whole folder.")
+        source, text = str(beside), beside.read_text(encoding="utf-8", errors="replace")
     if not text:
         return None
     try:
         config = {str(key).removeprefix("transformer."): value for key, value in json.loads(text).items()}
         config["r"], config["lora_alpha"] = int(config["r"]), float(config["lora_alpha"])
         _compile_patterns(config)
-    except (re.error, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (re.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UnfitError(
-            f"{source}: its header has LoRA settings without a readable r and lora_alpha ({error!r}), "
+            f"{source} has LoRA settings without a readable r and lora_alpha ({error!r}), "
             "so its scale is unknown. Export the LoRA again."
         ) from error
     return config
@@ -211,16 +229,13 @@ def _canonical(arrays: dict[str, np.ndarray], source: str) -> tuple[dict[str, np
     alphas: dict[str, float] = {}
     strays: list[str] = []
     for key, array in arrays.items():
-        name = key
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
-        if found := _MATRIX.fullmatch(name):
+        if found := _MATRIX.fullmatch(key):
             part = "lora_A" if found["part"] in ("lora_A", "lora_down", "lora.down") else "lora_B"
-            name = f"{found['module']}.{part}.weight"
-        elif found := _MAGNITUDE.fullmatch(name):
-            name = f"{found['module']}.lora_magnitude_vector"
-        elif (found := _ALPHA.fullmatch(name)) and array.size == 1:
-            alphas[found["module"]] = float(array.reshape(()))
+            name = f"{to_diffusers(found['module'])}.{part}.weight"
+        elif found := _MAGNITUDE.fullmatch(key):
+            name = f"{to_diffusers(found['module'])}.lora_magnitude_vector"
+        elif (found := _ALPHA.fullmatch(key)) and array.size == 1:
+            alphas[to_diffusers(found["module"])] = float(array.reshape(()))
             continue
         else:
             strays.append(key)

@@ -9,11 +9,12 @@ still a weight.
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from io import RawIOBase
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,15 @@ class TensorFile:
         """Return the shape of a tensor without reading it."""
         return tuple(self._handle.get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> np.dtype:
+        """Return the type of a tensor without reading it.
+
+        Raises:
+            UnfitError: as `read`.
+        """
+        kind = self._handle.get_slice(name).get_dtype()
+        return _DTYPES[kind] if kind in _DTYPES else self.read(name).dtype  # which tells what is wrong
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
@@ -121,6 +131,20 @@ class StoredTensor:
             return self.file.read(self.name)
         start, stop, _ = rows.indices(self.shape[0])
         return self.file.read_rows(self.name, start, max(start, stop))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deferred:
+    """An array that is made when it is written, for files that are larger than memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
 @contextmanager
@@ -210,8 +234,27 @@ def _what_it_is(start: bytes, size: int) -> str:
     return "it is no safetensors file. Download or export it again."
 
 
+def narrowed(array: np.ndarray, dtype: np.dtype, *, what: str) -> np.ndarray:
+    """Return `array` in `dtype`, itself if it is in it already.
+
+    Raises:
+        UnfitError: a number that float16 cannot hold; `what` says where.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):  # told below
+        result = array.astype(dtype)
+    if dtype == np.float16 and not np.isfinite(result).all() and np.isfinite(array).all():
+        raise UnfitError(f"{what} has numbers beyond 65504, which float16 cannot hold. Use --dtype bfloat16.")
+    return result
+
+
 def save_tensors(
-    path: Path, arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str] | None = None, seal: bool = True
+    path: Path,
+    arrays: Mapping[str, np.ndarray | Deferred],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    seal: bool = True,
 ) -> None:
     """Write a safetensors file in place; publish it through `publish_file` or `publish_folder`.
 
@@ -249,6 +292,7 @@ def save_tensors(
     try:
         with Path(path).open("wb") as file:
             for part in [len(text).to_bytes(8, "little") + text, *(arrays[name] for name in order)]:
+                part = part.make() if isinstance(part, Deferred) else part
                 data = part if isinstance(part, bytes) else _little_endian_bytes(part)
                 if total:
                     total.update(data)

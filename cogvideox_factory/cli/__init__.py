@@ -18,6 +18,7 @@ COMMANDS = {
     "sweep": "one training run for each combination of settings; a table and a page of what came out",
     "launch": "starts `train` on many cards, and again after a crash",
     "generate": "prompts (and images or videos) -> videos",
+    "export": "a run, LoRA or transformer -> diffusers, PEFT, ComfyUI or merged weights, with a card; to the hub",
     "replay": "a training step that went wrong, once more, with a look at every module",
     "evaluate": "metrics of a folder of videos; judges of what they show",
     "train-vae": "clips -> a VAE of this architecture, for models of your own",

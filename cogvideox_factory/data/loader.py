@@ -113,6 +113,8 @@ class CacheSource:
     """Samples from a prepared cache. Each entry's checksum is computed the first time it is read."""
 
     def __init__(self, index: CacheIndex) -> None:
+        self.counts: dict[str, int] = index.recorded.get("counts", {})
+        """Clips of the list by the state they ended in."""
         self._clips: dict[str, CachedClip] = {clip.id: clip for clip in index.clips}
         self._empty = read_entry(index.empty_file, verify=True)[0]["prompt_embeds"]
         self._empty.flags.writeable = False  # many batches share it
@@ -166,9 +168,11 @@ class RawSource:
     Args:
         clips: surveyed usable clips.
         latent_channels: of the VAE that will encode them.
+        counts: clips of the list by the state they ended in.
     """
 
-    def __init__(self, clips: list[Clip], *, latent_channels: int) -> None:
+    def __init__(self, clips: list[Clip], *, latent_channels: int, counts: Mapping[str, int] | None = None) -> None:
+        self.counts = dict(counts or {})
         self._clips = {clip.id: clip for clip in clips}
         self._latent_channels = latent_channels
         self._has_images = any(clip.image_path for clip in clips)

@@ -212,21 +212,21 @@ def load_checkpoint(
         shards = [
             stack.enter_context(open_tensors(path, verify=False)) for path in sorted(folder.glob("*.safetensors"))
         ]
-        pieces = _find_pieces(shards)
+        pieces = find_pieces(shards)
         for name, tensor in tensors.items():
             shape = _at_least_1d(tensor).shape
-            stored = _stored_shape(pieces.get(name, []), name)
+            stored = stored_shape(pieces.get(name, []), name)
             if stored != tuple(shape):
                 raise UnfitError(
                     f"{folder}: {name} has shape {stored}, this run needs {tuple(tensor.shape)}. "
                     "Resume with the model and LoRA rank the run was started with."
                 )
             start, stop = rows_of(tensor)
-            _read_rows(_at_least_1d(local(tensor.detach())), start, stop, pieces[name], name)
+            read_rows(_at_least_1d(local(tensor.detach())), start, stop, pieces[name], name)
     return state
 
 
-def _find_pieces(shards: Sequence[TensorFile]) -> dict[str, list[tuple[int, TensorFile]]]:
+def find_pieces(shards: Sequence[TensorFile]) -> dict[str, list[tuple[int, TensorFile]]]:
     """Return {name: (first row, file) of each stored piece}."""
     pieces: dict[str, list[tuple[int, TensorFile]]] = {}
     for shard in shards:
@@ -237,13 +237,14 @@ def _find_pieces(shards: Sequence[TensorFile]) -> dict[str, list[tuple[int, Tens
     return pieces
 
 
-def _stored_shape(pieces: Sequence[tuple[int, TensorFile]], name: str) -> tuple[int, ...]:
+def stored_shape(pieces: Sequence[tuple[int, TensorFile]], name: str) -> tuple[int, ...]:
+    """Return the shape of a tensor of which `pieces` are all; () if there are none."""
     shapes = [(start, shard.shape(name)) for start, shard in pieces]
     return (max(start + shape[0] for start, shape in shapes), *shapes[0][1][1:]) if shapes else ()
 
 
 @torch.no_grad()
-def _read_rows(target: Tensor, start: int, stop: int, pieces: Sequence[tuple[int, TensorFile]], name: str) -> None:
+def read_rows(target: Tensor, start: int, stop: int, pieces: Sequence[tuple[int, TensorFile]], name: str) -> None:
     """Fill `target`, rows `start` to `stop` of a tensor."""
     missing = stop - start
     for first, shard in pieces:

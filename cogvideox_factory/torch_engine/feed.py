@@ -58,7 +58,7 @@ def open_source(plan: Plan) -> tuple[CacheSource | RawSource, str, dict[str, flo
         return CacheSource(index), digest_of(clip_ids, settings.to_json()), set_weights
     manifest = intake.checked_manifest(config, spec, plan.model)
     clip_ids = sorted(clip.id for clip in manifest.usable)
-    source = RawSource(manifest.usable, latent_channels=plan.model.out_channels)
+    source = RawSource(manifest.usable, latent_channels=plan.model.out_channels, counts=manifest.counts())
     return source, digest_of(clip_ids, spec), intake.set_weights(config)
 
 

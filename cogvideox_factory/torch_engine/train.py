@@ -18,6 +18,7 @@ from cogvideox_factory.data.loader import CacheSource, Draws, Loader, RawSource
 from cogvideox_factory.data.sampler import Sampler, hold_out
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import say, speaking
+from cogvideox_factory.model_card import describe_run
 from cogvideox_factory.plan import memory
 from cogvideox_factory.publish import require_room, sweep
 from cogvideox_factory.recipe import write_recipe
@@ -123,7 +124,7 @@ def _run(plan: Plan, ranks: Ranks, tracker: Tracker | None, started: float) -> P
         ranks.from_lead(lambda: stack.enter_context(locked(plan.run_folder)))
         start = ranks.from_lead(lambda: find_start(plan))
         changes = ranks.from_lead(lambda: check_resume(plan, start, wanted)) if start else []
-        record = record_of(plan, ranks, wanted, changes)
+        record = record_of(plan, ranks, wanted, changes) | {"data_counts": source.counts}
         numbers, in_hand = training_numbers(plan, sizes, ranks.layout), InHand("before the first step")
         accelerator = plan.device.type != "cpu"
         with told(plan.device, in_hand, lambda: memory.savings(numbers, accelerator=accelerator)):
@@ -191,6 +192,7 @@ def _train(
     loop.run(start)
     with loop.averaged_weights():
         export(transformer, plan.run_folder, method=config.train.method, ranks=ranks)
+    ranks.from_lead(lambda: describe_run(plan.run_folder))
     say(f"final weights in {plan.run_folder / 'final'}")
 
 

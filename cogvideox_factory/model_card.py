@@ -1,0 +1,371 @@
+"""The README.md beside exported weights: what they are, what they learnt and from how much, and how to use them.
+
+It tells nothing of the machine it was made on: no paths, and of the settings only those that shape the result.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+
+from cogvideox_factory.checkpoints import newest_checkpoint, read_state
+from cogvideox_factory.data.picture import write_png
+from cogvideox_factory.errors import DataError
+from cogvideox_factory.evaluate import read_video
+from cogvideox_factory.metrics import say
+from cogvideox_factory.models import PUBLISHED, ModelFacts
+from cogvideox_factory.publish import publish_text
+from cogvideox_factory.report.curve import curve
+from cogvideox_factory.report.strip import rows_of_frames
+from cogvideox_factory.strict_yaml import read_yaml
+
+Form = Literal["diffusers lora", "peft", "comfyui lora", "transformer", "comfyui model"]
+Task = Literal["t2v", "i2v"]
+
+CARD, LOSS, SAMPLES = "README.md", "loss.png", "samples.png"
+_MAX_SAMPLES = 4
+_TOLD = {
+    "text": ("max_sequence_length",),
+    "data": ("fps_policy", "crop", "windows", "buckets", "trigger_word"),
+    "lora": ("rank", "alpha", "use_rslora", "use_dora", "target_modules", "base"),
+    "train": (
+        "method", "steps", "batch_size", "gradient_accumulation", "optimizer", "learning_rate", "schedule",
+        "warmup_steps", "beta1", "beta2", "weight_decay", "max_grad_norm", "master_weights", "caption_dropout",
+        "image_dropout", "image_noise", "ema_decay",
+    ),
+    "run": ("seed", "dtype"),
+}  # fmt: skip
+"""Settings that a card shows; none of them is a path."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Base:
+    """The model that exported weights belong to."""
+
+    hub_id: str | None
+    name: str
+    """What it is called in text and code: its hub id, or a folder that the reader has to name."""
+    licence: Mapping[str, str] = field(default_factory=dict)
+    """Keys of a card's front matter; empty where nothing is known."""
+
+    @property
+    def facts(self) -> ModelFacts | None:
+        """What is known of it, if it is a published model under either owner's name."""
+        return _published(self.hub_id) if self.hub_id else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFacts:
+    """What a run folder tells."""
+
+    settings: dict[str, Any]
+    step: int
+    counts: dict[str, int]
+    """Clips a state, from the data check."""
+    curves: dict[str, list[tuple[float, float]]]
+    samples: list[Path]
+    """The newest sample video of each prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """Everything a card tells."""
+
+    name: str
+    """What the weights go by: the id of a hub repository, or a folder."""
+    form: Form
+    files: Sequence[str]
+    """The weights, first the one to load."""
+    base: Base
+    task: Task | None
+    rank: int | None = None
+    """Of the LoRA that they are, or that was folded into them."""
+    is_dora: bool = False
+    run: RunFacts | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether they are a model, not a LoRA."""
+        return self.form in ("transformer", "comfyui model")
+
+    @property
+    def about(self) -> str:
+        """What they are, in a sentence."""
+        if self.rank is None:
+            return f"A transformer fine-tuned from {self.base.name}."
+        kind = f"{'DoRA' if self.is_dora else 'LoRA'} of rank {self.rank}"
+        if self.is_whole:
+            return f"The transformer of {self.base.name} with a {kind} folded in."
+        return f"A {kind} for {self.base.name}."
+
+
+def base_of(path: str) -> Base:
+    """Return the model that a setting `model.path` names; of a local folder only its name, and its own licence."""
+    folder = Path(path).expanduser()
+    cached = _CACHED.search(path)
+    hub_id = f"{cached['owner']}/{cached['name']}" if cached else None
+    if hub_id is None and not folder.exists() and _HUB_ID.fullmatch(path):
+        hub_id = path
+    if hub_id and _published(hub_id):
+        name = hub_id.split("/")[1]
+        own = {"license": "apache-2.0"} if name.lower() == "cogvideox-2b" else {
+            "license": "other", "license_name": "cogvideox-license",
+            "license_link": f"https://huggingface.co/{hub_id}/blob/main/LICENSE",
+        }  # fmt: skip
+        return Base(hub_id=hub_id, name=hub_id, licence=own)
+    name = hub_id or f"path/to/{folder.name or 'the-base-model'}"
+    return Base(hub_id=hub_id, name=name, licence=_licence_of(folder))
+
+
+def read_run(run: Path, *, step: int | None = None) -> RunFacts:
+    """Return what a run folder tells, up to a step if one is given.
+
+    Raises:
+        FactoryError: its config.yaml cannot be read.
+    """
+    rows = [row for row in _metrics(run / "metrics.jsonl") if step is None or row["step"] <= step]
+    newest = newest_checkpoint(run)[0]
+    state = read_state(newest) if newest else {}
+    curves = {
+        title: [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+        for key, title in (("loss", "training loss"), ("validation_loss", "loss on held-out clips"))
+    }
+    samples: dict[str, Path] = {}
+    for path in sorted((run / "samples").glob("step-*-*.mp4")):
+        if step is None or int(path.stem.split("-")[1]) <= step:
+            samples[path.stem.split("-")[2]] = path
+    settings = read_yaml(run / "config.yaml")
+    return RunFacts(
+        settings=settings, step=step or state.get("step", settings["train"]["steps"]),
+        counts=state.get("data_counts", {}), curves={name: points for name, points in curves.items() if points},
+        samples=list(samples.values())[:_MAX_SAMPLES],
+    )  # fmt: skip
+
+
+def describe_run(run: Path) -> None:
+    """Lay a card beside the weights in `final/` of a run.
+
+    Raises:
+        StorageError: the disk is full, read-only or failing.
+    """
+    final, facts = run / "final", read_run(run)
+    settings, base = facts.settings, base_of(facts.settings["model"]["path"])
+    is_lora = settings["train"]["method"] == "lora"
+    write_card(
+        final,
+        Card(
+            name=run.absolute().name, form="diffusers lora" if is_lora else "transformer",
+            files=[path.relative_to(final).as_posix() for path in sorted(final.rglob("*.safetensors"))], base=base,
+            task=settings["task"], run=facts, rank=settings["lora"]["rank"] if is_lora else None,
+            is_dora=settings["lora"]["use_dora"],
+        ),
+    )  # fmt: skip
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Write README.md, and loss.png and samples.png where the run has them, into `folder`.
+
+    Raises:
+        StorageError: the disk is full, read-only or failing.
+    """
+    shown = {}
+    if card.run and card.run.curves:
+        shown[LOSS] = curve(card.run.curves, x_label="steps")
+    if card.run and (videos := _read_videos(card.run.samples)):
+        shown[SAMPLES] = rows_of_frames(videos)
+    for name, picture in shown.items():
+        write_png(folder / name, picture)
+    publish_text(folder / CARD, render(card, pictures=list(shown)))
+
+
+def render(card: Card, *, pictures: Sequence[str] = ()) -> str:
+    """Return the text of a card; `pictures` lie beside it."""
+    front = yaml.safe_dump(_front_matter(card), sort_keys=False, allow_unicode=True)
+    parts = [f"---\n{front}---", f"# {card.name.split('/')[-1]}", f"{card.about} Made with CogVideoX Factory."]
+    if SAMPLES in pictures:
+        prompts = (card.run.settings["validation"]["prompts"] if card.run else [])[:_MAX_SAMPLES]
+        parts += [f"![First, middle and last frame of sample videos]({SAMPLES})"]
+        parts += ["From above: " + "; ".join(f"“{prompt}”" for prompt in prompts) + "."] if prompts else []
+    parts += ["## How to use it", *_usage(card)]
+    if card.run:
+        parts += ["## What it learnt from", _table(_learnt(card.run))]
+        parts += [f"![Loss over steps]({LOSS})"] if LOSS in pictures else []
+        told = yaml.safe_dump(_told(card.run.settings), sort_keys=False, allow_unicode=True)
+        parts += ["## Settings", f"```yaml\n{told}```"]
+    parts += ["## Licence", _licence_text(card.base)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(card: Card) -> dict[str, Any]:
+    pipeline = {"t2v": "text-to-video", "i2v": "image-to-video", None: None}[card.task]
+    library = {"peft": "peft", "diffusers lora": "diffusers", "transformer": "diffusers"}.get(card.form)
+    trigger = card.run.settings["data"].get("trigger_word") if card.run else None
+    tags = ["cogvideox", *([pipeline] if pipeline else []), *([] if card.is_whole else ["lora"])]
+    tags += ["comfyui"] if card.form.startswith("comfyui") else []
+    front = {
+        "base_model": card.base.hub_id, "base_model_relation": "finetune" if card.is_whole else "adapter",
+        "library_name": library, "pipeline_tag": pipeline, "instance_prompt": trigger, "tags": tags,
+    }  # fmt: skip
+    if card.base.hub_id is None:
+        del front["base_model_relation"]
+    return {key: value for key, value in front.items() if value is not None} | dict(card.base.licence)
+
+
+def _usage(card: Card) -> list[str]:
+    """Return paragraphs; the Python in them runs as it is where the base model is at hand."""
+    if card.form == "comfyui lora":
+        return [
+            f"Put `{card.files[0]}` into `ComfyUI/models/loras` and load it with the node *Load LoRA* (model only), "
+            "over a CogVideoX model loaded by ComfyUI itself. Strength 1 is as it was trained. "
+            "For the nodes of ComfyUI-CogVideoXWrapper export with `--to diffusers --alpha baked`."
+        ]
+    if card.form == "comfyui model":
+        return [
+            f"Put `{card.files[0]}` into `ComfyUI/models/diffusion_models` and load it with *Load Diffusion Model*."
+        ]
+    flag = {"transformer": "--model.transformer"}.get(card.form, "--generate.lora")
+    task = card.task or "t2v"
+    prompt = _prompt(card)
+    image = " --generate.image first.png" if task == "i2v" else ""
+    base = f"--task {task} --model.path {card.base.name}"
+    command = f'cogvideox generate {base} {flag} {card.name}{image} --generate.prompt "{prompt}"'
+    return [
+        f"```python\n{_python(card, prompt)}```",
+        f"Or with CogVideoX Factory, after `hf download {card.name} --local-dir {card.name}`:"
+        if _HUB_ID.fullmatch(card.name) else "Or with CogVideoX Factory:",
+        f"```\n{command}\n```",
+    ]  # fmt: skip
+
+
+def _python(card: Card, prompt: str) -> str:
+    is_i2v, base, facts = card.task == "i2v", card.base.name, card.base.facts
+    pipeline = "CogVideoXImageToVideoPipeline" if is_i2v else "CogVideoXPipeline"
+    dtype = f"torch.{facts.dtype if facts else 'bfloat16'}"
+    imports = ["import torch", f"from diffusers import {pipeline}"]
+    load = [f'pipe = {pipeline}.from_pretrained("{base}", torch_dtype={dtype})']
+    if card.form == "transformer":
+        imports[1] = f"from diffusers import {pipeline}, CogVideoXTransformer3DModel"
+        load = [
+            f'transformer = CogVideoXTransformer3DModel.from_pretrained("{card.name}", subfolder="transformer",',
+            f"                                                          torch_dtype={dtype})",
+            f'pipe = {pipeline}.from_pretrained("{base}", transformer=transformer, torch_dtype={dtype})',
+        ]
+    elif card.form == "peft":
+        imports += ["from peft import PeftModel"]
+        load += [f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{card.name}")']
+    else:
+        load += [f'pipe.load_lora_weights("{card.name}", weight_name="{card.files[0]}")']
+    imports += [f"from diffusers.utils import export_to_video{', load_image' if is_i2v else ''}"]
+    load += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")']
+    sizes = _sizes(card)
+    call = [f'"{prompt}"', *(['image=load_image("first.png")'] if is_i2v else [])]
+    call += [f"{name}={sizes[name]}" for name in ("num_frames", "height", "width") if name in sizes]
+    make = [f"video = pipe({', '.join(call)}).frames[0]", f'export_to_video(video, "video.mp4", fps={sizes["fps"]:g})']
+    return "\n".join([*imports, "", *load, *make]) + "\n"
+
+
+def _sizes(card: Card) -> dict[str, Any]:
+    names = ("num_frames", "height", "width", "fps")
+    if card.run:
+        return {name: card.run.settings["data"][name] for name in names}
+    facts = card.base.facts
+    return {name: getattr(facts, name) for name in names} if facts else {"fps": 8}
+
+
+def _prompt(card: Card) -> str:
+    """Return a prompt for the snippets: one of the run's own, or its trigger word in a sentence."""
+    settings = card.run.settings if card.run else {"validation": {"prompts": []}, "data": {}}
+    own, trigger = settings["validation"]["prompts"], settings["data"].get("trigger_word")
+    text = own[0] if own else f"{trigger} a red fox in the snow" if trigger else "a red fox in the snow"
+    return re.sub(r'[\\"$`\n\r]', " ", text)  # it stands in quotes, in Python and in a shell
+
+
+def _learnt(run: RunFacts) -> list[tuple[str, str]]:
+    settings, total = run.settings, sum(run.counts.values())
+    data, train = settings["data"], settings["train"]
+    task = {"t2v": "text to video", "i2v": "image to video"}[settings["task"]]
+    counts = ", ".join(f"{count} {state}" for state, count in run.counts.items())
+    batch = train["batch_size"] * train["gradient_accumulation"]
+    rows = [
+        ("task", f"{task}, {'LoRA' if train['method'] == 'lora' else 'all weights'}"),
+        ("clips", f"{total}: {counts}" if total else "not known"),
+        ("size", f"{data['num_frames']} frames of {data['height']} x {data['width']} pixels, {data['fps']:g} a second"),
+        ("steps", f"{run.step} of {batch} clip{'s' if batch > 1 else ''}"),
+    ]
+    if data.get("buckets"):
+        rows[2] = ("size", f"buckets up to {rows[2][1]}")
+    rows += [("trigger word", data["trigger_word"])] if data.get("trigger_word") else []
+    rows += [(name, f"{points[-1][1]:.4f} at step {points[-1][0]}") for name, points in run.curves.items()]
+    return rows
+
+
+def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
+    told = {}
+    for section, names in _TOLD.items():
+        if section != "lora" or settings["train"]["method"] == "lora":
+            told[section] = {name: settings[section][name] for name in names if name in settings[section]}
+    buckets = told["data"].get("buckets")
+    if buckets not in (None, "auto"):  # a file's name says nothing elsewhere
+        told["data"]["buckets"] = "from a file"
+    return told
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows)])
+
+
+def _licence_text(base: Base) -> str:
+    if not base.licence:
+        return f"That of the base model ({base.name}), and what the clips allow."
+    name = base.licence.get("license_name", base.licence["license"])
+    link = base.licence.get("license_link")
+    return f"The base model's: {f'[{name}]({link})' if link else name}. The clips may set limits of their own."
+
+
+def _published(hub_id: str) -> ModelFacts | None:
+    """Return a published model by its hub id; its authors' organisation has had two names there."""
+    owner, _, name = hub_id.partition("/")
+    found = [facts for facts in PUBLISHED.values() if facts.hub_id and facts.hub_id.split("/")[1] == name]
+    return found[0] if found and owner in ("THUDM", "zai-org") else None
+
+
+def _licence_of(folder: Path) -> dict[str, str]:
+    """Return the licence keys of the front matter of a model folder's README, if it has some that can be read."""
+    readme = folder / CARD
+    if not readme.is_file():
+        return {}
+    found = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    lines = found[1].splitlines() if found else []
+    pairs = [re.fullmatch(r"(license|license_name|license_link): *[\"']?([^\"'#]+?)[\"']? *", line) for line in lines]
+    keys = {pair[1]: pair[2] for pair in pairs if pair}
+    return keys if "license" in keys else {}
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics.jsonl; what a killed writer left of a line is no row."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def _read_videos(paths: Sequence[Path]) -> list[np.ndarray]:
+    videos = []
+    for path in paths:
+        try:
+            videos.append(read_video(path))
+        except DataError as error:  # not worth an export
+            say(f"not on the card: {error}")
+    return videos
