@@ -3,15 +3,12 @@
 The token is huggingface_hub's own affair (`hf auth login`, or HF_TOKEN); no setting here takes one.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 from cogvideox_factory.errors import FactoryError, MissingError
-
-_NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 
 
 def repository_of(name: str) -> str:
@@ -21,10 +18,13 @@ def repository_of(name: str) -> str:
         FactoryError: no name for a repository.
         MissingError: no network, or nobody is logged in.
     """
-    if not _NAME.fullmatch(name):
-        raise FactoryError(f"--push-to-hub {name!r} is no name of a repository. Write NAME or OWNER/NAME.")
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise FactoryError(f"--push-to-hub {name!r} is no name of a repository. Write NAME or OWNER/NAME.") from error
     with _told(f"{name} cannot be pushed to the Hugging Face hub", "Nothing was exported or uploaded."):
         user = HfApi().whoami()["name"]
     return name if "/" in name else f"{user}/{name}"
