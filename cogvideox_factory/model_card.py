@@ -3,32 +3,27 @@
 It tells nothing of the machine it was made on: no paths, and of the settings only those that shape the result.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import yaml
 
-from cogvideox_factory.checkpoints import newest_checkpoint, read_state
+from cogvideox_factory.card_facts import HUB_ID, Base, Card, RunFacts, base_of, read_run
 from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.errors import DataError
 from cogvideox_factory.evaluate import read_video
 from cogvideox_factory.metrics import say
-from cogvideox_factory.models import PUBLISHED, ModelFacts
 from cogvideox_factory.publish import publish_text
 from cogvideox_factory.report.curve import curve
 from cogvideox_factory.report.strip import rows_of_frames
-from cogvideox_factory.strict_yaml import read_yaml
-
-Form = Literal["diffusers lora", "peft", "comfyui lora", "transformer", "comfyui model"]
-Task = Literal["t2v", "i2v"]
 
 CARD, LOSS, SAMPLES = "README.md", "loss.png", "samples.png"
-_MAX_SAMPLES = 4
+_CALL = ("num_frames", "height", "width", "max_sequence_length")
+_USUAL_TOKENS = 226
+"""What diffusers pads a prompt to unless it is told."""
 _TOLD = {
     "text": ("max_sequence_length",),
     "data": ("fps_policy", "crop", "windows", "buckets", "trigger_word"),
@@ -41,112 +36,6 @@ _TOLD = {
     "run": ("seed", "dtype"),
 }  # fmt: skip
 """Settings that a card shows; none of them is a path."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Base:
-    """The model that exported weights belong to."""
-
-    hub_id: str | None
-    name: str
-    """What it is called in text and code: its hub id, or a folder that the reader has to name."""
-    licence: Mapping[str, str] = field(default_factory=dict)
-    """Keys of a card's front matter; empty where nothing is known."""
-
-    @property
-    def facts(self) -> ModelFacts | None:
-        """What is known of it, if it is a published model under either owner's name."""
-        return _published(self.hub_id) if self.hub_id else None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunFacts:
-    """What a run folder tells."""
-
-    settings: dict[str, Any]
-    step: int
-    counts: dict[str, int]
-    """Clips a state, from the data check."""
-    curves: dict[str, list[tuple[float, float]]]
-    samples: list[Path]
-    """The newest sample video of each prompt."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Card:
-    """Everything a card tells."""
-
-    name: str
-    """What the weights go by: the id of a hub repository, or a folder."""
-    form: Form
-    files: Sequence[str]
-    """The weights, first the one to load."""
-    base: Base
-    task: Task | None
-    rank: int | None = None
-    """Of the LoRA that they are, or that was folded into them."""
-    is_dora: bool = False
-    run: RunFacts | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether they are a model, not a LoRA."""
-        return self.form in ("transformer", "comfyui model")
-
-    @property
-    def about(self) -> str:
-        """What they are, in a sentence."""
-        if self.rank is None:
-            return f"A transformer fine-tuned from {self.base.name}."
-        kind = f"{'DoRA' if self.is_dora else 'LoRA'} of rank {self.rank}"
-        if self.is_whole:
-            return f"The transformer of {self.base.name} with a {kind} folded in."
-        return f"A {kind} for {self.base.name}."
-
-
-def base_of(path: str) -> Base:
-    """Return the model that a setting `model.path` names; of a local folder only its name, and its own licence."""
-    folder = Path(path).expanduser()
-    cached = _CACHED.search(path)
-    hub_id = f"{cached['owner']}/{cached['name']}" if cached else None
-    if hub_id is None and not folder.exists() and _HUB_ID.fullmatch(path):
-        hub_id = path
-    if hub_id and _published(hub_id):
-        name = hub_id.split("/")[1]
-        own = {"license": "apache-2.0"} if name.lower() == "cogvideox-2b" else {
-            "license": "other", "license_name": "cogvideox-license",
-            "license_link": f"https://huggingface.co/{hub_id}/blob/main/LICENSE",
-        }  # fmt: skip
-        return Base(hub_id=hub_id, name=hub_id, licence=own)
-    name = hub_id or f"path/to/{folder.name or 'the-base-model'}"
-    return Base(hub_id=hub_id, name=name, licence=_licence_of(folder))
-
-
-def read_run(run: Path, *, step: int | None = None) -> RunFacts:
-    """Return what a run folder tells, up to a step if one is given.
-
-    Raises:
-        FactoryError: its config.yaml cannot be read.
-    """
-    rows = [row for row in _metrics(run / "metrics.jsonl") if step is None or row["step"] <= step]
-    newest = newest_checkpoint(run)[0]
-    state = read_state(newest) if newest else {}
-    curves = {
-        title: [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
-        for key, title in (("loss", "training loss"), ("validation_loss", "loss on held-out clips"))
-    }
-    samples: dict[str, Path] = {}
-    for path in sorted((run / "samples").glob("step-*-*.mp4")):
-        if step is None or int(path.stem.split("-")[1]) <= step:
-            samples[path.stem.split("-")[2]] = path
-    settings = read_yaml(run / "config.yaml")
-    return RunFacts(
-        settings=settings, step=step or state.get("step", settings["train"]["steps"]),
-        counts=state.get("data_counts", {}), curves={name: points for name, points in curves.items() if points},
-        samples=list(samples.values())[:_MAX_SAMPLES],
-    )  # fmt: skip
 
 
 def describe_run(run: Path) -> None:
@@ -190,7 +79,9 @@ def render(card: Card, *, pictures: Sequence[str] = ()) -> str:
     front = yaml.safe_dump(_front_matter(card), sort_keys=False, allow_unicode=True)
     parts = [f"---\n{front}---", f"# {card.name.split('/')[-1]}", f"{card.about} Made with CogVideoX Factory."]
     if SAMPLES in pictures:
-        prompts = (card.run.settings["validation"]["prompts"] if card.run else [])[:_MAX_SAMPLES]
+        prompts = (card.run.settings["validation"]["prompts"] if card.run else [])[
+            : len(card.run.samples) if card.run else 0
+        ]
         parts += [f"![First, middle and last frame of sample videos]({SAMPLES})"]
         parts += ["From above: " + "; ".join(f"“{prompt}”" for prompt in prompts) + "."] if prompts else []
     parts += ["## How to use it", *_usage(card)]
@@ -239,7 +130,7 @@ def _usage(card: Card) -> list[str]:
     return [
         f"```python\n{_python(card, prompt)}```",
         f"Or with CogVideoX Factory, after `hf download {card.name} --local-dir {card.name}`:"
-        if _HUB_ID.fullmatch(card.name) else "Or with CogVideoX Factory:",
+        if HUB_ID.fullmatch(card.name) else "Or with CogVideoX Factory:",
         f"```\n{command}\n```",
     ]  # fmt: skip
 
@@ -265,8 +156,8 @@ def _python(card: Card, prompt: str) -> str:
     imports += [f"from diffusers.utils import export_to_video{', load_image' if is_i2v else ''}"]
     load += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")']
     sizes = _sizes(card)
-    call = [f'"{prompt}"', *(['image=load_image("first.png")'] if is_i2v else [])]
-    call += [f"{name}={sizes[name]}" for name in ("num_frames", "height", "width") if name in sizes]
+    call = [*(['load_image("first.png")'] if is_i2v else []), f'prompt="{prompt}"']
+    call += [f"{name}={sizes[name]}" for name in _CALL if name in sizes]
     make = [f"video = pipe({', '.join(call)}).frames[0]", f'export_to_video(video, "video.mp4", fps={sizes["fps"]:g})']
     return "\n".join([*imports, "", *load, *make]) + "\n"
 
@@ -274,7 +165,9 @@ def _python(card: Card, prompt: str) -> str:
 def _sizes(card: Card) -> dict[str, Any]:
     names = ("num_frames", "height", "width", "fps")
     if card.run:
-        return {name: card.run.settings["data"][name] for name in names}
+        tokens = card.run.settings["text"]["max_sequence_length"]
+        longer = {} if tokens == _USUAL_TOKENS else {"max_sequence_length": tokens}
+        return {name: card.run.settings["data"][name] for name in names} | longer
     facts = card.base.facts
     return {name: getattr(facts, name) for name in names} if facts else {"fps": 8}
 
@@ -323,42 +216,10 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 
 def _licence_text(base: Base) -> str:
     if not base.licence:
-        return f"That of the base model ({base.name}), and what the clips allow."
+        return f"That of the base model ({base.short}), and what the clips allow."
     name = base.licence.get("license_name", base.licence["license"])
     link = base.licence.get("license_link")
     return f"The base model's: {f'[{name}]({link})' if link else name}. The clips may set limits of their own."
-
-
-def _published(hub_id: str) -> ModelFacts | None:
-    """Return a published model by its hub id; its authors' organisation has had two names there."""
-    owner, _, name = hub_id.partition("/")
-    found = [facts for facts in PUBLISHED.values() if facts.hub_id and facts.hub_id.split("/")[1] == name]
-    return found[0] if found and owner in ("THUDM", "zai-org") else None
-
-
-def _licence_of(folder: Path) -> dict[str, str]:
-    """Return the licence keys of the front matter of a model folder's README, if it has some that can be read."""
-    readme = folder / CARD
-    if not readme.is_file():
-        return {}
-    found = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    lines = found[1].splitlines() if found else []
-    pairs = [re.fullmatch(r"(license|license_name|license_link): *[\"']?([^\"'#]+?)[\"']? *", line) for line in lines]
-    keys = {pair[1]: pair[2] for pair in pairs if pair}
-    return keys if "license" in keys else {}
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.jsonl; what a killed writer left of a line is no row."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
 
 
 def _read_videos(paths: Sequence[Path]) -> list[np.ndarray]:

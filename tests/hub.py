@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine: what huggingface_hub says to one when it makes a model repository and fills it."""
+"""A Hugging Face hub on this machine, which knows as much as making and filling a model repository takes."""
 
 import base64
 import hashlib
@@ -103,7 +103,7 @@ def running() -> Iterator[Hub]:
             self.end_headers()
             self.wfile.write(data)
 
-        do_GET = do_POST = do_PUT = _serve  # noqa: N815 - the names http.server calls
+        do_GET = do_POST = do_PUT = _serve
 
         def log_message(self, format: str, *args: Any) -> None:
             """Say nothing."""

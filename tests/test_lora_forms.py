@@ -36,7 +36,7 @@ def a_lora(kind="plain", *, rank=4, alpha=2.0, dtype=np.float32) -> LoraFile:
     pattern = {special: 8} if kind == "ranks" else {}
     return LoraFile(
         source="made", arrays=arrays, rank=rank, alpha=alpha, rank_pattern=pattern, target_modules=TARGETS,
-        alpha_pattern={module: 1.0 for module in pattern}, use_rslora=kind == "rslora", use_dora=kind == "dora",
+        alpha_pattern=dict.fromkeys(pattern, 1.0), use_rslora=kind == "rslora", use_dora=kind == "dora",
     )  # fmt: skip
 
 

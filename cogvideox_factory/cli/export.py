@@ -10,8 +10,8 @@ from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import say
 
 if TYPE_CHECKING:
+    from cogvideox_factory.card_facts import Base, Task
     from cogvideox_factory.export import Source, Weights
-    from cogvideox_factory.model_card import Base, Task
 
 DESCRIPTION = """Write what a run learnt in the form another program reads, with a model card beside it.
 diffusers: a LoRA file, or a transformer folder. peft: an adapter folder. comfyui: one file with the names of ComfyUI's
@@ -57,7 +57,7 @@ def run(argv: list[str]) -> None:
     options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     ask = tyro.cli(Export, args=argv, prog="cogvideox export", description=DESCRIPTION, config=options)
     from cogvideox_factory import export, hub
-    from cogvideox_factory.model_card import base_of
+    from cogvideox_factory.card_facts import base_of
     from cogvideox_factory.publish import publish_folder, replace_folder
 
     source = export.find_source(Path(ask.source).expanduser())
@@ -144,8 +144,9 @@ def _transformer_of(base: str, settings: dict[str, Any]) -> Path:
 def _write_card(
     folder: Path, files: list[str], ask: Export, source: "Source", weights: "Weights", base: "Base", *, name: str
 ) -> None:
+    from cogvideox_factory.card_facts import Card, Form, read_run
     from cogvideox_factory.checkpoints import read_state
-    from cogvideox_factory.model_card import Card, Form, read_run, write_card
+    from cogvideox_factory.model_card import write_card
 
     step = read_state(source.path)["step"] if source.is_checkpoint else None
     facts = read_run(source.run, step=step) if source.run else None
