@@ -78,10 +78,8 @@ def render(card: Card, *, pictures: Sequence[str] = ()) -> str:
     """Return the text of a card; `pictures` lie beside it."""
     front = yaml.safe_dump(_front_matter(card), sort_keys=False, allow_unicode=True)
     parts = [f"---\n{front}---", f"# {card.name.split('/')[-1]}", f"{card.about} Made with CogVideoX Factory."]
-    if SAMPLES in pictures:
-        prompts = (card.run.settings["validation"]["prompts"] if card.run else [])[
-            : len(card.run.samples) if card.run else 0
-        ]
+    if card.run and SAMPLES in pictures:
+        prompts = card.run.settings["validation"]["prompts"][: len(card.run.samples)]
         parts += [f"![First, middle and last frame of sample videos]({SAMPLES})"]
         parts += ["From above: " + "; ".join(f"“{prompt}”" for prompt in prompts) + "."] if prompts else []
     parts += ["## How to use it", *_usage(card)]
@@ -154,7 +152,7 @@ def _python(card: Card, prompt: str) -> str:
     else:
         load += [f'pipe.load_lora_weights("{card.name}", weight_name="{card.files[0]}")']
     imports += [f"from diffusers.utils import export_to_video{', load_image' if is_i2v else ''}"]
-    load += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")']
+    load += ['pipe.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")']
     sizes = _sizes(card)
     call = [*(['load_image("first.png")'] if is_i2v else []), f'prompt="{prompt}"']
     call += [f"{name}={sizes[name]}" for name in _CALL if name in sizes]
