@@ -106,8 +106,8 @@ def test_no_drawer_for_everything():
     "module",
     [
         "data", "diffusion", "plan", "models", "weights", "metrics", "tracker", "recipe", "draws", "shapes", "intake",
-        "preparation", "jobs", "original", "sweep", "stopping", "supervise", "attempt",
-        "watchdog",
+        "preparation", "jobs", "original", "sweep", "stopping", "supervise", "attempt", "watchdog", "export", "hub",
+        "model_card",
     ],
 )  # fmt: skip
 def test_the_ground_needs_no_framework(module):

@@ -10,6 +10,7 @@ from cogvideox_factory.cli.settings import parse_with
 DESCRIPTION = """Encode clips and captions once, so that training never waits for a decoder, the VAE or T5.
 Run it again after an interruption or with more clips: finished entries are kept, only what is missing is made. Several
 processes or machines that see one cache folder share the work with --prepare.shard."""
+SECTIONS = ("task", "model", "data", "cache", "text", "run")
 
 
 class Prepare(BaseModel):
@@ -30,8 +31,7 @@ class Flags(BaseModel):
 
 def run(argv: list[str]) -> None:
     """Parse and prepare; a framework is imported only if something is to be encoded."""
-    sections = ("task", "model", "data", "cache", "text", "run")
-    config, ask = parse_with("prepare", expand("prepare", argv), sections=sections, description=DESCRIPTION, own=Flags)
+    config, ask = parse_with("prepare", expand("prepare", argv), sections=SECTIONS, description=DESCRIPTION, own=Flags)
     from cogvideox_factory import preparation
 
     shard = preparation.Shard.parse(ask.prepare.shard) if ask.prepare.shard is not None else None
