@@ -38,20 +38,20 @@ _TOLD = {
 """Settings that a card shows; none of them is a path."""
 
 
-def describe_run(run: Path) -> None:
-    """Lay a card beside the weights in `final/` of a run.
+def describe_run(run: Path, folder: Path) -> None:
+    """Lay a card beside the weights of a finished run in `folder`, which becomes its `final/`.
 
     Raises:
         StorageError: the disk is full, read-only or failing.
     """
-    final, facts = run / "final", read_run(run)
+    facts = read_run(run)
     settings, base = facts.settings, base_of(facts.settings["model"]["path"])
     is_lora = settings["train"]["method"] == "lora"
     write_card(
-        final,
+        folder,
         Card(
             name=run.absolute().name, form="diffusers lora" if is_lora else "transformer",
-            files=[path.relative_to(final).as_posix() for path in sorted(final.rglob("*.safetensors"))], base=base,
+            files=[path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.safetensors"))], base=base,
             task=settings["task"], run=facts, rank=settings["lora"]["rank"] if is_lora else None,
             is_dora=settings["lora"]["use_dora"],
         ),

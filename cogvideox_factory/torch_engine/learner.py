@@ -1,6 +1,7 @@
 """What learns in a run: the transformer, loaded and made trainable, its loss, its updates, and its export."""
 
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -118,11 +119,12 @@ def make_update(plan: Plan, transformer: CogVideoXTransformer, ranks: Ranks) -> 
 
 def export(
     transformer: CogVideoXTransformer, run_folder: Path, *, method: str, ranks: Ranks,
-    max_shard_bytes: int = weights.MAX_SHARD_BYTES,
+    max_shard_bytes: int = weights.MAX_SHARD_BYTES, describe: Callable[[Path], None] = lambda folder: None,
 ) -> None:  # fmt: skip
     """Write `final/`: a LoRA file or a transformer folder that diffusers loads as it is.
 
-    Divided weights are gathered one parameter at a time, from all processes; the leading one writes, shard by shard.
+    Divided weights are gathered one parameter at a time, from all processes; the leading one writes, shard by shard,
+    and lets `describe` add what belongs beside them.
 
     Raises:
         StorageError: in all processes.
@@ -138,6 +140,7 @@ def export(
                 else:
                     config = transformer.config.to_dict()
                     weights.save_folder(folder / "transformer", arrays, config=config, max_shard_bytes=max_shard_bytes)
+                describe(folder)
         except StorageError as error:
             problem = error
     deque(arrays, maxlen=0)  # the others wait for their parts to be asked for, to the end

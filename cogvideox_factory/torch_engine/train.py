@@ -7,6 +7,7 @@ four trainers; the loop itself is in `loop.py`.
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +192,10 @@ def _train(
         tracker.start()
     loop.run(start)
     with loop.averaged_weights():
-        export(transformer, plan.run_folder, method=config.train.method, ranks=ranks)
-    ranks.from_lead(lambda: describe_run(plan.run_folder))
+        export(
+            transformer, plan.run_folder, method=config.train.method, ranks=ranks,
+            describe=partial(describe_run, plan.run_folder),
+        )  # fmt: skip
     say(f"final weights in {plan.run_folder / 'final'}")
 
 
