@@ -129,7 +129,7 @@ def _usage(card: Card) -> list[str]:
         f"```python\n{_python(card, prompt)}```",
         f"Or with CogVideoX Factory, after `hf download {card.name} --local-dir {card.name}`:"
         if HUB_ID.fullmatch(card.name) else "Or with CogVideoX Factory:",
-        f"```\n{command}\n```",
+        f"```sh\n{command}\n```",
     ]  # fmt: skip
 
 

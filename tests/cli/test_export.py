@@ -250,7 +250,7 @@ def test_the_cards_python_runs_as_it_is(lora_run, full_run, tmp_path, monkeypatc
 def test_the_cards_command_runs_as_it_is(lora_run, full_run, tmp_path, monkeypatch, form):
     run = full_run if form == "whole" else lora_run
     assert export(run, "--to", "diffusers", "--out", tmp_path / "fox") == 0
-    words = shlex.split(_stage(tmp_path, run, monkeypatch, ""))
+    words = shlex.split(_stage(tmp_path, run, monkeypatch, "sh"))
     assert words[0] == "cogvideox"
     assert main([*words[1:], "--sampling.steps", "2", "--run.device", "cpu"]) == 0
     assert list((tmp_path / "videos").glob("*.mp4"))
