@@ -90,7 +90,12 @@ class Card:
 
 
 def base_of(path: str) -> Base:
-    """Return the model that a setting `model.path` names; of a local folder only its name, and its own licence."""
+    """Return the model that a setting `model.path` names; of a local folder only its name, and its own licence.
+
+    Without one, it is a model that the reader has to know.
+    """
+    if not path:
+        return Base(hub_id=None, name=f"{_PLACE}the-base-model")
     folder = Path(path).expanduser()
     cached = _CACHED.search(path)
     hub_id = f"{cached['owner']}/{cached['name']}" if cached else None
@@ -103,7 +108,7 @@ def base_of(path: str) -> Base:
             "license_link": f"https://huggingface.co/{hub_id}/blob/main/LICENSE",
         }  # fmt: skip
         return Base(hub_id=hub_id, name=hub_id, licence=own)
-    name = hub_id or f"{_PLACE}{folder.name or 'the-base-model'}"
+    name = hub_id or f"{_PLACE}{folder.absolute().name}"
     return Base(hub_id=hub_id, name=name, licence=_licence_of(folder))
 
 

@@ -15,15 +15,17 @@ import numpy as np
 
 from cogvideox_factory.checkpoints import STATE, checkpoint_folders
 from cogvideox_factory.errors import FactoryError, UnfitError
-from cogvideox_factory.lora_files import LoraFile, load_lora, resolve_lora
+from cogvideox_factory.lora_files import PEFT_CONFIG_NAME, LoraFile, load_lora, resolve_lora
 from cogvideox_factory.lora_forms import in_dtype, save_comfyui, save_diffusers, save_peft
 from cogvideox_factory.merge import merged_tensors
+from cogvideox_factory.model_card import CARD, LOSS, SAMPLES
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.module_names import to_comfyui
 from cogvideox_factory.tensors import Deferred, TensorFile, narrowed, open_tensors, save_tensors
 from cogvideox_factory.weights import MODEL_STEM, find_weight_files, iterate_tensors, resolve_transformer, save_folder
 
 Target = Literal["diffusers", "peft", "comfyui", "merged"]
+_EXPORTED = {CARD, LOSS, SAMPLES, PEFT_CONFIG_NAME, "transformer"}
 Arrays = Iterable[tuple[str, np.ndarray]]
 
 
@@ -119,6 +121,8 @@ def write(
         StorageError: the disk is full, read-only or failing.
     """
     file = weights.lora
+    if file is not None:
+        _require_known_layers(file)
     if target == "merged":
         assert file is not None, target
         assert base_transformer is not None, target
@@ -143,6 +147,27 @@ def write(
             save_comfyui_model(folder / f"{name}.safetensors", folder / "transformer")
             shutil.rmtree(folder / "transformer")
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
+
+
+def _require_known_layers(file: LoraFile) -> None:
+    if strays := [module for module in file.modules if to_comfyui(module) is None]:
+        raise UnfitError(
+            f"{file.source}: {len(strays)} of {len(file.modules)} layers are none of a CogVideoX transformer: "
+            f"{', '.join(strays[:5])}. Is it a LoRA of another model, or of a text encoder too?"
+        )
+
+
+def require_replaceable(out: Path, source: Path) -> None:
+    """Refuse to replace anything but an export, which can be made again.
+
+    Raises:
+        FactoryError: `out` is a file, holds the source, or something that no export writes.
+    """
+    if out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise FactoryError(f"--overwrite True: {out} holds {source}, which is exported. Give another --out.")
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    if strays := sorted(name for name in names - _EXPORTED if not name.endswith(".safetensors")):
+        raise FactoryError(f"--overwrite True: {out} is no export, it holds {strays[0]}. Give another --out.")
 
 
 def _save_transformer(folder: Path, arrays: Arrays, config: TransformerConfig, max_shard_bytes: int) -> None:

@@ -78,7 +78,7 @@ def save_comfyui(path: Path, file: LoraFile) -> Path:
     for module in file.modules:
         theirs = to_comfyui(module)
         if theirs is None:
-            raise UnfitError(f"{file.source}: ComfyUI's CogVideoX has no layer {module}. Merge it (--to merged).")
+            raise UnfitError(f"{file.source}: ComfyUI's CogVideoX has no layer {module}.")
         for part in ("lora_A", "lora_B"):
             arrays[f"diffusion_model.{theirs}.{part}.weight"] = file.arrays[f"{module}.{part}.weight"]
         alpha = file.scaling(module) * file.rank_of(module)

@@ -3,9 +3,11 @@
 It tells nothing of the machine it was made on: no paths, and of the settings only those that shape the result.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -81,7 +83,8 @@ def render(card: Card, *, pictures: Sequence[str] = ()) -> str:
     if card.run and SAMPLES in pictures:
         prompts = card.run.settings["validation"]["prompts"][: len(card.run.samples)]
         parts += [f"![First, middle and last frame of sample videos]({SAMPLES})"]
-        parts += ["From above: " + "; ".join(f"“{prompt}”" for prompt in prompts) + "."] if prompts else []
+        quoted = [f"“{' '.join(prompt.split())}”" for prompt in prompts]
+        parts += [f"From above: {'; '.join(quoted)}."]
     parts += ["## How to use it", *_usage(card)]
     if card.run:
         parts += ["## What it learnt from", _table(_learnt(card.run))]
@@ -123,8 +126,8 @@ def _usage(card: Card) -> list[str]:
     task = card.task or "t2v"
     prompt = _prompt(card)
     image = " --generate.image first.png" if task == "i2v" else ""
-    base = f"--task {task} --model.path {card.base.name}"
-    command = f'cogvideox generate {base} {flag} {card.name}{image} --generate.prompt "{prompt}"'
+    base, name = f"--task {task} --model.path {quote(card.base.name)}", quote(card.name)
+    command = f'cogvideox generate {base} {flag} {name}{image} --generate.prompt "{prompt}"'
     return [
         f"```python\n{_python(card, prompt)}```",
         f"Or with CogVideoX Factory, after `hf download {card.name} --local-dir {card.name}`:"
@@ -134,23 +137,24 @@ def _usage(card: Card) -> list[str]:
 
 
 def _python(card: Card, prompt: str) -> str:
-    is_i2v, base, facts = card.task == "i2v", card.base.name, card.base.facts
+    is_i2v, facts = card.task == "i2v", card.base.facts
+    name, base, file = (json.dumps(text, ensure_ascii=False) for text in (card.name, card.base.name, card.files[0]))
     pipeline = "CogVideoXImageToVideoPipeline" if is_i2v else "CogVideoXPipeline"
     dtype = f"torch.{facts.dtype if facts else 'bfloat16'}"
     imports = ["import torch", f"from diffusers import {pipeline}"]
-    load = [f'pipe = {pipeline}.from_pretrained("{base}", torch_dtype={dtype})']
+    load = [f"pipe = {pipeline}.from_pretrained({base}, torch_dtype={dtype})"]
     if card.form == "transformer":
         imports[1] = f"from diffusers import {pipeline}, CogVideoXTransformer3DModel"
         load = [
-            f'transformer = CogVideoXTransformer3DModel.from_pretrained("{card.name}", subfolder="transformer",',
+            f'transformer = CogVideoXTransformer3DModel.from_pretrained({name}, subfolder="transformer",',
             f"                                                          torch_dtype={dtype})",
-            f'pipe = {pipeline}.from_pretrained("{base}", transformer=transformer, torch_dtype={dtype})',
+            f"pipe = {pipeline}.from_pretrained({base}, transformer=transformer, torch_dtype={dtype})",
         ]
     elif card.form == "peft":
         imports += ["from peft import PeftModel"]
-        load += [f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{card.name}")']
+        load += [f"pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {name})"]
     else:
-        load += [f'pipe.load_lora_weights("{card.name}", weight_name="{card.files[0]}")']
+        load += [f"pipe.load_lora_weights({name}, weight_name={file})"]
     imports += [f"from diffusers.utils import export_to_video{', load_image' if is_i2v else ''}"]
     load += ['pipe.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")']
     sizes = _sizes(card)
@@ -209,7 +213,8 @@ def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows)])
+    cells = [(name, " ".join(text.replace("|", "\\|").split())) for name, text in rows]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in cells)])
 
 
 def _licence_text(base: Base) -> str:

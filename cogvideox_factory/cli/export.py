@@ -68,6 +68,8 @@ def run(argv: list[str]) -> None:
     _check(ask, source, weights)
     if out.exists() and not ask.overwrite:
         raise FactoryError(f"{out} is there already. Give another --out, or --overwrite True.")
+    if out.exists():
+        export.require_replaceable(out, source.path)
     repository = hub.repository_of(ask.push_to_hub) if ask.push_to_hub else None
     publish = replace_folder if ask.overwrite else publish_folder
     with publish(out) as folder:

@@ -54,7 +54,9 @@ def read(folder: Path, *, asked: str, base: str | None = None) -> Weights:
     if config.train.method == "lora":
         settings = config.lora.model_dump(exclude={"base"})
         return Weights(lora=_read_lora(folder, model, settings, kind=kind))
-    dtype, frozen = state["identity"]["run.dtype"], intake.transformer_folder(config, start)
+    # Processes that divide float32 weights export those (`learner.load_transformer`); one process rounds them.
+    many = state["layout"]["size"] > 1 and config.train.master_weights == "float32"
+    dtype, frozen = "float32" if many else state["identity"]["run.dtype"], intake.transformer_folder(config, start)
     return Weights(config=model, arrays=lambda: _read_transformer(folder, model, frozen, kind=kind, dtype=dtype))
 
 
@@ -100,6 +102,11 @@ def _read_transformer(
         if frozen:
             for name, stored in weights.stored_tensors(base):
                 if name in frozen:
+                    if stored.shape != slots[name].shape:
+                        raise UnfitError(
+                            f"{base}: {name} is {list(stored.shape)}, the run's model has {list(slots[name].shape)}, "
+                            "and a checkpoint keeps only what is trained. Export final/ of the finished run."
+                        )
                     yield name, to_array(to_tensor(stored[:]).to(getattr(torch, dtype)))
 
 

@@ -21,7 +21,7 @@ from cogvideox_factory.torch_engine.objective import Objective, Scales
 from cogvideox_factory.torch_engine.offload import Offload
 from cogvideox_factory.torch_engine.optim import Update
 from cogvideox_factory.torch_engine.ranks import Ranks, leads_machine
-from cogvideox_factory.torch_engine.sharding import distribute
+from cogvideox_factory.torch_engine.sharding import distribute, drop_gathered
 from cogvideox_factory.torch_engine.start import Plan
 from cogvideox_factory.torch_engine.swap import Swap
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
@@ -129,6 +129,7 @@ def export(
     Raises:
         StorageError: in all processes.
     """
+    drop_gathered(transformer)
     arrays = transformer.iterate_arrays() if method == "full" else iter(lora.lora_arrays(transformer).items())
     problem: StorageError | None = None
     if ranks.leads:

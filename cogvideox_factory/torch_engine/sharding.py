@@ -57,6 +57,17 @@ def reduce_gradients(transformer: nn.Module, layout: Layout, *, last: bool) -> N
         transformer.set_requires_gradient_sync(last or layout.zero >= 2)
 
 
+def drop_gathered(transformer: nn.Module) -> None:
+    """Let go of what forward passes have gathered and not dropped, so that parameters are what is divided again.
+
+    After a pass without a backward one, as in validation, blocks keep a copy in the dtype they compute in, which knows
+    nothing of what is written to the weights meanwhile.
+    """
+    for module in transformer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def like(part: Tensor, tensor: Tensor, *, mesh: DeviceMesh | None = None) -> Tensor:
     """Return `part`, which goes with the rows of `local(tensor)`, as a tensor divided as `tensor` is.
 

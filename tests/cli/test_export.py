@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file
 from cogvideox_factory.card_facts import base_of
 from cogvideox_factory.cli import main
 from cogvideox_factory.data.export import export_to_video
-from cogvideox_factory.lora_files import load_lora
+from cogvideox_factory.lora_files import load_lora, save_lora
 from cogvideox_factory.lora_forms import save_diffusers
 from cogvideox_factory.merge import merged_tensors
 from cogvideox_factory.recipe import check, read_recipe
@@ -229,6 +230,12 @@ def test_the_base_model_is_named_without_the_machines_paths(path, hub_id, licenc
     assert base.name == (hub_id or "path/to/CogVideoX-5b")
 
 
+def test_a_base_that_nobody_names_has_nothing_of_the_folder_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    monkeypatch.chdir(tmp_path)
+    assert (base_of("").name, base_of("").licence) == ("path/to/the-base-model", {})
+
+
 def test_a_local_base_hands_down_its_licence(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: 'mine'\ntags: [x]\n---\nlicense: gone\n")
     assert base_of(str(tmp_path)).licence == {"license": "other", "license_name": "mine"}
@@ -297,6 +304,41 @@ def test_a_folder_that_is_there_is_replaced_only_when_asked(lora_run, tmp_path, 
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert export(lora_run, "--to", "diffusers", "--out", out, "--overwrite", "True") == 0
     assert "adapter_model.safetensors" not in {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("place", ["a run", "what the source is in", "the source"])
+def test_only_an_export_is_ever_replaced(lora_run, tmp_path, capsys, place):
+    run = tmp_path / "run"
+    shutil.copytree(lora_run, run)
+    out = {"a run": run, "what the source is in": run, "the source": run / "final"}[place]
+    source = lora_run if place == "a run" else run / "final"
+    before = sorted(path.relative_to(run) for path in run.rglob("*"))
+    words = (source, "--to", "peft", "--out", out, "--overwrite", "True")
+    says = "is no export, it holds" if place == "a run" else "which is exported"
+    assert export(*words, says=says, capsys=capsys) == 2
+    assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
+
+
+def test_a_lora_with_layers_of_another_model_is_refused(tmp_path, capsys):
+    arrays = {"lora_te_layer_0.lora_A.weight": np.zeros((2, 4)), "lora_te_layer_0.lora_B.weight": np.zeros((4, 2))}
+    save_lora(tmp_path / "x.safetensors", arrays, rank=2, alpha=2, target_modules=["x"])
+    words = (tmp_path / "x.safetensors", "--to", "diffusers")
+    assert export(*words, says="none of a CogVideoX transformer: lora_te_layer_0", capsys=capsys) == 5
+
+
+def test_names_with_quotes_and_pipes_leave_the_card_whole(lora_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(lora_run, run)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("trigger_word: sks", "trigger_word: 'a|b'"))
+    out = tmp_path / 'it\'s "mine"'
+    assert export(run, "--to", "diffusers", "--out", out) == 0
+    text = (out / "README.md").read_text()
+    assert "| trigger word | a\\|b |" in text
+    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    compile(blocks["python"], "card", "exec")
+    words = shlex.split(blocks["sh"])
+    assert words[words.index("--generate.lora") + 1] == out.name
 
 
 def test_nothing_is_left_of_an_export_that_fails(lora_run, tiny_model, tmp_path, capsys):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cogvideox_factory.cli import main
 from cogvideox_factory.cli.plan import training_of
 from cogvideox_factory.cli.settings import parse
 from cogvideox_factory.cli.train import SECTIONS
@@ -26,7 +27,7 @@ from cogvideox_factory.torch_engine import train
 from cogvideox_factory.torch_engine.start import make_plan
 from tests.clips import draw_clips
 from tests.torch_engine.processes import run_in
-from tests.torch_engine.runs import losses, weights_of
+from tests.torch_engine.runs import assert_same, losses, weights_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 HARDWARE = re.compile(r"^# Hardware: (\d+) cards? of (\d+) GB$", re.MULTILINE)
@@ -109,9 +110,9 @@ def small(path: Path, tiny_model, clips: Path, folder: Path, *, processes: int) 
     values["run"] |= {"device": "cpu", "dtype": "bfloat16"}
     values["train"] |= {"dir": str(folder / "run"), "steps": 2, "warmup_steps": 1, "log_every": 1, **ACCELERATOR_ONLY}
     values["validation"] |= {"every": 2, "num_clips": 1}
-    if processes == 2:  # FOR_TWO: they share a video where four did, and take two clips, not sixteen
+    if processes == 2:  # FOR_TWO: they share a video where four did, take two clips, not sixteen, and all keep averages
         values["parallel"] |= {"sequence": min(config.parallel.sequence, 2)}
-        values["train"] |= {"batch_size": min(config.train.batch_size, 2)}
+        values["train"] |= {"batch_size": min(config.train.batch_size, 2), "ema_decay": 0.5}
     return check(values, source=str(path))
 
 
@@ -138,7 +139,11 @@ def test_recipes_for_many_cards_take_two_steps_in_two_processes(tiny_model, clip
     assert {config.parallel.zero for config in configs} == {2, 3}
     run_in(2, train_each, [config.model_dump() for config in configs], folder=tmp_path)
     for path in MANY_CARDS:
-        assert_trained(path, tmp_path / path.stem / "run")
+        run = tmp_path / path.stem / "run"
+        assert_trained(path, run)
+        again = tmp_path / path.stem / "again" / "final"  # what two processes saved is put together
+        assert main(["export", str(run / "checkpoint-000002"), "--to", "diffusers", "--out", str(again)]) == 0
+        assert_same(run, again.parent)
 
 
 def assert_trained(path: Path, run: Path) -> None:
