@@ -11,7 +11,7 @@ from cogvideox_factory.checkpoints import checkpoint_folder, list_checkpoints, r
 from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.metrics import say
 from cogvideox_factory.models import PUBLISHED, ModelFacts
-from cogvideox_factory.strict_yaml import read_yaml
+from cogvideox_factory.recipe import read_recipe
 
 Form = Literal["diffusers lora", "peft", "comfyui lora", "transformer", "comfyui model"]
 Task = Literal["t2v", "i2v"]
@@ -128,7 +128,7 @@ def read_run(run: Path, *, step: int | None = None) -> RunFacts:
     for path in sorted((run / "samples").glob("step-*-*.mp4")):
         if step is None or int(path.stem.split("-")[1]) <= step:
             samples[path.stem.split("-")[2]] = path
-    settings = read_yaml(run / "config.yaml")
+    settings = read_recipe(run / "config.yaml").model_dump()
     return RunFacts(
         settings=settings, step=step or state.get("step", settings["train"]["steps"]),
         counts=state.get("data_counts", {}), curves={name: points for name, points in curves.items() if points},

@@ -64,7 +64,7 @@ def run(argv: list[str]) -> None:
     settings = _settings_of(source)
     base = ask.base or settings.get("model", {}).get("path", "")
     out = Path(ask.out) if ask.out else _beside(Path(ask.source), ask.to)
-    weights = _weights_of(source, ask, base)
+    weights = _weights_of(source, ask)
     _check(ask, source, weights)
     if out.exists() and not ask.overwrite:
         raise FactoryError(f"{out} is there already. Give another --out, or --overwrite True.")
@@ -92,9 +92,9 @@ def _beside(source: Path, to: str) -> Path:
 
 
 def _settings_of(source: "Source") -> dict[str, Any]:
-    from cogvideox_factory.strict_yaml import read_yaml
+    from cogvideox_factory.recipe import read_recipe
 
-    return read_yaml(source.run / "config.yaml") if source.run else {}
+    return read_recipe(source.run / "config.yaml").model_dump() if source.run else {}
 
 
 def _check(ask: Export, source: "Source", weights: "Weights") -> None:
@@ -119,7 +119,7 @@ def _check(ask: Export, source: "Source", weights: "Weights") -> None:
             raise FactoryError(f"{flag} has no effect here, it is for {why}; remove it")
 
 
-def _weights_of(source: "Source", ask: Export, base: str) -> "Weights":
+def _weights_of(source: "Source", ask: Export) -> "Weights":
     from cogvideox_factory.export import Weights, transformer_weights
 
     if source.is_checkpoint:
