@@ -22,8 +22,8 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 HUB_COLUMN = "file_name"
 """What the metadata tables of Hugging Face data sets call the column that names the file."""
-IMAGE_COLUMN = "image"
-"""The column that is looked for where none is named; a table need not have it."""
+CAPTION_COLUMN, VIDEO_COLUMN, IMAGE_COLUMN = "caption", "video", "image"
+"""The columns that are looked for where none is named; a table need not have the last."""
 _CSV_FIELD_LIMIT = 1_000_000
 
 
