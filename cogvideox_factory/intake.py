@@ -134,10 +134,13 @@ def checked_manifest(
     rows = read_parts(parts, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
     windows = windows_of(config)
     buckets = find_buckets(
-        data.buckets, rows.usable, spec, windows=windows, max_buckets=data.max_buckets, seed=config.run.seed, memo=memo
-    )
+        data.buckets, rows.usable, spec, windows=windows, max_buckets=data.max_buckets, seed=config.run.seed, memo=memo,
+        is_apart=True,
+    )  # fmt: skip
     with progress_bar("reading clips", len(rows.usable)) as advance:
-        manifest = survey(rows, spec, windows=windows, buckets=buckets, memo=memo, on_clip=lambda clip: advance())
+        manifest = survey(
+            rows, spec, windows=windows, buckets=buckets, memo=memo, is_apart=True, on_clip=lambda clip: advance()
+        )
     for line in manifest.report():
         say(line)
     for count in count_sets(manifest.clips, parts):

@@ -132,10 +132,13 @@ def examine(config: Config, *, quick: bool = False) -> Examination:
     manifest = read_parts(parts, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
     windows = Windows(policy=data.windows, most=data.max_windows, stride=data.window_stride)
     buckets = find_buckets(
-        data.buckets, manifest.usable, spec, windows=windows, max_buckets=data.max_buckets, seed=config.run.seed
-    )
+        data.buckets, manifest.usable, spec, windows=windows, max_buckets=data.max_buckets, seed=config.run.seed,
+        is_apart=True,
+    )  # fmt: skip
     with progress_bar("reading clips", len(manifest.usable)) as advance:
-        manifest = survey(manifest, spec, windows=windows, buckets=buckets, on_clip=lambda clip: advance())
+        manifest = survey(
+            manifest, spec, windows=windows, buckets=buckets, is_apart=True, on_clip=lambda clip: advance()
+        )
     if buckets and (config.model.path or config.model.transformer_config):
         check_buckets(count_buckets(manifest.usable), _transformer_config(config))
     glimpses: Mapping[str, Glimpse] | None = None
@@ -143,7 +146,7 @@ def examine(config: Config, *, quick: bool = False) -> Examination:
         skipped.append("frames, as --quick asks: no motion, black frames, scene cuts, likeness, or damage inside files")
     else:
         with progress_bar("looking at frames", len(contents(manifest))) as advance:
-            manifest, glimpses = look_closer(manifest, spec, on_content=advance)
+            manifest, glimpses = look_closer(manifest, spec, is_apart=True, on_content=advance)
     max_tokens = None
     folder = _model_folder(config)
     count = token_counter(folder) if folder else None

@@ -31,6 +31,7 @@ REASONS: dict[str, str] = {
     "video.corrupt": "corrupt",
     "video.resolution_change": "corrupt",
     "video.changed": "corrupt",
+    "video.decoder_crash": "failed",
     "video.no_stream": "unsupported",
     "video.codec": "unsupported",
     "video.hdr": "unsupported",

@@ -150,6 +150,7 @@ def _touched(root: Path) -> None:
 HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nGOOD\n#EXT-X-ENDLIST\n"
 UNREADABLE, TRUNCATED, CORRUPT = (("corrupt", f"video.{kind}") for kind in ("unreadable", "truncated", "corrupt"))
 NO_STREAM, CODEC = ("unsupported", "video.no_stream"), ("unsupported", "video.codec")
+CRASHED = ("failed", "video.decoder_crash")
 USED, RETIMED, SHORT = ("used", None), ("retimed", None), ("too_short", "video.too_short")
 LARGE, LONG = ("too_large", "video.too_large"), ("too_large", "video.too_long")
 VFR = [0, 125, 250, 300, 500, 625, 900, 1000, 1100]
@@ -216,8 +217,9 @@ VIDEOS = [
     row("V24", "a playlist named .mp4", ("a.mp4", _playlist("ffconcat version 1.0\nfile GOOD\n"), UNREADABLE)),
     row("V25", "HLS named .mp4 and .m3u8", ("a.mp4", _playlist(HLS), UNREADABLE),
         ("b.m3u8", _playlist(HLS), UNREADABLE)),
-    row("V26", "a decoder that crashes or hangs", differs="decoding runs in threads of the process, not in children: a "
-        "crash ends it, and the next run goes on. F11 counts crashes and hangs over damaged files"),
+    row("V26", "a decoder that crashes or hangs", ("crash.mp4", good_clip, CRASHED),
+        ("hang.mp4", lambda p: good_clip(p, seed=6), CRASHED), says=("crashed (SIGSEGV)", "did not come to an end"),
+        spoilt=True),
     row("V27", "a codec that is not built in", ("a.mp4", other_codec, CODEC), says=("no decoder",)),
     row("V28", "a file that changes, vanishes or becomes a link between look and decoding",
         ("changed.mp4", lambda p: good_clip(p, seed=8), ("corrupt", "video.changed")),

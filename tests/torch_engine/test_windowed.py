@@ -93,7 +93,7 @@ def test_a_changed_policy_is_refused_by_name_and_only_new_windows_are_made(tiny_
         assert len(made) == count
     train.run(config)
     slow = settings(tiny_model, clips, cache=cache, data={"windows": "all", "window_stride": 3, "short_clips": "slow"})
-    with pytest.raises(UnfitError, match=r"video\.short_policy[^\n]*\n[^\n]*video\.max_slowdown"):
+    with pytest.raises(UnfitError, match=r"video\.short_policy[^\n]*\(data\.short_clips\)\nRun"):
         train.run(slow)
 
 
