@@ -190,6 +190,8 @@ VIDEOS = [
         facts=(("late.mkv", "frames", "0:8:1"),)),
     row("V12", "turned by its header", ("r.mp4", video(9, rotation=90, height=64, width=96), USED),
         facts=(("r.mp4", "rotation", 90), ("r.mp4", "source_height", 96), ("r.mp4", "source_width", 64))),
+    row("V12b", "turned by an angle that is no quarter turn", ("r.mp4", video(9, rotation=45, **SMALL),
+        ("unsupported", "video.rotation")), says=("turned by 45 degrees", "turn it upright first")),
     row("V13", "pixels that are not square", ("w.mp4", video(9, aspect=Fraction(4, 3), **SMALL), USED),
         facts=(("w.mp4", "sample_aspect_ratio", 1.3333), ("w.mp4", "source_width", 85))),
     row("V14", "odd sizes", ("a.mp4", video(9, height=127, width=191, pix_fmt="yuv444p"), USED),
