@@ -161,6 +161,7 @@ def test_a_bucket_file_decides_shapes_and_batches(roomy_model, tmp_path, capsys)
     assert "batch 1 (1 x 1 accumulated)" in said
     assert "2 of 9x256x144" in said
     assert "1 of 9x192x192" in said
+    assert "1 clips are left over when the first epoch ends" in said  # the square one, in a batch of two
 
 
 def test_a_changed_table_is_refused_and_only_what_moved_is_made_again(roomy_model, tmp_path):
