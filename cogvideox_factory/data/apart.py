@@ -1,8 +1,9 @@
 """Decoding in a process apart: a decoder that crashes, hangs or takes all memory costs its clip, and nothing else.
 
 For files that nobody has decoded before: the first look of `prepare` and `doctor`, and what is encoded. A process is
-started when one is needed and none is free, so threads that ask at once have one each; it serves the next question,
-and leaves when it had none for a minute. A question and its answer are a line of JSON each, pixels follow as they are.
+started when one is needed and none is soon free, so threads that ask for long at once have one each; it serves the
+next question, and leaves when it had none for a minute. A question and its answer are a line of JSON each, pixels
+follow as they are.
 """
 
 import atexit
@@ -13,7 +14,8 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from io import BufferedReader
 from pathlib import Path
@@ -34,6 +36,10 @@ PROGRAM = (
 
 _PIPE = 1 << 20
 """Bytes, most that Linux lets anyone have."""
+
+
+_PATIENCE_SECONDS = 0.5
+"""Waited for a process that is at work before another is started, which takes about as long."""
 
 
 class Pixels(NamedTuple):
@@ -113,6 +119,8 @@ class _Decoder:
     """A process that decodes, and answers one question at a time."""
 
     def __init__(self) -> None:
+        self.is_good = False
+        """Whether it waits for a question."""
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
@@ -127,6 +135,7 @@ class _Decoder:
         questions, answers = self._process.stdin, self._process.stdout
         assert questions is not None
         assert isinstance(answers, BufferedReader)
+        self.is_good = False  # until the whole answer is there: it might be left in the middle of it
         try:
             questions.write(line)
             questions.flush()
@@ -135,11 +144,13 @@ class _Decoder:
         answer = answers.readline()
         if not answer.endswith(b"\n"):
             return None
-        said = json.loads(answer)
-        if "shape" not in said:
-            return said, None
-        pixels = np.empty(said["shape"], np.uint8)
-        return (said, pixels) if answers.readinto(pixels.data) == pixels.nbytes else None
+        said, pixels = json.loads(answer), None
+        if "shape" in said:
+            pixels = np.empty(said["shape"], np.uint8)
+            if answers.readinto(pixels.data) != pixels.nbytes:
+                return None
+        self.is_good = True
+        return said, pixels
 
     def is_there(self) -> bool:
         """Tell whether the process has not ended."""
@@ -154,35 +165,55 @@ class _Decoder:
             return process.wait()
 
 
-_idle: list[_Decoder] = []
-_idle_lock = threading.Lock()
+class _Pool:
+    """The processes there are, each with one thread at a time."""
+
+    def __init__(self) -> None:
+        self.idle: list[_Decoder] = []
+        self._num_busy = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def one(self) -> Iterator[tuple[_Decoder, bool]]:
+        """Lend a process, and tell whether it has just been started; while others are at work, wait a little first."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.idle or not self._num_busy, _PATIENCE_SECONDS)
+            while self.idle and not self.idle[-1].is_there():
+                self.idle.pop().end()
+            known = self.idle.pop() if self.idle else None
+            self._num_busy += 1
+        decoder = None
+        try:
+            decoder = known or _Decoder()
+            yield decoder, known is None
+        finally:
+            with self._changed:
+                self._num_busy -= 1
+                if decoder and decoder.is_good:
+                    self.idle.append(decoder)
+                self._changed.notify()
+
+    def end(self) -> None:
+        """End those that are idle."""
+        while self.idle:
+            self.idle.pop().end()
 
 
-def _take() -> tuple[_Decoder, bool]:
-    """Return a process nobody else asks, and whether it has just been started."""
-    with _idle_lock:
-        while _idle:
-            decoder = _idle.pop()
-            if decoder.is_there():
-                return decoder, False
-            decoder.end()
-    return _Decoder(), True
+_pool = _Pool()
 
 
 def _ask(path: Path, what: str, **more: Any) -> tuple[dict[str, Any], np.ndarray | None]:
     line = json.dumps({"do": what, "path": str(path), **more}).encode() + b"\n"
     while True:
-        decoder, fresh = _take()
-        answer = decoder.ask(line)
+        with _pool.one() as (decoder, is_fresh):
+            answer = decoder.ask(line)
+            code = decoder.end() if answer is None else 0
         if answer is not None:
             break
-        code = decoder.end()
         if code < 0:
             raise ClipError("video.decoder_crash", f"{path.name}: {_ended_by(-code)}; convert it, or leave it out")
-        if code or fresh:  # an idle one may have left just then
+        if code or is_fresh:  # an idle one may have left just then
             raise RuntimeError(f"the process that decodes ended with exit code {code} at {path}")
-    with _idle_lock:
-        _idle.append(decoder)
     said, pixels = answer
     if "code" in said:
         raise ClipError(said["code"], said["message"])
@@ -198,14 +229,9 @@ def _ended_by(number: int) -> str:
 
 def _forget() -> None:
     """In a fork: the processes answer to another."""
-    global _idle, _idle_lock
-    _idle, _idle_lock = [], threading.Lock()
+    global _pool
+    _pool = _Pool()
 
 
-@atexit.register
-def _end_all() -> None:
-    while _idle:
-        _idle.pop().end()
-
-
+atexit.register(lambda: _pool.end())
 os.register_at_fork(after_in_child=_forget)

@@ -37,9 +37,9 @@ def clips(tmp_path):
 @pytest.fixture
 def fresh(monkeypatch):
     """Processes of this test alone."""
-    monkeypatch.setattr(apart, "_idle", [])
+    monkeypatch.setattr(apart, "_pool", apart._Pool())
     yield
-    apart._end_all()
+    apart._pool.end()
 
 
 def test_pixels_facts_and_refusals_are_those_of_this_process(clips):
@@ -109,8 +109,8 @@ def test_a_crash_a_hang_and_greed_cost_one_clip_each_and_are_tried_again(clips, 
 
 def test_a_process_that_left_is_replaced_and_one_that_cannot_begin_is_our_fault(clips, fresh, monkeypatch, tmp_path):
     first = apart.probe_clip(clips / "0.mp4")
-    for leave, is_seen in ((os.kill, True), (lambda pid, _: apart._idle[0]._process.stdin.close(), False)):
-        (idle,) = apart._idle
+    for leave, is_seen in ((os.kill, True), (lambda pid, _: apart._pool.idle[0]._process.stdin.close(), False)):
+        (idle,) = apart._pool.idle
         leave(idle._process.pid, signal.SIGKILL)
         idle._process.wait()
         with monkeypatch.context() as patch:
@@ -118,7 +118,7 @@ def test_a_process_that_left_is_replaced_and_one_that_cannot_begin_is_our_fault(
                 patch.setattr(apart._Decoder, "is_there", lambda self: True)
                 patch.setattr(idle._process, "stdin", (tmp_path / "nobody").open("wb"))
             assert apart.probe_clip(clips / "0.mp4") == first
-    apart._end_all()
+    apart._pool.end()
     monkeypatch.setattr(apart, "PROGRAM", "raise SystemExit(3)")
     with pytest.raises(RuntimeError, match="ended with exit code 3"):
         apart.probe_clip(clips / "0.mp4")
@@ -133,6 +133,6 @@ def test_threads_and_forks_do_not_mix_up_answers(clips, fresh):
 
     assert all(ordered_map(same, names, num_workers=4))
     if (child := os.fork()) == 0:
-        os._exit(0 if not apart._idle and same("0.mp4") else 1)
+        os._exit(0 if not apart._pool.idle and same("0.mp4") else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert same("1.mp4")

@@ -125,6 +125,6 @@ def spoilt_decoder() -> Iterator[None]:
     """Put a decoder into the processes `apart` that crashes, hangs or takes all memory for files of these names."""
     start, imported, main = apart.PROGRAM.partition("from ")
     program = f"{start}\n{_SPOILT}\n{imported}{main}"
-    with patch.object(apart, "PROGRAM", program), patch.object(apart, "_idle", []):
+    with patch.object(apart, "PROGRAM", program), patch.object(apart, "_pool", apart._Pool()):
         yield
-        apart._end_all()
+        apart._pool.end()
