@@ -118,7 +118,7 @@ class Work:
 
 
 class Engine(Protocol):
-    """What a tower does for it."""
+    """What an engine does for it."""
 
     def auto_dtype(self, device: str, transformer: TransformerConfig) -> str:
         """Return what `auto` comes to on `device`."""
@@ -135,7 +135,7 @@ def run(config: Config, engine: Callable[[], Engine], *, shard: Shard | None = N
 
     Args:
         config: the settings.
-        engine: loads the tower; called only when there is something for it to do.
+        engine: loads the framework; called only when there is something for it to do.
         shard: encode only this part.
 
     Raises:

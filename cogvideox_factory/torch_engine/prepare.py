@@ -42,7 +42,7 @@ _READERS, _WRITERS = 2, 2
 
 
 class TorchEngine:
-    """This tower's part in `preparation.run`."""
+    """This engine's part in `preparation.run`."""
 
     def auto_dtype(self, device: str, transformer: TransformerConfig) -> str:
         """Return what `auto` comes to on `device`."""
