@@ -13,7 +13,7 @@ from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, Vide
 from cogvideox_factory.data.manifest import Manifest
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.mixture import Part, count_sets, read_parts
-from cogvideox_factory.data.rows import IMAGE_COLUMN
+from cogvideox_factory.data.rows import CAPTION_COLUMN, IMAGE_COLUMN, VIDEO_COLUMN
 from cogvideox_factory.data.survey import count_buckets, find_buckets, survey
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.windows import Windows
@@ -22,6 +22,9 @@ from cogvideox_factory.metrics import progress_bar, say
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.shapes import ClipShape, check_buckets, clip_shape
 from cogvideox_factory.weights import resolve_transformer
+
+_COLUMNS = {"caption_column": CAPTION_COLUMN, "video_column": VIDEO_COLUMN, "image_column": IMAGE_COLUMN}
+"""Columns that a cache records only where they have other names than these."""
 
 
 def transformer_folder(config: Config, folder: Path) -> Path:
@@ -63,11 +66,8 @@ def source_of(config: Config) -> dict[str, Any]:
     parts = []
     for values in config.data_sets:
         named = {name: values[name] for name in ("table", "captions", "videos")}
-        image = values["image_column"]
-        parts.append(
-            {"root": str(Path(values["root"]).resolve())} | named
-            | ({"image_column": image} if image not in (None, IMAGE_COLUMN) else {})
-        )  # fmt: skip
+        columns = {name: values[name] for name, usual in _COLUMNS.items() if values[name] not in (None, usual)}
+        parts.append({"root": str(Path(values["root"]).resolve())} | named | columns)
     if not config.data.sets:
         return parts[0]
     names = {part["name"]: value for part, value in zip(config.data_sets, parts, strict=True)}
@@ -87,9 +87,9 @@ def require_source(index: CacheIndex, config: Config) -> None:
     """
     recorded, wanted = index.recorded.get("source", {}), source_of(config)
     lines = [
-        f"  data.{key}  cache: {recorded.get(key)}  this run: {value}"
-        for key, value in {**dict.fromkeys(recorded), **wanted}.items()
-        if recorded.get(key) != value and key != "weights"  # nothing in a cache depends on those
+        f"  data.{key}  cache: {recorded.get(key, _COLUMNS.get(key))}  this run: {wanted.get(key, _COLUMNS.get(key))}"
+        for key in {**recorded, **wanted}
+        if recorded.get(key) != wanted.get(key) and key != "weights"  # nothing in a cache depends on those
     ]
     if lines:
         raise UnfitError(
@@ -134,10 +134,13 @@ def checked_manifest(
     rows = read_parts(parts, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
     windows = windows_of(config)
     buckets = find_buckets(
-        data.buckets, rows.usable, spec, windows=windows, max_buckets=data.max_buckets, seed=config.run.seed, memo=memo
-    )
+        data.buckets, rows.usable, spec, windows=windows, max_buckets=data.max_buckets, seed=config.run.seed, memo=memo,
+        is_apart=True,
+    )  # fmt: skip
     with progress_bar("reading clips", len(rows.usable)) as advance:
-        manifest = survey(rows, spec, windows=windows, buckets=buckets, memo=memo, on_clip=lambda clip: advance())
+        manifest = survey(
+            rows, spec, windows=windows, buckets=buckets, memo=memo, is_apart=True, on_clip=lambda clip: advance()
+        )
     for line in manifest.report():
         say(line)
     for count in count_sets(manifest.clips, parts):

@@ -10,7 +10,7 @@ the clips, and so does a plain run afterwards.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, Self
@@ -49,6 +49,15 @@ class Shard:
         if not 1 <= number <= count:
             raise FactoryError(f"shard {text!r} is no part of the work; give I/N with I from 1 to N, such as 2/4.")
         return cls(number=number, count=count)
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @classmethod
+    def of_process(cls, environment: Mapping[str, str]) -> Self | None:
+        """Return the part of this process where torchrun started several, by what it tells each of them."""
+        count = int(environment.get("WORLD_SIZE", "1"))
+        return cls(number=int(environment["RANK"]) + 1, count=count) if count > 1 else None
 
     def takes(self, digest: str) -> bool:
         """Tell whether what has this SHA-256 is of this part."""
@@ -109,7 +118,7 @@ class Work:
 
 
 class Engine(Protocol):
-    """What a tower does for it."""
+    """What an engine does for it."""
 
     def auto_dtype(self, device: str, transformer: TransformerConfig) -> str:
         """Return what `auto` comes to on `device`."""
@@ -126,7 +135,7 @@ def run(config: Config, engine: Callable[[], Engine], *, shard: Shard | None = N
 
     Args:
         config: the settings.
-        engine: loads the tower; called only when there is something for it to do.
+        engine: loads the framework; called only when there is something for it to do.
         shard: encode only this part.
 
     Raises:
@@ -134,7 +143,7 @@ def run(config: Config, engine: Callable[[], Engine], *, shard: Shard | None = N
     """
     work = find_work(config, engine)
     mine = work.of(shard or Shard())
-    where = f" (shard {shard.number}/{shard.count})" if shard else ""
+    where = f" (shard {shard})" if shard else ""
     say(f"{len(work.manifest.usable)} clips, {mine}{where} -> {work.cache.folder}")
     failed = {} if mine.is_empty else engine().encode(mine)
     manifest = work.manifest.map_usable(lambda clip: _with_failure(clip, failed, work.cache))

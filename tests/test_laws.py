@@ -43,7 +43,7 @@ def name(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
-def test_frameworks_stay_in_their_tower():
+def test_frameworks_stay_in_their_engine():
     for path in FILES:
         if name(path).startswith("torch_engine/"):
             continue

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cogvideox_factory import preparation
+from cogvideox_factory.cli import prepare
 from cogvideox_factory.data import memo as memo_module
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.picture import write_png
@@ -212,6 +213,26 @@ def test_the_last_shard_lists_the_clips(clips, model, tmp_path, capsys):
     assert sum(clips for clips, _ in engine.made) == NUM_CLIPS
     assert sum(captions for _, captions in engine.made) == NUM_CLIPS + 1
     assert preparation.run(config, never).rows == results[2].rows
+
+
+def test_processes_of_torchrun_share_the_work_without_being_told(clips, model, tmp_path, capsys, monkeypatch):
+    engine, done = ZeroEngine(), []
+    monkeypatch.setattr(prepare, "_engine", engine)
+    words = ["--model.path", str(model), "--data.root", str(clips), "--run.device", "cpu"]
+    words += ["--cache.dir", str(tmp_path / "cache")]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        prepare.run(words)
+        assert f"--prepare.shard {rank + 1}/3" in capsys.readouterr().out
+        done.append((tmp_path / "cache/cache.json").exists())
+    assert done == [False, False, True]
+    assert sum(clips for clips, _ in engine.made) == NUM_CLIPS
+    assert len([work for work in engine.works if work.clips]) > 1
+    shutil.rmtree(tmp_path / "cache")
+    prepare.run([*words, "--prepare.shard", "1/1"])  # what is asked for counts
+    assert engine.made[-1] == (NUM_CLIPS, NUM_CLIPS + 1)
+    assert Shard.of_process({}) is Shard.of_process({"RANK": "0", "WORLD_SIZE": "1"}) is None
 
 
 def test_a_plain_run_ends_what_a_shard_left(clips, model, tmp_path):

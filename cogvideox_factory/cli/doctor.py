@@ -32,7 +32,7 @@ from cogvideox_factory.weights import EMBEDDED, resolve_model
 DESCRIPTION = """Look at every clip of a data set: counts that add up, one named state a clip, the reason where one
 cannot be used; durations, sizes, motion, black frames, scene cuts, clips that look alike; captions that are empty,
 repeated or too long. Sizes, frames and frame rate are those of the settings, or of the model they name; a model folder
-with a tokenizer also tells how many tokens are cut. Nothing is changed; no framework is loaded. With data.strict any
+with a tokenizer also tells how many tokens are cut. Nothing is changed; no framework is loaded. With --strict any
 loss, of a clip or the end of a caption, ends in exit code 3. `cogvideox doctor CACHE` looks at a cache instead, and
 `cogvideox doctor RUN` at the checkpoints of a run."""
 
@@ -53,6 +53,8 @@ class Doctor(BaseModel):
     is touched."""
     quick: bool = False
     """Decode no frames: no motion, black frames, scene cuts or likeness, and damage inside a file is not found."""
+    strict: bool = False
+    """Any loss, of a clip or the end of a caption, is exit code 3; `--data.strict` does the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,11 +112,12 @@ def run(argv: list[str]) -> None:
         say(f"page: {ask.html_file}")
     if ask.fix:
         _write_clean(found, config, Path(ask.fix))
-    found.manifest.require_good(strict=config.data.strict, max_bad=config.data.max_bad)
-    if config.data.strict and (cut := found.census.captions.too_long):
+    strict = ask.strict or config.data.strict
+    found.manifest.require_good(strict=strict, max_bad=config.data.max_bad)
+    if strict and (cut := found.census.captions.too_long):
         raise DataError(
             f"strict allows no loss; {len(cut)} captions are longer than {found.census.captions.max_tokens} tokens and "
-            f"would be cut (rows {', '.join(map(str, list(cut)[:20]))}). Shorten them, or turn --data.strict off."
+            f"would be cut (rows {', '.join(map(str, list(cut)[:20]))}). Shorten them, or ask without strict."
         )
 
 
@@ -132,10 +135,13 @@ def examine(config: Config, *, quick: bool = False) -> Examination:
     manifest = read_parts(parts, trigger_word=data.trigger_word, allow_outside_root=data.allow_outside_root)
     windows = Windows(policy=data.windows, most=data.max_windows, stride=data.window_stride)
     buckets = find_buckets(
-        data.buckets, manifest.usable, spec, windows=windows, max_buckets=data.max_buckets, seed=config.run.seed
-    )
+        data.buckets, manifest.usable, spec, windows=windows, max_buckets=data.max_buckets, seed=config.run.seed,
+        is_apart=True,
+    )  # fmt: skip
     with progress_bar("reading clips", len(manifest.usable)) as advance:
-        manifest = survey(manifest, spec, windows=windows, buckets=buckets, on_clip=lambda clip: advance())
+        manifest = survey(
+            manifest, spec, windows=windows, buckets=buckets, is_apart=True, on_clip=lambda clip: advance()
+        )
     if buckets and (config.model.path or config.model.transformer_config):
         check_buckets(count_buckets(manifest.usable), _transformer_config(config))
     glimpses: Mapping[str, Glimpse] | None = None
@@ -143,7 +149,7 @@ def examine(config: Config, *, quick: bool = False) -> Examination:
         skipped.append("frames, as --quick asks: no motion, black frames, scene cuts, likeness, or damage inside files")
     else:
         with progress_bar("looking at frames", len(contents(manifest))) as advance:
-            manifest, glimpses = look_closer(manifest, spec, on_content=advance)
+            manifest, glimpses = look_closer(manifest, spec, is_apart=True, on_content=advance)
     max_tokens = None
     folder = _model_folder(config)
     count = token_counter(folder) if folder else None

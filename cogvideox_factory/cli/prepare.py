@@ -1,15 +1,18 @@
 """`cogvideox prepare`: videos and captions become a cache of latents and text embeddings."""
 
 import gc
+import os
 
 from pydantic import BaseModel, ConfigDict
 
 from cogvideox_factory.cli.original import expand
 from cogvideox_factory.cli.settings import parse_with
+from cogvideox_factory.metrics import say
 
 DESCRIPTION = """Encode clips and captions once, so that training never waits for a decoder, the VAE or T5.
 Run it again after an interruption or with more clips: finished entries are kept, only what is missing is made. Several
-processes or machines that see one cache folder share the work with --prepare.shard."""
+processes or machines that see one cache folder share the work with --prepare.shard; those that torchrun starts do so by
+themselves."""
 SECTIONS = ("task", "model", "data", "cache", "text", "run")
 
 
@@ -20,7 +23,8 @@ class Prepare(BaseModel):
 
     shard: str | None = None
     """Encode only the I-th of N parts, as in 2/4; start one process for each part, here or on other machines. The last
-    to end lists the clips; run without it afterwards if one of them failed."""
+    to end lists the clips; run without it afterwards if one of them failed. Default: everything, or under torchrun the
+    part of each process."""
 
 
 class Flags(BaseModel):
@@ -34,7 +38,11 @@ def run(argv: list[str]) -> None:
     config, ask = parse_with("prepare", expand("prepare", argv), sections=SECTIONS, description=DESCRIPTION, own=Flags)
     from cogvideox_factory import preparation
 
-    shard = preparation.Shard.parse(ask.prepare.shard) if ask.prepare.shard is not None else None
+    shard = preparation.Shard.of_process(os.environ)
+    if ask.prepare.shard is not None:
+        shard = preparation.Shard.parse(ask.prepare.shard)
+    elif shard:
+        say(f"process {shard.number} of {shard.count} that torchrun started: --prepare.shard {shard}")
     gc.disable()  # rows and entries by the thousand, none in cycles: collecting takes a tenth of a run that ends here
     try:
         preparation.run(config, _engine, shard=shard)

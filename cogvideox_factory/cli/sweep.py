@@ -16,7 +16,7 @@ from cogvideox_factory.errors import FactoryError, nearest
 from cogvideox_factory.recipe import check, write_recipe
 
 DESCRIPTION = """Train once for each combination of the --grid values, each run in a process of its own:
-  cogvideox sweep recipes/t2v_lora.yaml --train.dir runs/rates \\
+  cogvideox sweep recipes/t2v_lora.yaml --cache.dir caches/mine --train.dir runs/rates \\
       --grid train.learning-rate=1e-4,2e-4 --grid lora.rank=16,64
 train.dir is the folder of all: a recipe and a run folder for each, sweep.csv, sweep.json and index.html. Run it again
 to go on: finished runs are left alone, others go on from their newest checkpoint. A run that fails does not stop the

@@ -184,9 +184,10 @@ class ListedBuckets:
         return min(sizes)
 
     def to_json(self) -> str:
-        """Return what decides which clip goes where, for a fingerprint; batch sizes do not."""
+        """Return what decides which clip goes where, for a fingerprint: no batch sizes, and a seed where it draws."""
         rows = [[o.resolution, o.num_frames, o.keep_prob, o.length_prob] for o in self.options]
-        return json.dumps({"listed": rows, "seed": self.seed})
+        drawn = any(0 < chance < 1 for o in self.options for chance in (o.keep_prob, o.length_prob))
+        return json.dumps({"listed": rows} | ({"seed": self.seed} if drawn else {}))
 
     def _draw(self, what: str, option: Option, content: str) -> float:
         if (option.keep_prob if what == "keep" else option.length_prob) >= 1:

@@ -63,6 +63,8 @@ class Captions:
     """Rows whose caption has nothing visible in it."""
     missing: list[int]
     """Clips without a caption file."""
+    not_utf8: list[int]
+    """Rows whose caption file is not UTF-8."""
     rejected: list[int]
     """Rows whose caption holds what no tokenizer may see: NUL, half a surrogate pair."""
     replaced: dict[int, int]
@@ -79,6 +81,7 @@ class Captions:
         return {
             "empty": self.empty,
             "missing": self.missing,
+            "not_utf8": self.not_utf8,
             "rejected": self.rejected,
             "replaced": {str(row): count for row, count in self.replaced.items()},
             "repeated": self.repeated,
@@ -192,6 +195,7 @@ def _captions(manifest: Manifest, max_tokens: int | None) -> Captions:
     return Captions(
         empty=lost_to("text.empty"),
         missing=lost_to("text.missing"),
+        not_utf8=lost_to("text.encoding"),
         rejected=lost_to("text.control"),
         replaced={clip.row: clip.facts["replaced"] for clip in rows if "replaced" in clip.facts},
         repeated=_repeats([(clip.caption, clip.row) for clip in usable]),

@@ -19,6 +19,16 @@ FORMAT = 1
 _LATER: dict[str, Any] = {"windows": "first", "max_slowdown": None, "imported": False}
 """Settings that the first caches did not record, and what they were then."""
 UNKNOWN = "unknown"
+_SET_BY = {
+    "trigger_word": "data.trigger_word", "video.image_variants": "cache.image_noise_variants",
+    "video.seed": "run.seed", "video.short_policy": "data.short_clips", "video.tiling": "data.vae_tiling",
+} | {
+    f"video.{name}": f"data.{name}"
+    for name in ("num_frames", "height", "width", "fps", "fps_policy", "crop", "buckets", "windows", "max_slowdown")
+}  # fmt: skip
+"""What a user sets, where a cache has another name for it."""
+_FOLLOWS = {"video.seed": ("video.crop", "video.image_variants"), "video.max_slowdown": ("video.short_policy",)}
+"""Settings that are None unless another one needs them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,8 +201,13 @@ def require_match(folder: Path, recorded: dict[str, Any], wanted: CacheSettings,
     differences = compare(recorded, wanted)
     if not differences:
         return
-    width = max(len(difference.name) for difference in differences)
-    lines = [f"  {d.name:<{width}}  cache: {_short(d.recorded)}  this run: {_short(d.wanted)}" for d in differences]
+    named = [(found, setting) for found in differences if (setting := _setting_behind(found, differences)) is not None]
+    width = max(len(found.name) for found, _ in named)
+    lines = [
+        f"  {found.name:<{width}}  cache: {_short(found.recorded)}  this run: {_short(found.wanted)}"
+        f"{f'  ({setting})' if setting else ''}"
+        for found, setting in named
+    ]
     raise UnfitError(
         "\n".join(
             [
@@ -203,6 +218,26 @@ def require_match(folder: Path, recorded: dict[str, Any], wanted: CacheSettings,
             ]
         )
     )
+
+
+def _setting_behind(found: Difference, all_found: list[Difference]) -> str | None:
+    """Return what the user sets to change it, "" if nothing of another name, None if another of `all_found` is why."""
+    name, old, new = found
+    names = {difference.name for difference in all_found}
+    if None in (old, new) and names & set(_FOLLOWS.get(name, ())):
+        return None
+    if name == "video.windows" and (policy := str(old).partition(",")[0]) == str(new).partition(",")[0]:
+        return "data.max_windows" if policy == "uniform" else "data.window_stride"
+    if name == "video.buckets":
+        old, new = (json.loads(rule) if isinstance(rule, str) else {} for rule in (old, new))
+        match [key for key in old | new if old.get(key) != new.get(key)]:
+            case ["max_buckets"]:
+                return "data.max_buckets"
+            case ["seed"]:
+                return "run.seed"
+            case ["auto"] if names & {"video.num_frames", "video.height", "video.width"}:
+                return None  # the shape that buckets are made around
+    return _SET_BY.get(name, "")
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cogvideox_factory.data import apart
 from cogvideox_factory.data.likeness import SIDE, perceptual_hash
 from cogvideox_factory.data.manifest import Clip, Manifest
 from cogvideox_factory.data.ordered import ordered_map
@@ -119,15 +120,15 @@ def _motion(pixels: np.ndarray, cuts: list[int], fps: float) -> float | None:
     return float(pixels_a_frame) * fps / pixels.shape[2]
 
 
-def glimpse(clip: Clip, spec: ClipSpec, *, limits: Limits = DEFAULT_LIMITS) -> Glimpse:
-    """Decode the frames that `spec` takes from a surveyed clip, small, and measure them.
+def glimpse(clip: Clip, spec: ClipSpec, *, limits: Limits = DEFAULT_LIMITS, is_apart: bool = False) -> Glimpse:
+    """Decode the frames that `spec` takes from a surveyed clip, small (in a process `apart`), and measure them.
 
     Raises:
         ClipError: the clip cannot be decoded, or changed since it was surveyed.
     """
     assert clip.path is not None, f"{clip.name} names no file"
     small = replace(clip.spec or spec, height=_SIDE, width=_SIDE, crop="stretch")
-    decoded = read_clip(clip.path, small, stamp=clip.stamp, limits=limits)
+    decoded = (apart.read_clip if is_apart else read_clip)(clip.path, small, stamp=clip.stamp, limits=limits)
     return Glimpse.of(decoded.pixels, fps=spec.fps)
 
 
@@ -137,9 +138,10 @@ def look_closer(
     *,
     limits: Limits = DEFAULT_LIMITS,
     num_workers: int = 2,
+    is_apart: bool = False,
     on_content: Callable[[], None] | None = None,
 ) -> tuple[Manifest, dict[str, Glimpse]]:
-    """Decode every usable clip of a surveyed manifest once.
+    """Decode every usable clip of a surveyed manifest once (`is_apart`: in a process that may crash).
 
     Clips with the same footage share one look. `on_content` is called after each, for progress (`contents` says how
     many there will be).
@@ -153,7 +155,7 @@ def look_closer(
 
     def look(clip: Clip) -> Glimpse | ClipError:
         try:
-            return glimpse(clip, spec, limits=limits)
+            return glimpse(clip, spec, limits=limits, is_apart=is_apart)
         except ClipError as error:
             return error
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cogvideox_factory.data import apart
 from cogvideox_factory.data.buckets import Bucket, Buckets, Source
 from cogvideox_factory.data.image import probe_picture
 from cogvideox_factory.data.manifest import Clip
@@ -36,10 +37,11 @@ def look_at(
     windows: Windows = FIRST,
     buckets: Buckets | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    is_apart: bool = False,
 ) -> list[Clip]:
     """Return each window of `clip` with its content hash, facts and state; one clip where there is nothing to cut.
 
-    Never raises for what is wrong with the clip.
+    Never raises for what is wrong with the clip. `is_apart`: what decodes is a process of its own (`apart`).
     """
     path = clip.path
     assert path is not None, f"{clip.name} names no file"
@@ -47,33 +49,34 @@ def look_at(
         require_in_place(path)
         stamp = file_stamp(path)
         clip = replace(clip, content=hash_file(path), stamp=stamp)
-        info = probe_clip(path, limits=limits)
+        info = (apart.probe_clip if is_apart else probe_clip)(path, limits=limits)
         clip = replace(clip, facts={**clip.facts, **source_facts(info)})
-        cut = cut_source(info, spec, windows, shape=partial(_shaped, clip.content or "", info, buckets))
+        shape = partial(_shaped, clip.content or "", info, buckets)
+        cut = cut_source(info, spec, windows, shape=shape, is_apart=is_apart)
         return [_planned(clip, info, window, cut.facts, has_buckets=buckets is not None) for window in cut.specs]
     except ClipError as error:
         return [clip.rejected(error)]
 
 
-def look_at_condition(picture: Clip) -> list[Clip]:
+def look_at_condition(picture: Clip, *, is_apart: bool = False) -> list[Clip]:
     """Return the picture a clip starts from (as the only file of one `Clip`) with its hash, size and state."""
     path = picture.path
     assert path is not None
     try:
         picture = replace(picture, stamp=file_stamp(path), content=hash_file(path))
-        info = probe_picture(path)
+        info = (apart.probe_picture if is_apart else probe_picture)(path)
         return [replace(picture, facts={"image_height": info.height, "image_width": info.width})]
     except ClipError as error:
         return [picture.rejected(ClipError("image.unreadable", f"its image {path.name}: {error.message}"))]
 
 
-def sources_in(clip: Clip, spec: ClipSpec, windows: Windows, limits: Limits) -> list[Source]:
+def sources_in(clip: Clip, spec: ClipSpec, windows: Windows, limits: Limits, *, is_apart: bool = False) -> list[Source]:
     """Return frames (at the rate of `spec`) and size of a clip's file, or of each scene that windows are cut from;
     nothing for a file that cannot be read."""
     assert clip.path is not None, f"{clip.name} names no file"
     try:
-        info = probe_clip(clip.path, limits=limits)
-        return [_source(info, part) for part in source_parts(info, spec, windows)]
+        info = (apart.probe_clip if is_apart else probe_clip)(clip.path, limits=limits)
+        return [_source(info, part) for part in source_parts(info, spec, windows, is_apart=is_apart)]
     except ClipError:
         return []  # `look_at` says why
 

@@ -3,8 +3,8 @@
 An answer is kept for a question (what clips are brought to, what a model file hashes to) and a file in the state it was
 in: inode, size, time of the last write and of the last change of its entry. The last cannot be set back, so a file that
 was replaced, edited or restored under an old date is looked at anew. A file that changed within two seconds of being
-looked at is not remembered, because a clock tick might hide its next change. A memo is never needed: damage only means
-looking again.
+looked at is not remembered, because a clock tick might hide its next change. Nor is a clip whose
+decoder crashed, for the machine may be to blame. A memo is never needed: damage only means looking again.
 """
 
 import hashlib
@@ -76,7 +76,8 @@ class Memo:
             self._fresh[key] = row
             return row, False
         found = find()
-        if before is not None and before == _stamp(name) and time.time_ns() - max(before[2:]) > _FRESH_NS:
+        is_settled = before is not None and before == _stamp(name) and time.time_ns() - max(before[2:]) > _FRESH_NS
+        if is_settled and not any(one["reason"] == "video.decoder_crash" for one in found.get("clips", ())):
             self._fresh[key] = {"path": name, "stamp": before, **found}
         return found, True
 

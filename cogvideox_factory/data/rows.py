@@ -22,8 +22,8 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 HUB_COLUMN = "file_name"
 """What the metadata tables of Hugging Face data sets call the column that names the file."""
-IMAGE_COLUMN = "image"
-"""The column that is looked for where none is named; a table need not have it."""
+CAPTION_COLUMN, VIDEO_COLUMN, IMAGE_COLUMN = "caption", "video", "image"
+"""The columns that are looked for where none is named; a table need not have the last."""
 _CSV_FIELD_LIMIT = 1_000_000
 
 
@@ -50,23 +50,27 @@ class Rows:
     notes: tuple[str, ...] = ()
 
 
+class EncodingError(DataError):
+    """A file's bytes are not UTF-8."""
+
+
 def read_text(path: Path) -> str:
     """Return the text of `path` without its byte order mark.
 
     Raises:
-        DataError: not readable, or not UTF-8 (naming byte offset and line).
+        DataError: not readable, or (an `EncodingError`) not UTF-8, naming byte offset and line.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the name and its rights.") from error
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path} is UTF-16 text; save it as UTF-8.")
+        raise EncodingError(f"{path} is UTF-16 text; save it as UTF-8.")
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
+        raise EncodingError(
             f"{path}: byte {error.start} (line {line}) is 0x{data[error.start]:02x}, which is not UTF-8. "
             "Save the file as UTF-8."
         ) from error
@@ -307,5 +311,6 @@ def _folder_row(line: int, name: str, caption_file: Path) -> Row:
     try:
         caption = read_text(caption_file).strip()
     except DataError as error:
-        return Row(line=line, video=name, code="row.malformed", detail=str(error))
+        code = "text.encoding" if isinstance(error, EncodingError) else "row.malformed"
+        return Row(line=line, video=name, code=code, detail=str(error))
     return Row(line=line, video=name, caption=" ".join(split_lines(caption)))

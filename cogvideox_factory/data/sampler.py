@@ -188,7 +188,8 @@ class Sampler:
 
     def waiting(self, epoch: int) -> dict[str, int]:
         """Return how many clips of each shape wait in its line when `epoch` begins; none of them is lost."""
-        return {key: epoch * self.counts[key] % size for key, size in self.batch_sizes.items()}
+        before = self._places_before(epoch)
+        return {key: before[key] % size for key, size in self.batch_sizes.items()}
 
     def bucket(self, step: int) -> str:
         """Return the shape of `step`."""

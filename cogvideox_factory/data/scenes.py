@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from cogvideox_factory.data import apart
 from cogvideox_factory.data.resize import to_rgb
 from cogvideox_factory.data.video import decode_frames
 from cogvideox_factory.data.video_info import VideoInfo, file_stamp
@@ -37,22 +38,31 @@ def require_detector() -> tuple[Any, Any]:
     return AdaptiveDetector, FrameTimecode
 
 
-def find_scenes(info: VideoInfo) -> list[tuple[int, int]]:
+def find_scenes(info: VideoInfo, *, is_apart: bool = False) -> list[tuple[int, int]]:
     """Return (first frame, frame after the last) of each scene, in order; together they are the whole source.
 
-    The whole source is decoded, but only once while it does not change.
+    The whole source is decoded, but only once while it does not change; `is_apart`: in a process of its own.
 
     Raises:
         ClipError: it cannot be decoded.
         MissingError: PySceneDetect is not installed.
     """
-    cuts = _find_cuts(info, file_stamp(info.path))
+    cuts = _known_cuts(info, file_stamp(info.path), is_apart)
     return list(zip([0, *cuts], [*cuts, info.num_frames], strict=True))
 
 
 @lru_cache(maxsize=4096)
-def _find_cuts(info: VideoInfo, _stamp: tuple[int, int]) -> tuple[int, ...]:
-    """Return the frames that begin a new scene, but for the first."""
+def _known_cuts(info: VideoInfo, _stamp: tuple[int, int], is_apart: bool) -> tuple[int, ...]:
+    return apart.find_cuts(info.path) if is_apart else find_cuts(info)
+
+
+def find_cuts(info: VideoInfo) -> tuple[int, ...]:
+    """Return the frames that begin a new scene, but for the first.
+
+    Raises:
+        ClipError: it cannot be decoded.
+        MissingError: PySceneDetect is not installed.
+    """
     adaptive_detector, timecode = require_detector()
     # A scene of any length counts: a shorter one would be joined to its neighbour, and a window then cross a cut.
     detector = adaptive_detector(min_scene_len=1)

@@ -33,14 +33,16 @@ def survey(
     memo: Memo | None = None,
     limits: Limits = DEFAULT_LIMITS,
     num_workers: int = 2,
+    is_apart: bool = False,
     on_clip: Callable[[Clip], None] | None = None,
 ) -> Manifest:
     """Return the manifest with each usable row cut into its windows, hashed, described, and in the state `spec` gives.
 
     Rows with the same bytes and the same caption as an earlier row become duplicates, uncut; the same bytes under
     another caption are kept. With `buckets` each clip is brought to the size and length they choose for it, and
-    the rest of `spec` holds for all. What `memo` remembers of an unchanged file is not looked at again. `on_clip` is
-    called with the first clip of each row, in order, for progress.
+    the rest of `spec` holds for all. What `memo` remembers of an unchanged file is not looked at again. `is_apart`:
+    what decodes is a process of its own, which may crash (`apart`). `on_clip` is called with the first clip of each
+    row, in order, for progress.
 
     Raises:
         MissingError: what `windows` needs is not installed.
@@ -48,11 +50,11 @@ def survey(
     windows.require()
     firsts: dict[str, Clip] = {}
     surveyed = []
-    look = partial(_look_at, spec=spec, windows=windows, buckets=buckets, limits=limits)
+    look = partial(_look_at, spec=spec, windows=windows, buckets=buckets, limits=limits, is_apart=is_apart)
     if memo:
         shapes = [buckets.to_json(), buckets.all] if buckets else None
         look = partial(memo.ask, question=["survey", asdict(spec), str(windows), shapes, asdict(limits)], look=look)
-    both = partial(_with_condition, look=look, memo=memo)
+    both = partial(_with_condition, look=look, memo=memo, is_apart=is_apart)
     for clips in ordered_map(both, manifest.usable, num_workers=num_workers):
         clips = _without_copies(clips, firsts)
         surveyed += clips
@@ -73,14 +75,15 @@ def _without_copies(clips: list[Clip], firsts: dict[str, Clip]) -> list[Clip]:
     return [replace(clip, facts={**clip.facts, "window": f"{n} of {len(found)}"}) for n, clip in enumerate(found, 1)]
 
 
-def _with_condition(clip: Clip, *, look: Callable[[Clip], list[Clip]], memo: Memo | None) -> list[Clip]:
+def _with_condition(clip: Clip, *, look: Callable[[Clip], list[Clip]], memo: Memo | None, is_apart: bool) -> list[Clip]:
     """Look at a row's clip and at the picture it starts from; later windows start from their own first frames."""
     first, *later = look(clip)
     if not first.usable or first.image_path is None:
         return [first, *later]
     later = [replace(window, image_name="", image_path=None) for window in later]
     picture = Clip(row=clip.row, name=clip.image_name, caption="", path=clip.image_path)
-    (seen,) = memo.ask(picture, ["condition"], _look_at_condition) if memo else _look_at_condition(picture)
+    look = partial(_look_at_condition, is_apart=is_apart)
+    (seen,) = memo.ask(picture, ["condition"], look) if memo else look(picture)
     if not seen.usable:
         return [replace(first, state=seen.state, reason=seen.reason, detail=seen.detail), *later]
     facts = {**first.facts, **seen.facts}
@@ -93,10 +96,10 @@ def _look_at(clip: Clip, **how: Any) -> list[Clip]:
     return look_at(clip, **how)
 
 
-def _look_at_condition(picture: Clip) -> list[Clip]:
+def _look_at_condition(picture: Clip, **how: Any) -> list[Clip]:
     from cogvideox_factory.data.look import look_at_condition
 
-    return look_at_condition(picture)
+    return look_at_condition(picture, **how)
 
 
 def find_buckets(
@@ -108,6 +111,7 @@ def find_buckets(
     max_buckets: int,
     seed: int,
     memo: Memo | None = None,
+    is_apart: bool = False,
 ) -> Buckets | None:
     """Return the rule that gives each clip its size and length, if one is asked for.
 
@@ -119,6 +123,7 @@ def find_buckets(
         max_buckets: most shapes that "auto" makes.
         seed: of a file's keep_prob draws.
         memo: see `survey`.
+        is_apart: see `survey`.
 
     Raises:
         FactoryError: a bucket file that cannot be read.
@@ -128,7 +133,8 @@ def find_buckets(
     if asked != "auto":
         return read_buckets(Path(asked), seed=seed)
     native = Bucket(spec.num_frames, spec.height, spec.width)
-    return auto_buckets(measure(clips, spec, windows=windows, memo=memo), native=native, max_buckets=max_buckets)
+    sources = measure(clips, spec, windows=windows, memo=memo, is_apart=is_apart)
+    return auto_buckets(sources, native=native, max_buckets=max_buckets)
 
 
 def count_buckets(clips: Iterable[Clip]) -> dict[Bucket, int]:
@@ -146,6 +152,7 @@ def measure(
     memo: Memo | None = None,
     limits: Limits = DEFAULT_LIMITS,
     num_workers: int = 2,
+    is_apart: bool = False,
 ) -> list[Source]:
     """Return frames (at the rate of `spec`) and size of each of the usable `clips` that can be read; of each scene,
     where `windows` are cut from scenes."""
@@ -154,7 +161,8 @@ def measure(
     def look(clip: Clip) -> list[Clip]:
         from cogvideox_factory.data.look import sources_in
 
-        return [replace(clip, facts={"measured": source}) for source in sources_in(clip, spec, windows, limits)]
+        sources = sources_in(clip, spec, windows, limits, is_apart=is_apart)
+        return [replace(clip, facts={"measured": source}) for source in sources]
 
     if memo:
         parts = windows.policy == "scenes"

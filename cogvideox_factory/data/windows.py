@@ -67,7 +67,9 @@ class Cut:
     """What a report keeps: how many scenes there are and how many give no window."""
 
 
-def cut_source(info: VideoInfo, spec: ClipSpec, windows: Windows, *, shape: Callable[[ClipSpec], ClipSpec]) -> Cut:
+def cut_source(
+    info: VideoInfo, spec: ClipSpec, windows: Windows, *, shape: Callable[[ClipSpec], ClipSpec], is_apart: bool = False
+) -> Cut:
     """Cut a source.
 
     Args:
@@ -75,13 +77,14 @@ def cut_source(info: VideoInfo, spec: ClipSpec, windows: Windows, *, shape: Call
         spec: what clips of the run are brought to.
         windows: the policy.
         shape: gives a part of the source its size and length, where these are not the same for all.
+        is_apart: whether scenes are looked for in a process of their own.
 
     Raises:
         ClipError: no window can be had. A scene that gives none is only counted while another gives one.
     """
     found: list[ClipSpec] = []
     errors: list[ClipError] = []
-    parts = source_parts(info, spec, windows)
+    parts = source_parts(info, spec, windows, is_apart=is_apart)
     for part in sorted(parts, key=lambda part: part.start - (part.stop or info.num_frames)):  # the longest first
         try:
             found += _cut_part(info, shape(part), windows)
@@ -96,8 +99,8 @@ def cut_source(info: VideoInfo, spec: ClipSpec, windows: Windows, *, shape: Call
     return Cut(specs=found, facts=facts | ({"scenes_without_clip": len(errors)} if errors else {}))
 
 
-def source_parts(info: VideoInfo, spec: ClipSpec, windows: Windows) -> list[ClipSpec]:
-    """Return the parts of a source that windows are cut from: its scenes, or all of it.
+def source_parts(info: VideoInfo, spec: ClipSpec, windows: Windows, *, is_apart: bool = False) -> list[ClipSpec]:
+    """Return the parts of a source that windows are cut from: its scenes (see `find_scenes`), or all of it.
 
     Raises:
         ClipError: it cannot be decoded.
@@ -106,7 +109,7 @@ def source_parts(info: VideoInfo, spec: ClipSpec, windows: Windows) -> list[Clip
         return [spec]
     from cogvideox_factory.data.scenes import find_scenes  # with the decoder, for this policy alone
 
-    scenes = find_scenes(info)
+    scenes = find_scenes(info, is_apart=is_apart)
     return [replace(spec, start=start, stop=stop if len(scenes) > 1 else None) for start, stop in scenes]
 
 

@@ -38,7 +38,9 @@ def remarks(manifest: Manifest, census: Census) -> list[Remark]:
 
 def _about_captions(manifest: Manifest, captions: Captions) -> list[Remark]:
     found = []
-    for title, rows in (("empty", captions.empty), ("no .txt", captions.missing), ("NUL", captions.rejected)):
+    lost = (("empty", captions.empty), ("no .txt", captions.missing), ("not UTF-8", captions.not_utf8),
+            ("NUL", captions.rejected))  # fmt: skip
+    for title, rows in lost:
         if rows:
             found.append(Remark(f"captions: {title}", _clips(rows)))
     if captions.replaced:

@@ -36,6 +36,8 @@ def say_arithmetic(plan: Plan, sampler: Sampler, update: Update, start: Path | N
             f"{plan.text_length} tokens; batch {size} ({size // train.gradient_accumulation} x "
             f"{train.gradient_accumulation} accumulated)"
         )
+    left = sum(sampler.waiting(1).values())
+    say(f"  {left} clips are left over when the first epoch ends: the next fills their batches up, none is dropped")
     say(
         f"{train.method}: {trained:,} of {plan.model.num_parameters:,} parameters, {plan.dtype} on {plan.device}, "
         f"checkpointing {train.checkpointing}, "

@@ -1,4 +1,4 @@
-"""Arrays on the ground become tensors in this tower, and back, without a copy where memory can be shared.
+"""Arrays on the ground become tensors in this engine, and back, without a copy where memory can be shared.
 
 numpy has no bfloat16 of its own; the ground uses `ml_dtypes.bfloat16`. Both sides hold the same 16 bits, so they are
 handed over as int16 and reinterpreted.

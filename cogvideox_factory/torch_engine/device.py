@@ -1,6 +1,6 @@
 """The machine a command runs on: device and dtype, memory, waiting, and bit-exact repetition.
 
-Everything else in this tower is written against `torch.accelerator`; here and in `attention` are the only names of
+Everything else in this engine is written against `torch.accelerator`; here and in `attention` are the only names of
 device kinds. Ascend comes through torch_npu, which torch loads by itself where it is installed.
 """
 

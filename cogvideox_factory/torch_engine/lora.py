@@ -1,6 +1,6 @@
 """LoRA on our transformer: choosing targets, adding, loading, mixing, merging and exporting adapters.
 
-Targets are named as diffusers names its modules (`transformer_blocks.0.attn1.to_q`), whatever the tower fused
+Targets are named as diffusers names its modules (`transformer_blocks.0.attn1.to_q`), whatever the transformer fused
 them into, so patterns, files and metadata are interchangeable with peft. The arithmetic is in `lora_linear`.
 
 ```python

@@ -1,6 +1,6 @@
 """What a LoRA can sit on: the linear layers of our transformer, by the names diffusers gives them.
 
-The tower fuses q, k and v into one projection, and the norms of all blocks into another; `layout` knows where
+The transformer fuses q, k and v into one projection, and the norms of all blocks into another; `layout` knows where
 each part lies, and nobody outside needs to.
 """
 

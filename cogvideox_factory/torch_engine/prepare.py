@@ -14,12 +14,11 @@ from torch import Tensor
 
 from cogvideox_factory import draws, preparation
 from cogvideox_factory.config import Config
+from cogvideox_factory.data import apart
 from cogvideox_factory.data.cache import CacheIndex
-from cogvideox_factory.data.condition import read_condition
 from cogvideox_factory.data.manifest import Clip
 from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.reasons import ClipError, printable
-from cogvideox_factory.data.video import read_clip
 from cogvideox_factory.errors import DataError, UnfitError
 from cogvideox_factory.metrics import progress_bar, say
 from cogvideox_factory.models import TransformerConfig
@@ -43,7 +42,7 @@ _READERS, _WRITERS = 2, 2
 
 
 class TorchEngine:
-    """This tower's part in `preparation.run`."""
+    """This engine's part in `preparation.run`."""
 
     def auto_dtype(self, device: str, transformer: TransformerConfig) -> str:
         """Return what `auto` comes to on `device`."""
@@ -191,14 +190,13 @@ def _decode(work: preparation.Work, job: _Job) -> _Pixels | ClipError | None:
     assert clip.spec is not None
     if work.cache.has_image(clip) if job.is_image else work.cache.has_clip(clip):
         return None
-    rng = draws.generator(work.seed, "crop", clip.footage)
+    draw = work.seed, "crop", clip.footage
     crop: Mapping[str, int] = {}
     try:
         if job.is_image:
-            pixels = read_condition(clip, rng)[None]
+            pixels = apart.read_condition(clip, draw=draw)[None]
         else:
-            decoded = read_clip(clip.path, clip.spec, rng=rng, stamp=clip.stamp)
-            pixels, crop = decoded.pixels, decoded.fit.to_json()
+            pixels, crop = apart.read_clip(clip.path, clip.spec, draw=draw, stamp=clip.stamp)
     except ClipError as error:
         return error
     sigma = noise = None

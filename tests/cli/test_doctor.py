@@ -41,17 +41,20 @@ def test_counts_add_up_and_the_report_names_every_clip(clips, tmp_path, capsys):
     assert "total" in printed
 
 
-def test_strict_lets_no_caption_be_cut(clips, capsys):
+@pytest.mark.parametrize("flag", ["--strict", "--data.strict"])
+def test_strict_lets_no_caption_be_cut(clips, capsys, flag):
     next(clips.glob("*.txt")).write_text("a large red circle " * 20)
     assert doctor("--data.root", clips, "--model.path", "tiny-t2v") == 0
-    assert doctor("--data.root", clips, "--model.path", "tiny-t2v", "--data.strict", "True") == 3
+    assert doctor("--data.root", clips, "--model.path", "tiny-t2v", flag, "True") == 3
     assert "1 captions are longer than 24 tokens" in capsys.readouterr().err
 
 
-def test_strict_turns_a_loss_into_exit_code_3(clips, capsys):
-    assert doctor("--data.root", clips, *SIZE, "--data.strict", "True") == 0
+@pytest.mark.parametrize("flag", ["--strict", "--data.strict"])
+def test_strict_turns_a_loss_into_exit_code_3(clips, capsys, flag):
+    assert doctor("--data.root", clips, *SIZE, flag, "True") == 0
     (clips / "3.mp4").write_bytes(b"no video")
-    assert doctor("--data.root", clips, *SIZE, "--data.strict", "True") == 3
+    assert doctor("--data.root", clips, *SIZE) == 0
+    assert doctor("--data.root", clips, *SIZE, flag, "True") == 3
     assert "strict allows no loss" in capsys.readouterr().err
 
 
@@ -97,6 +100,37 @@ def test_the_report_tells_what_the_clips_are_like(clips, tmp_path, capsys, tiny_
     for word in ("same bytes, other caption", "tokens beyond 16", "motion, widths/s", "32x32 (6)"):
         assert word in printed, word
     assert (tmp_path / "r.html").read_text().count("data:image/jpeg") == 6
+
+
+def test_buckets_are_counted_on_the_terminal_in_the_report_and_on_the_page(clips, tmp_path, capsys):
+    for name, (num_frames, width) in {"wide": (9, 64), "wide again": (9, 64), "short": (3, 32)}.items():
+        frames = render(random_scene(5, 9), num_frames=num_frames, height=32, width=width, fps=8)
+        export_to_video(frames, clips / f"{name}.mp4")
+        (clips / f"{name}.txt").write_text(name)
+    files = ("--json", tmp_path / "r.json", "--html", tmp_path / "r.html")
+    assert doctor("--data.root", clips, *SIZE, "--data.buckets", "auto", *files) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["buckets"] == {"9x32x32": 5, "9x16x48": 2}
+    assert report["counts"] == {"used": 7, "no_bucket": 1}
+    assert [clip.get("bucket") for clip in report["clips"]] == [*["9x32x32"] * 5, None, *["9x16x48"] * 2]
+    printed = capsys.readouterr().out
+    table = printed[printed.index("bucket (frames x height x width)") :].splitlines()
+    assert [line.replace("│", " ").split() for line in table[2:4]] == [["9x32x32", "5"], ["9x16x48", "2"]]
+    assert "9x16x48" in (tmp_path / "r.html").read_text()
+    assert doctor("--data.root", clips, *SIZE, "--json", tmp_path / "r.json") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["buckets"] == {}
+
+
+def test_a_caption_that_is_not_utf8_is_told_apart(clips, tmp_path, capsys):
+    (clips / "1.txt").write_bytes("café".encode("latin-1"))
+    (clips / "2.txt").write_bytes("café".encode("utf-16"))
+    words = ("--data.root", clips, *SIZE, "--json", tmp_path / "r.json", "--data.max-bad", "0.5")
+    assert doctor(*words) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["captions"]["not_utf8"] == [2, 3]
+    assert [clip["reason"] for clip in report["clips"]] == [None, "text.encoding", "text.encoding", None, None]
+    assert "byte 3 (line 1) is 0xe9" in report["clips"][1]["detail"]
+    assert "captions: not UTF-8: 2 clips (rows 2, 3)" in capsys.readouterr().out
 
 
 def damage_inside(path):

@@ -113,6 +113,57 @@ def test_ten_thousand_clips_go_to_the_longest_and_nearest_bucket():
     assert set(taken) == set(buckets.all)  # no bucket is kept for nobody
 
 
+def plain_table(sources, native, max_buckets):
+    """The table as the docstring of `auto_buckets` has it, from the clips each time and without shortcuts."""
+    lengths = sorted({max(9, int(native.num_frames * part) // 8 * 8 + 1) for part in (0.25, 0.5, 0.75)})
+    lengths = [n for n in lengths if n < native.num_frames] + [native.num_frames]
+
+    def fits(bucket, source):
+        enough = source.num_frames == 1 if bucket.num_frames == 1 else source.num_frames >= bucket.num_frames
+        return enough and 5 * source.height * source.width >= 4 * bucket.height * bucket.width
+
+    def wish(source):
+        frames = [1] if source.num_frames == 1 else [n for n in lengths if n <= source.num_frames]
+        if not frames:
+            return None
+        ratio = min(max(source.height / source.width, 0.38), 1 / 0.38)  # the narrowest of the shapes of a bucket file
+        area = min(source.height * source.width, native.height * native.width)
+        sides = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        for rounding in (round, math.floor):  # to the nearest, or where that is too much, below
+            bucket = Bucket(frames[-1], *(max(16, 16 * rounding(side / 16)) for side in sides))
+            if fits(bucket, source):
+                return bucket
+        return None
+
+    def apart(one, other):
+        shape = abs(math.log(one.height / one.width) - math.log(other.height / other.width))
+        size = abs(math.log(one.height * one.width) - math.log(other.height * other.width))
+        return shape + 0.5 * size + abs(math.log(one.num_frames / other.num_frames))
+
+    groups = {}
+    for source in sources:
+        if bucket := wish(source):
+            groups.setdefault(bucket, []).append(source)
+    while len(groups) > max_buckets:
+        for rare in sorted(groups, key=lambda bucket: (len(groups[bucket]), bucket)):
+            hosts = [b for b in groups if b != rare and all(fits(b, source) for source in groups[rare])]
+            if hosts:
+                host = min(hosts, key=lambda bucket: (apart(bucket, rare), bucket))
+                groups[host] += groups.pop(rare)
+                break
+        else:
+            break
+    return tuple(sorted(groups))
+
+
+@given(SOURCES, st.integers(1, 8), st.sampled_from([NATIVE, Bucket(49, 480, 720), Bucket(9, 64, 64)]))
+@settings(max_examples=200, deadline=None)
+def test_the_table_is_the_one_made_by_hand(sources, max_buckets, native):
+    assert auto_buckets(sources, native=native, max_buckets=max_buckets).all == plain_table(
+        sources, native, max_buckets
+    )
+
+
 def tokens_of(bucket):
     return ((bucket.num_frames - 1) // 4 + 1) * (bucket.height // 16) * (bucket.width // 16) + 226
 

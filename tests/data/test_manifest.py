@@ -1,6 +1,7 @@
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,10 @@ from hypothesis import strategies as st
 
 from cogvideox_factory.data.manifest import Source, clean_caption, read_manifest
 from cogvideox_factory.data.reasons import STATES, ClipError, printable
+from cogvideox_factory.data.survey import survey
+from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.errors import DataError
+from tests.faults.trial import in_child
 
 
 def states(manifest):
@@ -201,3 +205,42 @@ def test_no_such_folder(tmp_path, name):
     (tmp_path / "file.txt").touch()
     with pytest.raises(DataError, match="no folder"):
         read_manifest(tmp_path / name)
+
+
+def test_files_and_folders_without_permission_are_told(make_video):
+    """In a fork that gives up root's rights, which would open everything."""
+    with TemporaryDirectory(dir="/tmp") as name:  # a place that everybody may walk through
+        root = Path(name)
+        make_video(root / "good.mp4")
+        make_video(root / "closed.mp4").chmod(0)
+        make_video(root / "sub/inside.mp4")
+        (root / "metadata.csv").write_text("video,caption\ngood.mp4,a\nclosed.mp4,b\nsub/inside.mp4,c\n")
+        (root / "sub").chmod(0)
+        root.chmod(0o755)
+
+        def look():
+            if os.getuid() == 0:
+                os.setuid(65534)
+            manifest = read_manifest(root)
+            return [(clip.state, clip.reason, clip.detail) for clip in manifest.clips]
+
+        found = in_child(look).value
+        (root / "sub").chmod(0o755)
+    assert [clip[:2] for clip in found] == [["pending", None], *[["missing", "path.denied"]] * 2]
+    assert [clip[2] for clip in found[1:]] == [
+        "closed.mp4: no permission to read it", "sub/inside.mp4: no permission to look at it",
+    ]  # fmt: skip
+
+
+def test_a_file_that_is_closed_between_the_list_and_the_look_is_told(tmp_path, make_video, monkeypatch):
+    make_video(tmp_path / "a.mp4")
+    (tmp_path / "a.txt").write_text("a")
+    manifest = read_manifest(tmp_path)
+
+    def closed(self, *_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", closed)
+    (clip,) = survey(manifest, ClipSpec(num_frames=9, height=32, width=48, fps=8)).clips
+    assert (clip.state, clip.reason) == ("missing", "path.denied")
+    assert "Permission denied" in clip.detail

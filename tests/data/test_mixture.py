@@ -58,6 +58,8 @@ def test_an_epoch_has_the_places_the_weights_say(given_):
         assert min(own) == floor(Fraction(sum(own), size))
     every = [pick for picks in epochs for pick in picks]
     assert len(set(every)) == len(every)  # (clip, how often it was seen) keys the draws of a place
+    left = sum(sampler.batch_sizes[sampler.bucket(step)] for step in range(sampler.steps_before(23)))
+    assert sum(sampler.waiting(23).values()) == len(every) - left
 
 
 @given(mixtures())

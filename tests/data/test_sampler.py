@@ -125,6 +125,7 @@ def test_with_buckets_too_no_clip_is_left_out_or_seen_twice(made):
     assert set(seen.values()) <= {1}
     waiting = 40 * len(shapes) - len(seen)
     assert waiting == sum(40 * list(shapes.values()).count(key) % size for key, size in sizes.items())
+    assert waiting == sum(sampler.waiting(40).values())
 
 
 def test_jumping_to_a_step_finds_the_same_batch():

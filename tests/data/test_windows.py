@@ -130,7 +130,7 @@ def test_no_window_crosses_a_cut_and_every_scene_is_counted(source, lengths, rat
     info = source(np.arange(borders[-1]) / rate)
     spec = replace(SPEC, short_policy=short)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenes_module, "find_scenes", lambda _: scenes)
+        patch.setattr(scenes_module, "find_scenes", lambda *_, **__: scenes)
         try:
             found = cut_source(info, spec, SCENES, shape=lambda part: part)
         except ClipError as error:
@@ -154,7 +154,7 @@ def test_no_window_crosses_a_cut_and_every_scene_is_counted(source, lengths, rat
 
 
 def test_the_end_of_a_scene_is_part_of_a_window_only_where_it_decides(source, monkeypatch):
-    monkeypatch.setattr(scenes_module, "find_scenes", lambda _: [(0, 12), (12, 20), (20, 40)])
+    monkeypatch.setattr(scenes_module, "find_scenes", lambda *_, **__: [(0, 12), (12, 20), (20, 40)])
     info = source(np.arange(40) / 8)
     slow = replace(SPEC, short_policy="slow")
     assert [window.window for window in cut(info, slow, SCENES)] == ["", "@12-20", "@20", "@29"]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from cogvideox_factory.data.manifest import Clip, Manifest, read_manifest
 from cogvideox_factory.data.survey import survey
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import read_clip
-from tests.faults.makers import SPEC
+from tests.faults.makers import SPEC, spoilt_decoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,18 +35,25 @@ class Row:
     spec: ClipSpec = SPEC
     meanwhile: Callable[[Path], None] | None = None
     """What happens to the data between the first look and the decoding."""
+    spoilt: bool = False
+    """Whether it is looked at by a decoder that crashes and hangs (`makers.spoilt_decoder`)."""
     check: Callable[[Manifest, Path], None] | None = None
     differs: str = ""
     """Where this project answers otherwise than a cautious reader might expect, and why."""
 
 
-def through(root: Path, spec: ClipSpec = SPEC, *, meanwhile: Callable[[Path], None] | None = None) -> Manifest:
+def through(
+    root: Path, spec: ClipSpec = SPEC, *, meanwhile: Callable[[Path], None] | None = None, spoilt: bool = False
+) -> Manifest:
     """Do to a data set what `prepare` does before it encodes, and return what became of every row.
+
+    What decodes is in this process, where it is watched; a `spoilt` one is apart, as for `prepare`.
 
     Raises:
         DataError: the list cannot be read, or no clip is left.
     """
-    manifest = survey(read_manifest(root), spec, num_workers=0)
+    with spoilt_decoder() if spoilt else nullcontext():
+        manifest = survey(read_manifest(root), spec, num_workers=0, is_apart=spoilt)
     if meanwhile:
         meanwhile(root)
 

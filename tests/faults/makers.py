@@ -1,12 +1,16 @@
 """Clips and data sets made on the spot: by PyAV, by bytes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from unittest.mock import patch
 
 import av
 import numpy as np
 
 from cogvideox_factory import draws
+from cogvideox_factory.data import apart
 from cogvideox_factory.data.timing import ClipSpec
 
 STEP = 4
@@ -94,3 +98,33 @@ def damaged(data: bytes, *, kind: str, rng: np.random.Generator) -> bytes:
         start = int(rng.integers(0, len(data) - size))
         spoilt[start : start + size] = bytes(size)
     return bytes(spoilt)
+
+
+_SPOILT = """
+import os, time, numpy
+from cogvideox_factory.data import container, decoder, video
+decoder.LEAST_SECONDS = 3
+sound = container.decoder
+
+def spoilt(stream):
+    name = os.path.basename(stream.container.name)
+    if name == "crash.mp4":
+        os.kill(os.getpid(), 11)
+    if name == "hang.mp4":
+        time.sleep(600)
+    if name == "greed.mp4":
+        numpy.ones(1 << 34, numpy.uint8)
+    return sound(stream)
+
+container.decoder = video.decoder = spoilt
+"""
+
+
+@contextmanager
+def spoilt_decoder() -> Iterator[None]:
+    """Put a decoder into the processes `apart` that crashes, hangs or takes all memory for files of these names."""
+    start, imported, main = apart.PROGRAM.partition("from ")
+    program = f"{start}\n{_SPOILT}\n{imported}{main}"
+    with patch.object(apart, "PROGRAM", program), patch.object(apart, "_pool", apart._Pool()):
+        yield
+        apart._pool.end()

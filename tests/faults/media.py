@@ -106,7 +106,7 @@ def catalogue(count: int, seed: int, work: Path) -> Iterator[Trial]:
 
         def look(row=row, root=root) -> list:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            found = problems(row, through(root, row.spec, meanwhile=row.meanwhile), root)
+            found = problems(row, through(root, row.spec, meanwhile=row.meanwhile, spoilt=row.spoilt), root)
             return [found, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024]
 
         ended = in_child(look)

@@ -20,11 +20,11 @@ def test_row(row: Row, tmp_path):
     with watched(root, outside) as watch:
         if row.refused:
             with pytest.raises(DataError) as caught:
-                through(root, row.spec, meanwhile=row.meanwhile)
+                through(root, row.spec, meanwhile=row.meanwhile, spoilt=row.spoilt)
             assert caught.value.exit_code == 3
             assert [word for word in row.says if word not in str(caught.value)] == []
         else:
-            manifest = through(root, row.spec, meanwhile=row.meanwhile)
+            manifest = through(root, row.spec, meanwhile=row.meanwhile, spoilt=row.spoilt)
     if not row.refused:
         assert problems(row, manifest, root) == []
     assert watch.opened == []

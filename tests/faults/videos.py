@@ -150,6 +150,7 @@ def _touched(root: Path) -> None:
 HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nGOOD\n#EXT-X-ENDLIST\n"
 UNREADABLE, TRUNCATED, CORRUPT = (("corrupt", f"video.{kind}") for kind in ("unreadable", "truncated", "corrupt"))
 NO_STREAM, CODEC = ("unsupported", "video.no_stream"), ("unsupported", "video.codec")
+CRASHED = ("failed", "video.decoder_crash")
 USED, RETIMED, SHORT = ("used", None), ("retimed", None), ("too_short", "video.too_short")
 LARGE, LONG = ("too_large", "video.too_large"), ("too_large", "video.too_long")
 VFR = [0, 125, 250, 300, 500, 625, 900, 1000, 1100]
@@ -189,6 +190,8 @@ VIDEOS = [
         facts=(("late.mkv", "frames", "0:8:1"),)),
     row("V12", "turned by its header", ("r.mp4", video(9, rotation=90, height=64, width=96), USED),
         facts=(("r.mp4", "rotation", 90), ("r.mp4", "source_height", 96), ("r.mp4", "source_width", 64))),
+    row("V12b", "turned by an angle that is no quarter turn", ("r.mp4", video(9, rotation=45, **SMALL),
+        ("unsupported", "video.rotation")), says=("turned by 45 degrees", "turn it upright first")),
     row("V13", "pixels that are not square", ("w.mp4", video(9, aspect=Fraction(4, 3), **SMALL), USED),
         facts=(("w.mp4", "sample_aspect_ratio", 1.3333), ("w.mp4", "source_width", 85))),
     row("V14", "odd sizes", ("a.mp4", video(9, height=127, width=191, pix_fmt="yuv444p"), USED),
@@ -216,8 +219,9 @@ VIDEOS = [
     row("V24", "a playlist named .mp4", ("a.mp4", _playlist("ffconcat version 1.0\nfile GOOD\n"), UNREADABLE)),
     row("V25", "HLS named .mp4 and .m3u8", ("a.mp4", _playlist(HLS), UNREADABLE),
         ("b.m3u8", _playlist(HLS), UNREADABLE)),
-    row("V26", "a decoder that crashes or hangs", differs="decoding runs in threads of the process, not in children: a "
-        "crash ends it, and the next run goes on. F11 counts crashes and hangs over damaged files"),
+    row("V26", "a decoder that crashes or hangs", ("crash.mp4", good_clip, CRASHED),
+        ("hang.mp4", lambda p: good_clip(p, seed=6), CRASHED), says=("crashed (SIGSEGV)", "did not come to an end"),
+        spoilt=True),
     row("V27", "a codec that is not built in", ("a.mp4", other_codec, CODEC), says=("no decoder",)),
     row("V28", "a file that changes, vanishes or becomes a link between look and decoding",
         ("changed.mp4", lambda p: good_clip(p, seed=8), ("corrupt", "video.changed")),

@@ -39,10 +39,12 @@ def test_captions():
     same = [replace(clip, caption="x" * 100) for clip in clips[:2]]
     long = replace(clips[2], facts={"tokens_cut": 9})
     empty = replace(clips[3], state="uncaptioned", reason="text.empty")
-    manifest = Manifest(source="here", clips=(*same, long, empty))
+    latin = replace(clips[0], row=5, caption="", state="malformed", reason="text.encoding")
+    manifest = Manifest(source="here", clips=(*same, long, empty, latin))
     found = dict(remarks(manifest, take_census(manifest, max_tokens=226)))
     assert found["captions: empty"] == "1 clip (row 4)"
-    assert found["captions: control characters"] == "6 made spaces in 3 clips (rows 1, 2, 4)"
+    assert found["captions: not UTF-8"] == "1 clip (row 5)"
+    assert found["captions: control characters"] == "8 made spaces in 4 clips (rows 1, 2, 4, 5)"
     assert "'" + "x" * 59 + "…' 2 times" in found["captions: repeated"]
     assert found["captions: too long"] == "9 tokens beyond 226 are cut from 1 clip (row 3); the most, 9, from row 3"
 

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from collections import Counter
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
+from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.errors import DataError, FactoryError, UnfitError
 from cogvideox_factory.recipe import check
 from cogvideox_factory.torch_engine import loop, prepare, train
@@ -121,6 +123,28 @@ def test_with_one_shape_nothing_changes(roomy_model, tmp_path):
     assert_same(plain, buckets)
 
 
+def test_pictures_and_videos_train_together(roomy_model, clips, tmp_path, capsys):
+    """Pictures have a bucket of one frame of their own, and every one is seen as often as a clip."""
+    mixed = shutil.copytree(clips, tmp_path / "mixed")
+    for index in range(4):
+        picture = np.random.default_rng(index).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+        write_png(mixed / f"still-{index}.png", picture)
+        (mixed / f"still-{index}.txt").write_text(f"noise {index}")
+    config = {"method": "full", "data": {"buckets": "auto"}, "steps": 13, "batch_size": 1}
+    index = prepare.run(settings(roomy_model, mixed, cache=tmp_path / "cache", **config))
+    assert [clip.shapes["mean"][0] for clip in index.clips if clip.name.endswith(".png")] == [1] * 4
+    cached = train.run(settings(roomy_model, mixed, cache=tmp_path / "cache", dir=str(tmp_path / "a"), **config))
+    assert "4 of 1x64x96" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (cached / "losses.jsonl").read_text().splitlines()]
+    seen = Counter(row["clip"] for row in rows)
+    assert set(seen) == {clip.id for clip in index.clips}
+    assert max(seen.values()) <= 2  # cheap shapes have larger batches, which the next epoch fills up
+    stills = {clip.id for clip in index.clips if clip.name.endswith(".png")}
+    assert {row["clip"] for row in rows if row["bucket"] == "1x64x96"} == stills
+    raw = train.run(settings(roomy_model, mixed, dir=str(tmp_path / "b"), **config))
+    np.testing.assert_allclose(losses(cached), losses(raw), rtol=2e-2)
+
+
 def bucket_file(tmp_path, text):
     (tmp_path / "bucket.yaml").write_text(text)
     return str(tmp_path / "bucket.yaml")
@@ -137,6 +161,7 @@ def test_a_bucket_file_decides_shapes_and_batches(roomy_model, tmp_path, capsys)
     assert "batch 1 (1 x 1 accumulated)" in said
     assert "2 of 9x256x144" in said
     assert "1 of 9x192x192" in said
+    assert "1 clips are left over when the first epoch ends" in said  # the square one, in a batch of two
 
 
 def test_a_changed_table_is_refused_and_only_what_moved_is_made_again(roomy_model, tmp_path):

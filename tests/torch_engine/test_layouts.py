@@ -21,34 +21,37 @@ SHAPES = {"wide": (17, 64, 96), "square": (9, 64, 64)}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_model):
-    """Return a folder with models, clips of two shapes and caches of both tasks."""
+    """Return a folder with models, clips of two shapes and caches of both tasks, and of what a bucket file sorts."""
     root = tmp_path_factory.mktemp("layouts")
     draw_clips(root / "clips", [*SHAPES.values()] * 5)
     for task, variant in (("t2v", "cogvideox1.5-5b"), ("i2v", "cogvideox1.5-5b-i2v")):
         shutil.copytree(tiny_model(variant), root / task)
         file = root / task / "transformer" / "config.json"  # positions for both shapes
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_height": 16, "sample_width": 16}))
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_height": 40, "sample_width": 40}))
         prepare.run(settings(root, task=task))
+    draw_clips(root / "listed", [(9, 144, 256), (9, 192, 192), (9, 192, 192), (9, 256, 144)])
+    (root / "bucket.yaml").write_text("bucket_config: {144p: {9: [1.0, 2]}}")
+    prepare.run(settings(root, listed=True))
     return root
 
 
-def settings(root, *, task="t2v", method="full", parallel=None, validation=None, raw=None, **training):
+def settings(root, *, task="t2v", method="full", parallel=None, validation=None, raw=None, listed=False, **training):
+    shape = {"num_frames": 17, "height": 64, "width": 96, "buckets": "auto"}
+    if listed:
+        shape = {"num_frames": 9, "buckets": str(root / "bucket.yaml")}
     image = {"image_noise": False} if task == "i2v" else {}
     return check(
         {
             "task": task,
             "model": {"path": str(root / task)},
-            "data": {
-                "root": str(root / "clips"), "fps": 8.0, "num_frames": 17, "height": 64, "width": 96,
-                "buckets": "auto", **(raw or {}),
-            },
+            "data": {"root": str(root / ("listed" if listed else "clips")), "fps": 8.0, **shape, **(raw or {})},
             "run": {"device": "cpu", "dtype": "float32"},
-            "cache": {"dir": str(root / f"cache-{task}")} if raw is None else {},
+            "cache": {"dir": str(root / f"cache-{'listed' if listed else task}")} if raw is None else {},
             "lora": {"rank": 4, "alpha": 8.0} if method == "lora" else {},
             "train": {
                 "method": method, "steps": 20, "log_every": 1, "save_every": 10, "learning_rate": 1e-3,
-                "batch_size": 4, "checkpointing": "none", "ema_decay": 0.9,
-            } | image | training,
+                "checkpointing": "none", "ema_decay": 0.9,
+            } | ({} if listed else {"batch_size": 4}) | image | training,
             "parallel": parallel or {},
             "validation": validation or {},
         },
@@ -81,6 +84,8 @@ LAYOUTS = {
         {"parallel": {}},
         {"task": "i2v", "method": "lora", "parallel": {"zero": 3}, "optimizer": "prodigy", "learning_rate": 1.0},
         {"parallel": {"sequence": 2, "zero": 2}, "gradient_accumulation": 2, "batch_size": 2, "optimizer": "adamw8bit"},
+        {"task": "i2v", "parallel": {"sequence": 2}},
+        {"method": "lora", "parallel": {"sequence": 2}},
     ],
     4: [
         {"parallel": {"zero": 3, "sequence": 2}},
@@ -89,6 +94,7 @@ LAYOUTS = {
             "checkpointing": "save_attention",
         },
         {"parallel": {"sequence": 4}},
+        {"listed": True, "parallel": {"sequence": 2}},
     ],
 }  # fmt: skip
 

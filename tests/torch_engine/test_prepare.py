@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from cogvideox_factory.data import apart
 from cogvideox_factory.data.cache import Cache
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.errors import StorageError, UnfitError
@@ -63,7 +64,7 @@ def spy(monkeypatch, owner, name, before):
 
 def test_a_clip_is_decoded_while_the_one_before_is_encoded(clips, tmp_path, monkeypatch):
     meeting = Meeting()
-    reads = spy(monkeypatch, prepare, "read_clip", lambda n: n == 3 and meeting.wait("other", "one"))
+    reads = spy(monkeypatch, apart, "read_clip", lambda n: n == 3 and meeting.wait("other", "one"))
     encodes = spy(monkeypatch, Encoder, "video", lambda n: n == 1 and meeting.wait("one", "other"))
     prepare.run(settings(clips, tmp_path))
     assert len(reads) == len(encodes) == NUM_CLIPS

@@ -1,13 +1,18 @@
 """Windows of long videos from the list to the weights: cached, raw, from text, from an image, stopped and resumed."""
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from cogvideox_factory.data.cache_check import audit_cache
+from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.loader import Draws
 from cogvideox_factory.data.sampler import Pick
 from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.recipe import check
+from cogvideox_factory.tiny.world import random_scene, render
 from cogvideox_factory.torch_engine import feed, prepare, train
 from cogvideox_factory.torch_engine.start import make_plan
 from tests.clips import draw_clips
@@ -18,8 +23,12 @@ VARIANT = {"t2v": "cogvideox1.5-5b", "i2v": "cogvideox-5b-i2v"}
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Two long videos, one of them wide, and a short one."""
-    return draw_clips(tmp_path_factory.mktemp("clips"), [(30, 64, 96), (20, 64, 160), (9, 64, 96)])
+    """Two long videos, one of them with a cut at frame 12 and one wide, and a short one."""
+    folder = draw_clips(tmp_path_factory.mktemp("clips"), [(30, 64, 96), (20, 64, 160), (9, 64, 96)])
+    parts = ((random_scene(1, 10), "black", 12), (random_scene(1, 11), "white", 18))
+    frames = [render(replace(s, background=b), num_frames=n, height=64, width=96, fps=8) for s, b, n in parts]
+    export_to_video(np.concatenate(frames), folder / "0.mp4", fps=8)
+    return folder
 
 
 def settings(tiny_model, clips, *, task="t2v", data=None, cache=None, more=None, **training):
@@ -41,13 +50,18 @@ def settings(tiny_model, clips, *, task="t2v", data=None, cache=None, more=None,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("crop", ["center", "smart"])
-@pytest.mark.parametrize("task", ["t2v", "i2v"])
-def test_cached_and_raw_windows_train_alike(tiny_model, clips, tmp_path, capsys, task, crop):
-    config = {"task": task, "data": {"crop": crop}}
+@pytest.mark.parametrize(
+    ("task", "windows", "crop"),
+    [*itertools.product(["t2v", "i2v"], ["all"], ["center", "smart"]), ("t2v", "scenes", "center")],
+)
+def test_cached_and_raw_windows_train_alike(tiny_model, clips, tmp_path, capsys, task, windows, crop):
+    config = {"task": task, "data": {"crop": crop, "windows": windows}}
+    if windows == "scenes":
+        pytest.importorskip("scenedetect")
     index = prepare.run(settings(tiny_model, clips, cache=tmp_path / "cache", **config))
     assert "3 rows: 1 used, 2 trimmed; 2 of them give 5 windows, the others one clip each" in capsys.readouterr().out
-    assert [row["frames"] for row in index.rows] == ["0:8:1", "9:17:1", "18:26:1", "0:8:1", "9:17:1", "0:8:1"]
+    later = ["12:20:1", "21:29:1"] if windows == "scenes" else ["9:17:1", "18:26:1"]  # one would cross the cut
+    assert [row["frames"] for row in index.rows] == ["0:8:1", *later, "0:8:1", "9:17:1", "0:8:1"]
     assert index.recorded["rows"] == {"total": 3, "counts": {"used": 1, "trimmed": 2}}
     assert len({clip.id for clip in index.clips}) == len({clip.clip_file for clip in index.clips}) == 6
     assert {finding.state for finding in audit_cache(tmp_path / "cache").findings} == {"ok"}
@@ -93,7 +107,7 @@ def test_a_changed_policy_is_refused_by_name_and_only_new_windows_are_made(tiny_
         assert len(made) == count
     train.run(config)
     slow = settings(tiny_model, clips, cache=cache, data={"windows": "all", "window_stride": 3, "short_clips": "slow"})
-    with pytest.raises(UnfitError, match=r"video\.short_policy[^\n]*\n[^\n]*video\.max_slowdown"):
+    with pytest.raises(UnfitError, match=r"video\.short_policy[^\n]*\(data\.short_clips\)\nRun"):
         train.run(slow)
 
 
