@@ -47,25 +47,28 @@ def workshop(tmp_path_factory, tiny_model) -> Path:
     export_to_video(frames, folder / "old.mp4", fps=8)
     Image.fromarray(np.asarray(frames[0])).save(folder / "fox.png")
     (folder / "prompts.txt").write_text("a red fox\na blue fox\n")
-    patch = pytest.MonkeyPatch()
-    patch.chdir(folder)
-    patch.setenv("HF_HUB_CACHE", str(fill_hub_cache(folder / "hub", tiny_model)))
-    patch.setenv("HF_HUB_OFFLINE", "1")
-    patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
-    patch.setattr(constants, "HF_HUB_OFFLINE", True)
-    try:
+    fill_hub_cache(folder / "hub", tiny_model)
+    with pytest.MonkeyPatch.context() as patch:
+        move_in(folder, patch)
         for words in (
             ["prepare", "recipes/t2v_lora.yaml", "--data.root", "my-clips", "--cache.dir", "caches/mine"],
             ["train", "recipes/t2v_lora.yaml", "--cache.dir", "caches/mine", "--train.dir", "runs/mine"],
             ["generate", "runs/mine", "--generate.prompt", "a red fox", "--generate.out", "videos/fox.mp4"],
         ):
             assert main(small(words)) == 0, words
-        yield folder
-    finally:
-        patch.undo()
+    return folder
 
 
-def fill_hub_cache(cache: Path, tiny_model: Callable[..., Path]) -> Path:
+def move_in(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Make the workshop the working folder, and its hub the only one."""
+    patch.chdir(folder)
+    patch.setenv("HF_HUB_CACHE", str(folder / "hub"))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    patch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def fill_hub_cache(cache: Path, tiny_model: Callable[..., Path]) -> None:
     """Lay tiny models where the hub's own cache would have the published ones, by their names on these pages."""
     for hub_id in PUBLISHED_IDS:
         variant = next(name for name, facts in PUBLISHED.items() if (facts.hub_id or "").lower() == hub_id.lower())
@@ -74,13 +77,12 @@ def fill_hub_cache(cache: Path, tiny_model: Callable[..., Path]) -> Path:
         (repository / "snapshots" / COMMIT).symlink_to(tiny_model(variant))
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text(COMMIT)
-    return cache
 
 
 @pytest.fixture
 def in_workshop(workshop, monkeypatch):
     """The workshop as the working folder."""
-    monkeypatch.chdir(workshop)
+    move_in(workshop, monkeypatch)
     return workshop
 
 
