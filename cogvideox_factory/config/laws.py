@@ -70,6 +70,13 @@ def problems_of(config: "Config") -> list[str]:
     problems += _problems_of_optimizer(config.train)
     if config.train.compile != "none":
         problems += _problems_of_compiling(config)
+    start, stop = config.generate.guidance_interval
+    if start >= stop:
+        problems.append(f"generate.guidance_interval={start:g} {stop:g} holds no step; give the smaller share first")
+    if config.generate.first_block_cache and config.generate.tea_cache:
+        problems.append(
+            "generate.first_block_cache and generate.tea_cache are two ways to leave out blocks; use one of them"
+        )
     if config.generate.lora_weight and len(config.generate.lora_weight) != len(config.generate.lora):
         problems.append(
             f"generate.lora_weight has {len(config.generate.lora_weight)} values for "
@@ -203,6 +210,8 @@ _WITHOUT_EFFECT: tuple[tuple[Callable[["Config"], bool], str, tuple[str, ...]], 
     (
         lambda config: config.sampling.guidance_scale == 1 and not config.sampling.dynamic_guidance,
         "sampling.guidance_scale=1, which predicts once",
-        ("parallel.guidance",),
+        ("parallel.guidance", "generate.guidance_interval"),
     ),
+    (lambda config: not config.generate.lora, "no generate.lora", ("generate.merge_lora",)),
+    (lambda config: not config.generate.tea_cache, "no generate.tea_cache", ("generate.tea_cache_polynomial",)),
 )  # fmt: skip

@@ -36,6 +36,7 @@ from cogvideox_factory.torch_engine.device import (
 from cogvideox_factory.torch_engine.exhausted import InHand, told
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline, first_step
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks, joined, num_processes
+from cogvideox_factory.torch_engine.reuse import Reuse
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 
 Left = list[tuple[Job, dict[str, Any]]]
@@ -138,7 +139,15 @@ def layout_for(config: Config, size: int) -> Layout:
             f"parallel.zero={config.parallel.zero} divides the optimizer or gradients, which generate has not. Use 3 "
             "to divide the weights, or 0."
         )
-    return Layout(size=size, **config.parallel.layout)
+    layout = Layout(size=size, **config.parallel.layout)
+    if config.generate.first_block_cache and layout.zero == 3 and layout.num_data_ranks > 1:
+        raise FactoryError(
+            "generate.first_block_cache decides for each video which blocks are run, and with parallel.zero=3 all "
+            f"{layout.size} processes come to every block while {layout.num_data_ranks} videos are made at a time. Use "
+            "generate.tea_cache, which decides alike for all, or let all processes share a video (parallel.sequence, "
+            "parallel.guidance)."
+        )
+    return layout
 
 
 def share_of(num_videos: int, ranks: Ranks) -> list[tuple[int, bool]]:
@@ -198,6 +207,8 @@ def _load(config: Config, folder: Path, transformer: TransformerConfig, ranks: R
         pipe.load_lora_weights(path, adapter_name=name)
     if names:
         pipe.set_adapters(names, config.generate.lora_weight or None)
+        if config.generate.merge_lora:
+            pipe.fuse_lora()
     pipe.share(ranks)
     return pipe
 
@@ -265,10 +276,16 @@ def _make(
         num_inference_steps=config.sampling.steps,
         guidance_scale=config.sampling.guidance_scale,
         use_dynamic_cfg=config.sampling.dynamic_guidance,
+        guidance_interval=ask.guidance_interval,
+        reuse=Reuse(
+            first_block=ask.first_block_cache, tea=ask.tea_cache, tea_polynomial=tuple(ask.tea_cache_polynomial)
+        ),
         sampler=config.sampling.sampler,
         seed=job.seed,
         progress=lambda step: advance(),
     )[0][0]
+    if ask.first_block_cache or ask.tea_cache:
+        say(f"{job.path.name}: {pipe.num_reused} of {_num_steps(config)} steps took over what the blocks did before")
     if len(frames) != shape.num_frames:
         say(
             f"{job.path.name}: {shape.num_frames} frames asked, the VAE decodes {len(frames)}; "

@@ -149,7 +149,9 @@ class FirstBlockCache:
     def _is_near(self, first: Tensor) -> bool:
         if self._first is None or self._first.shape != first.shape:
             return False
-        sums = torch.stack([(first - self._first).abs().sum(dtype=torch.float32), self._first.abs().sum(dtype=torch.float32)])
+        sums = torch.stack(
+            [(first - self._first).abs().sum(dtype=torch.float32), self._first.abs().sum(dtype=torch.float32)]
+        )
         if self._group is not None:
             dist.all_reduce(sums, group=self._group)
         change, size = sums.tolist()

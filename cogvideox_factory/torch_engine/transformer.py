@@ -98,7 +98,9 @@ class CogVideoXTransformer(nn.Module):
             now = timesteps
         else:
             conditioning = F.silu(self._embed_time(timesteps, ofs, latents.dtype))
-            now = Instant(blocks=split_vectors(self.modulation(conditioning)), output=self.norm_out.vectors(conditioning))
+            now = Instant(
+                blocks=split_vectors(self.modulation(conditioning)), output=self.norm_out.vectors(conditioning)
+            )
         text_length, rotary, share = positions.text_length, positions.rotary, None
         if self.sequence is not None:
             share = Share(sequence=self.sequence, num_tokens=text_length + positions.num_video_tokens)
