@@ -33,6 +33,9 @@ class Generate(Section):
     """What to show; several prompts give several videos."""
     prompt_file: str | None = None
     """Text file with one prompt a line."""
+    prompt_cache: str | None = None
+    """Folder that keeps embeddings of prompts (1.9 MB each); prompts that are all in it need no text encoder, which
+    for the published models is 9.5 GB to load. Any number of commands may share one. Default: none are kept."""
     num_videos: Positive = 1
     """Videos a prompt, from seeds that follow one another."""
     seeds: list[NotNegative] = []

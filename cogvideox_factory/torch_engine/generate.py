@@ -35,9 +35,9 @@ from cogvideox_factory.torch_engine.device import (
 )
 from cogvideox_factory.torch_engine.exhausted import InHand, told
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline, first_step
+from cogvideox_factory.torch_engine.prompts import encode_prompts
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks, joined, num_processes
 from cogvideox_factory.torch_engine.reuse import Reuse
-from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 
 Left = list[tuple[Job, dict[str, Any]]]
 """Videos that are not there yet, each with its record."""
@@ -78,10 +78,13 @@ def run(config: Config) -> list[Path]:
             )  # fmt: skip
             in_hand = InHand("before the first video")
             with told(device, in_hand, lambda: generation_savings(video, accelerator=device.type != "cpu")):
-                prompts = [job.prompt for job, _ in left]
-                embeds = ranks.from_lead(lambda: _encode(config, folder, prompts, transformer, device, dtype)).to(
-                    device
-                )
+                prompts = [config.sampling.negative_prompt, *(job.prompt for job, _ in left)]
+                length, kept = intake.text_length(config, transformer), ask.prompt_cache
+                embeds = ranks.from_lead(
+                    lambda: encode_prompts(
+                        prompts, folder, length=length, device=device, dtype=dtype, cache=Path(kept) if kept else None
+                    )
+                ).to(device)
                 pipe = _load(config, folder, transformer, ranks)
                 say(
                     f"{len(left)} video(s) of {shape.num_frames} frames {shape.height}x{shape.width} at "
@@ -231,25 +234,6 @@ def _read_source(job: Job, config: Config, shape: ClipShape) -> np.ndarray | Non
         return read_clip(job.video, spec, info=info).pixels
     except ClipError as error:
         raise DataError(f"{job.video}: {error}. Ask for fewer --generate.num-frames, or give another video.") from error
-
-
-def _encode(
-    config: Config,
-    folder: Path,
-    prompts: list[str],
-    transformer: TransformerConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Return the embeddings of the negative prompt and of `prompts` [1 + B, S, E]; the encoder is gone afterwards.
-
-    Each is encoded by itself: the last bits of a batch depend on its size, and a video must not depend on the others.
-    """
-    length = intake.text_length(config, transformer)
-    encoder = TextEncoder.from_folder(folder, dtype=dtype, device=device)
-    prompts = [config.sampling.negative_prompt, *prompts]
-    known = {prompt: encoder.encode([prompt], length).to("cpu", dtype) for prompt in dict.fromkeys(prompts)}
-    return torch.cat([known[prompt] for prompt in prompts])
 
 
 def _make(
