@@ -64,13 +64,15 @@ class Generate(Section):
     """Fold the LoRAs into the weights before the first step: faster, and in half precision rounded once more."""
     guidance_interval: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.0, 1.0]
     """Lossy. Guide only the steps from one share of them to another; the others cost half and follow the prompt less.
-    On the embedded model 0 0.6 is 1.24 times as fast for the same shapes and motions."""
+    0.3 1 on the embedded model: 36.8 dB from the video without it, two points of what a judge sees lost."""
     first_block_cache: Threshold = 0.0
     """Lossy. Run all blocks only when what the first one adds has changed by more than this since they last were; 0:
-    always. Higher is faster and less like the video without it."""
+    always. 0.15 on the embedded model: a quarter of the steps, 38.3 dB, no point lost. With parallel.zero=3 all
+    processes must share a video."""
     tea_cache: Threshold = 0.0
     """Lossy. Run the blocks only when the changes of the time embedding add up to this since they last were; 0: always.
-    Which steps are left out is the same for all videos."""
+    Which steps these are is the same for all videos. 0.15 on the embedded model: a quarter of them, 41.7 dB, no point
+    lost."""
     tea_cache_polynomial: list[float] = []
     """What is added up is this polynomial of the change, highest power first, as TeaCache publishes one for each model.
     Default: the change itself."""

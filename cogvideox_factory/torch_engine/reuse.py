@@ -62,10 +62,10 @@ class Reuse:
     def begin(self, embeddings: Tensor, fresh: Sequence[bool]) -> Shortcut | None:
         """Return the shortcut of one video, from the time embeddings [T, E] of its steps; None if none is asked for.
 
-        `fresh` names the steps that have nothing to take over: those whose batch is another than the step's before.
+        `fresh` names the steps that have nothing to take over: those that predict otherwise than the step before.
         """
         if self.first_block:
-            return FirstBlockCache(self.first_block, self.group)
+            return FirstBlockCache(self.first_block, fresh, self.group)
         if self.tea:
             return TeaCache(tea_plan(self._changes(embeddings), self.tea, fresh))
         return None
@@ -126,20 +126,22 @@ class FirstBlockCache:
     Whether it is, the host must know: one number a step is waited for.
     """
 
-    def __init__(self, threshold: float, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, threshold: float, fresh: Sequence[bool], group: dist.ProcessGroup | None) -> None:
         self.num_reused = 0
         self._threshold = threshold
+        self._fresh = iter(fresh)
         self._group = group
         self._first: Tensor | None = None
         self._rest: Tensor | None = None
 
     def __call__(self, x: Tensor, through: Through, num_blocks: int, num_tokens: int) -> Tensor:
         """See `Shortcut`."""
+        is_fresh = next(self._fresh)
         if num_blocks < 2:
             return through(x, 0, num_blocks)
         stream = through(x, 0, 1)
         first = (stream - x)[:, :num_tokens]
-        if self._rest is not None and self._is_near(first):
+        if not is_fresh and self._rest is not None and self._is_near(first):
             self.num_reused += 1
             return stream[:, -self._rest.shape[1] :] + self._rest
         out = through(stream, 1, num_blocks)
@@ -147,12 +149,10 @@ class FirstBlockCache:
         return out
 
     def _is_near(self, first: Tensor) -> bool:
-        if self._first is None or self._first.shape != first.shape:
-            return False
-        sums = torch.stack(
-            [(first - self._first).abs().sum(dtype=torch.float32), self._first.abs().sum(dtype=torch.float32)]
-        )
+        assert self._first is not None
+        change, size = (x.abs().sum(dtype=torch.float32) for x in (first - self._first, self._first))
+        sums = torch.stack([change, size])
         if self._group is not None:
             dist.all_reduce(sums, group=self._group)
-        change, size = sums.tolist()
-        return change < self._threshold * size
+        total_change, total_size = sums.tolist()
+        return total_change < self._threshold * total_size
