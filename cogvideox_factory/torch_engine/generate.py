@@ -10,7 +10,7 @@ import torch
 
 from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config, Parallel
-from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.export import export_to_video, require_codec
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.video import ClipSpec, probe, read_clip
@@ -187,6 +187,9 @@ def _plan(
     records = make_records(jobs, config, shape, device=device.type, dtype=dtype_name(dtype), versions=versions())
     left = left_to_make(jobs, records, overwrite=ask.overwrite)
     if left:
+        first = left[0][0].path
+        if first.suffix == ".mp4":
+            require_codec(first, ask.codec, shape.height, shape.width)
         for job in {(job.image, job.video): job for job, _ in left}.values():
             _read_source(job, config, shape)
         frame_bytes = shape.num_frames * shape.height * shape.width * (3 if ask.format in ("png", "npy") else 1)
