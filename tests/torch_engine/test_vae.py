@@ -25,7 +25,7 @@ from cogvideox_factory.torch_engine.vae import (
 )
 from cogvideox_factory.torch_engine.vae_layers import Chunk
 from cogvideox_factory.torch_engine.vae_scratch import Scratch
-from tests.torch_engine.ledger import Ledger
+from tests.torch_engine.live_memory import LiveMemory
 
 TINY = VaeConfig(block_out_channels=(8, 8, 16, 16), norm_num_groups=4, layers_per_block=1)
 TOLERANCE = 1e-4
@@ -410,11 +410,11 @@ def decode_peak(kind: type) -> int:
         with torch.device("meta"), torch.no_grad():
             model = kind() if kind is AutoencoderKLCogVideoX else kind(VaeConfig()).requires_grad_(False)
             latents = torch.empty(1, 5, 16, 60, 90)
-            with Ledger() as ledger:
+            with LiveMemory() as memory:
                 model.decode(latents.transpose(1, 2) if kind is AutoencoderKLCogVideoX else latents)
     finally:
         torch.set_default_dtype(torch.float32)
-    return ledger.peak
+    return memory.peak
 
 
 def test_a_decode_peaks_at_six_tenths_of_that_of_diffusers() -> None:
