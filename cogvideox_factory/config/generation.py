@@ -62,6 +62,9 @@ class Generate(Section):
     """One weight a LoRA; 1.0 is always the strength it was trained at."""
     merge_lora: bool = False
     """Fold the LoRAs into the weights before the first step: faster, and in half precision rounded once more."""
+    compile: Literal["none", "default", "max_autotune"] = "none"
+    """torch.compile of each block, which takes a minute or more before the first step. The same video up to rounding.
+    max_autotune tries kernels for each product, and may choose others in another run."""
     guidance_interval: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.0, 1.0]
     """Lossy. Guide only the steps from one share of them to another; the others cost half and follow the prompt less.
     0.3 1 on the embedded model: 36.8 dB from the video without it, two points of what a judge sees lost."""

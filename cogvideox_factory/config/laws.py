@@ -68,6 +68,7 @@ def problems_of(config: "Config") -> list[str]:
         if applies(config):
             problems += [f"{name} has no effect with {why}; remove it" for name in names if _is_set(config, name)]
     problems += _problems_of_optimizer(config.train)
+    problems += _problems_of_tuning(config)
     if config.train.compile != "none":
         problems += _problems_of_compiling(config)
     start, stop = config.generate.guidance_interval
@@ -111,13 +112,17 @@ def _problems_of_optimizer(train: Train) -> list[str]:
     return problems
 
 
+def _problems_of_tuning(config: "Config") -> list[str]:
+    return [
+        f"{name}.compile=max_autotune chooses kernels by the clock, so a run does not repeat bit for bit as "
+        f"run.deterministic=true asks; use {name}.compile=default, or run.deterministic=false"
+        for name in ("train", "generate")
+        if getattr(config, name).compile == "max_autotune" and config.run.deterministic
+    ]
+
+
 def _problems_of_compiling(config: "Config") -> list[str]:
     problems = []
-    if config.train.compile == "max_autotune" and config.run.deterministic:
-        problems.append(
-            "train.compile=max_autotune chooses kernels by the clock, so a run does not repeat bit for bit as "
-            "run.deterministic=true asks; use train.compile=default, or run.deterministic=false"
-        )
     for name, wanted in (
         ("train.activation_offload", config.train.activation_offload),
         (f"lora.base={config.lora.base}", config.lora.base != "model"),

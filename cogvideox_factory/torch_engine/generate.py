@@ -14,6 +14,7 @@ from cogvideox_factory.data.export import export_to_video, require_codec
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.video import ClipSpec, probe, read_clip
+from cogvideox_factory.diffusion.samplers import guidance_scales
 from cogvideox_factory.errors import DataError, FactoryError
 from cogvideox_factory.jobs import Job, left_to_make, make_records, plan_jobs, to_note
 from cogvideox_factory.lora_files import load_lora, resolve_lora
@@ -24,6 +25,7 @@ from cogvideox_factory.publish import publish_text, require_room
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.attention import backend_name
+from cogvideox_factory.torch_engine.compilation import compile_blocks
 from cogvideox_factory.torch_engine.device import (
     dtype_name,
     pick_device,
@@ -216,7 +218,21 @@ def _load(config: Config, folder: Path, transformer: TransformerConfig, ranks: R
         if config.generate.merge_lora:
             pipe.fuse_lora()
     pipe.share(ranks)
+    if config.generate.compile != "none":
+        num_graphs = compile_blocks(
+            pipe.transformer, config.generate.compile, num_shapes=_num_batches(config, ranks), training=False
+        )
+        say(f"compile: {num_graphs} graph(s), made in the first step that needs each")
     return pipe
+
+
+def _num_batches(config: Config, ranks: Ranks) -> int:
+    """Return how many different batches the transformer sees: two samples with guidance, one without or of a half."""
+    scales = guidance_scales(
+        config.sampling.guidance_scale, config.sampling.steps, dynamic=config.sampling.dynamic_guidance,
+        interval=config.generate.guidance_interval,
+    )  # fmt: skip
+    return len({scale != 1 and ranks.guidance is None for scale in scales})
 
 
 def _read_source(job: Job, config: Config, shape: ClipShape) -> np.ndarray | None:

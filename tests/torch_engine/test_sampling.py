@@ -40,9 +40,10 @@ def inputs(model: CogVideoXTransformer, *, batch: int = 1):
 
 def video(model, *, sampler="ddim", guidance=None, **options):
     latents, positive, negative, image = inputs(model)
+    guidance = guidance or [6.0] * STEPS
     return denoise(
-        model, latents, positive, table=sampler_table(sampler, SchedulerConfig(), STEPS),
-        guidance=guidance or [6.0] * STEPS, negative_embeds=negative, image_latents=image,
+        model, latents, positive, table=sampler_table(sampler, SchedulerConfig(), len(guidance)), guidance=guidance,
+        negative_embeds=negative, image_latents=image,
         step_noise=lambda step: torch.randn(latents.shape, generator=torch.Generator().manual_seed(step)), **options,
     )  # fmt: skip
 
