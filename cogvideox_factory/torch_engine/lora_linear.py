@@ -204,7 +204,7 @@ def low_rank_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 def _apply(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, slices: Any, factors: Sequence[torch.Tensor]
-):
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the output [..., O], and the down-projections [N, R] of all parts."""
     flat = x.reshape(-1, x.shape[-1])  # [N, I]
     hidden = product(flat, _stack(factors[::2], x.dtype).T)  # [N, R]
