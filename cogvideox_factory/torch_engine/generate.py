@@ -178,6 +178,7 @@ def _plan(
 ) -> tuple[list[Path], Left]:
     """Return the paths of all videos, and those left to make with their records, all checked."""
     ask = config.generate
+    _guidance(config)
     jobs = plan_jobs(config)
     if len(jobs) < layout.num_data_ranks:
         raise FactoryError(
@@ -228,11 +229,19 @@ def _load(config: Config, folder: Path, transformer: TransformerConfig, ranks: R
 
 def _num_batches(config: Config, ranks: Ranks) -> int:
     """Return how many different batches the transformer sees: two samples with guidance, one without or of a half."""
-    scales = guidance_scales(
+    return len({scale != 1 and ranks.guidance is None for scale in _guidance(config)})
+
+
+def _guidance(config: Config) -> list[float]:
+    """Return the guidance scale of each step.
+
+    Raises:
+        FactoryError: an interval that no step falls into.
+    """
+    return guidance_scales(
         config.sampling.guidance_scale, config.sampling.steps, dynamic=config.sampling.dynamic_guidance,
         interval=config.generate.guidance_interval,
     )  # fmt: skip
-    return len({scale != 1 and ranks.guidance is None for scale in scales})
 
 
 def _read_source(job: Job, config: Config, shape: ClipShape) -> np.ndarray | None:

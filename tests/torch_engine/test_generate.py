@@ -185,7 +185,7 @@ def test_merged_loras_make_the_video_that_live_ones_make(tiny_model, tmp_path, u
     assert left[0] > 0 == left[1], "no adapter is left to be computed"
 
 
-def test_a_codec_that_cannot_be_written_is_refused_before_the_model_loads(tiny_model, tmp_path, monkeypatch):
+def test_a_codec_or_an_interval_that_cannot_be_is_refused_before_the_model_loads(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "_load", lambda *args: pytest.fail("the model was loaded"))
     ask = {"prompt": ["x"], "codec": "h265", "height": 32, "width": 48}
     with pytest.raises(FactoryError, match="32x48 is too small for h265"):
@@ -193,6 +193,8 @@ def test_a_codec_that_cannot_be_written_is_refused_before_the_model_loads(tiny_m
     monkeypatch.setattr("av.codecs_available", {"libx264"})
     with pytest.raises(MissingError, match="codec 'h265' cannot be written here; this build of PyAV has h264"):
         generate.run(settings(tiny_model, tmp_path, prompt=["x"], codec="h265"))
+    with pytest.raises(FactoryError, match=r"guidance_interval=0\.2 0\.21 holds none of 2 steps"):
+        generate.run(settings(tiny_model, tmp_path, prompt=["x"], guidance_interval=[0.2, 0.21]))
 
 
 def test_one_image_for_all_prompts_or_one_each(tiny_model, tmp_path, monkeypatch):
