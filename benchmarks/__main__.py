@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.interleave import Ratio
 
-SUITES = ("transformer", "train", "trainer", "denoise", "vae", "prepare", "loader")
+SUITES = ("transformer", "train", "trainer", "denoise", "lossy", "vae", "prepare", "loader")
 README = Path(__file__).with_name("README.md")
 START, END = "<!-- table -->", "<!-- end of table -->"
 GPU_START, GPU_END = "<!-- gpu -->", "<!-- end of gpu -->"

@@ -26,8 +26,8 @@ from cogvideox_factory.weights import resolve_transformer, sample_digest
 
 FORMAT = 1
 _ENDINGS = (".mp4", ".gif", ".webp", ".npy")
-_OF_A_BATCH = ("prompt_file", "num_videos", "seeds", "out", "overwrite", "format")
-"""Settings of `generate` that say which videos there are, not what one of them is."""
+_OF_A_BATCH = ("prompt_file", "num_videos", "seeds", "out", "overwrite", "format", "prompt_cache")
+"""Settings of `generate` that say which videos there are and where things lie, not what one of them is."""
 
 
 @dataclass(frozen=True, kw_only=True)

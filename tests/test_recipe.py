@@ -66,6 +66,18 @@ def test_numbers_mean_what_they_look_like(tmp_path):
             "train: {method: full, optimizer_offload: true, master_weights: stochastic_bf16}",
             "train.optimizer_offload moves float32 masters",
         ),
+        ("generate: {merge_lora: true}", "generate.merge_lora has no effect with no generate.lora"),
+        (
+            "generate: {tea_cache_polynomial: [1.0, 0.0]}",
+            "tea_cache_polynomial has no effect with no generate.tea_cache",
+        ),
+        ("generate: {first_block_cache: 0.1, tea_cache: 0.1}", "two ways to leave out blocks; use one of them"),
+        ("generate: {guidance_interval: [0.8, 0.2]}", "generate.guidance_interval=0.8 0.2 holds no step"),
+        ("generate: {guidance_interval: [0.8]}", "generate.guidance_interval"),
+        (
+            "sampling: {guidance_scale: 1.0}\ngenerate: {guidance_interval: [0.1, 0.8]}",
+            "generate.guidance_interval has no effect with sampling.guidance_scale=1",
+        ),
         ("validation: {prompts: [x]}", "validation.prompts has no effect with validation.every=0"),
         ("generate: {lora: [a, b], lora_weight: [1.0]}", "one each"),
         ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),

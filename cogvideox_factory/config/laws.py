@@ -68,8 +68,16 @@ def problems_of(config: "Config") -> list[str]:
         if applies(config):
             problems += [f"{name} has no effect with {why}; remove it" for name in names if _is_set(config, name)]
     problems += _problems_of_optimizer(config.train)
+    problems += _problems_of_tuning(config)
     if config.train.compile != "none":
         problems += _problems_of_compiling(config)
+    start, stop = config.generate.guidance_interval
+    if start >= stop:
+        problems.append(f"generate.guidance_interval={start:g} {stop:g} holds no step; give the smaller share first")
+    if config.generate.first_block_cache and config.generate.tea_cache:
+        problems.append(
+            "generate.first_block_cache and generate.tea_cache are two ways to leave out blocks; use one of them"
+        )
     if config.generate.lora_weight and len(config.generate.lora_weight) != len(config.generate.lora):
         problems.append(
             f"generate.lora_weight has {len(config.generate.lora_weight)} values for "
@@ -104,13 +112,17 @@ def _problems_of_optimizer(train: Train) -> list[str]:
     return problems
 
 
+def _problems_of_tuning(config: "Config") -> list[str]:
+    return [
+        f"{name}.compile=max_autotune chooses kernels by the clock, so a run does not repeat bit for bit as "
+        f"run.deterministic=true asks; use {name}.compile=default, or run.deterministic=false"
+        for name in ("train", "generate")
+        if getattr(config, name).compile == "max_autotune" and config.run.deterministic
+    ]
+
+
 def _problems_of_compiling(config: "Config") -> list[str]:
     problems = []
-    if config.train.compile == "max_autotune" and config.run.deterministic:
-        problems.append(
-            "train.compile=max_autotune chooses kernels by the clock, so a run does not repeat bit for bit as "
-            "run.deterministic=true asks; use train.compile=default, or run.deterministic=false"
-        )
     for name, wanted in (
         ("train.activation_offload", config.train.activation_offload),
         (f"lora.base={config.lora.base}", config.lora.base != "model"),
@@ -203,6 +215,8 @@ _WITHOUT_EFFECT: tuple[tuple[Callable[["Config"], bool], str, tuple[str, ...]], 
     (
         lambda config: config.sampling.guidance_scale == 1 and not config.sampling.dynamic_guidance,
         "sampling.guidance_scale=1, which predicts once",
-        ("parallel.guidance",),
+        ("parallel.guidance", "generate.guidance_interval"),
     ),
+    (lambda config: not config.generate.lora, "no generate.lora", ("generate.merge_lora",)),
+    (lambda config: not config.generate.tea_cache, "no generate.tea_cache", ("generate.tea_cache_polynomial",)),
 )  # fmt: skip

@@ -87,6 +87,23 @@ def export_to_video(
     return path
 
 
+def require_codec(path: Path, codec: str, height: int, width: int) -> None:
+    """Check that an .mp4 of this codec and size can be written here.
+
+    Raises:
+        FactoryError: the codec cannot take pictures so small.
+        MissingError: it is not in this build of PyAV.
+    """
+    if codec not in CODECS or CODECS[codec] not in av.codecs_available:
+        here = [name for name, encoder in CODECS.items() if encoder in av.codecs_available]
+        raise MissingError(f"codec {codec!r} cannot be written here; this build of PyAV has {', '.join(here)}.")
+    if codec == "h265" and min(height, width) < _H265_LEAST:
+        raise FactoryError(
+            f"{path}: {height}x{width} is too small for h265, which takes {_H265_LEAST} pixels a side or more. "
+            "Use h264."
+        )
+
+
 def read_note(path: Path) -> str | None:
     """Return the text that `export_to_video` put into an .mp4, .gif or .webp, or None.
 
@@ -136,15 +153,8 @@ def _write_animation(pictures: Sequence[np.ndarray], path: Path, kind: str, fps:
 
 
 def _write_mp4(pictures: Sequence[np.ndarray], path: Path, rate: Fraction, codec: str, note: str | None) -> None:
-    if codec not in CODECS or CODECS[codec] not in av.codecs_available:
-        here = [name for name, encoder in CODECS.items() if encoder in av.codecs_available]
-        raise MissingError(f"codec {codec!r} cannot be written here; this build of PyAV has {', '.join(here)}.")
     height, width, _ = pictures[0].shape
-    if codec == "h265" and min(height, width) < _H265_LEAST:
-        raise FactoryError(
-            f"{path}: {height}x{width} is too small for h265, which takes {_H265_LEAST} pixels a side or more. "
-            "Use h264."
-        )
+    require_codec(path, codec, height, width)
     if height % 2 or width % 2:
         log.warning("%s: %dx%d padded to %dx%d, 4:2:0 needs even sizes", path, height, width, *_even(height, width))
     with publish_file(path) as temporary:

@@ -42,22 +42,23 @@ class Modulation(nn.Module):
             self.weight = nn.Parameter(torch.empty(self.num_norms, config.width))
             self.bias = nn.Parameter(torch.empty(self.num_norms, config.width))
 
-    def forward(self, conditioning: Tensor) -> tuple[Tensor, ...]:
-        """Return the vectors of all blocks from `conditioning` [B, E], the activated time embedding.
+    def forward(self, conditioning: Tensor) -> Tensor:
+        """Return the vectors of all blocks [B, 12N, D] from `conditioning` [B, E], the activated time embedding.
 
-        `VECTORS_PER_BLOCK` for each block: norm 1 then 2; video then text; scale, shift, gate. Each is [D] for one
-        sample and [B, 1, D] for several.
+        `VECTORS_PER_BLOCK` for each block: norm 1 then 2; video then text; scale, shift, gate.
         """
-        batch = len(conditioning)
         rows = self.linear(conditioning).unflatten(1, (self.num_norms, 2, 3, -1))  # [B, 2N, 2, 3, D]
         shift, scale, gate = rows.unbind(3)  # [B, 2N, 2, D]
         scale = 1 + scale
         if self.weight is not None and self.bias is not None:
             shift = torch.addcmul(shift, scale, self.bias.unsqueeze(1))
             scale = scale * self.weight.unsqueeze(1)
-        vectors = torch.stack([scale, shift, gate], dim=3)  # [B, 2N, 2, 3, D]
-        vectors = vectors.flatten(1, 3).transpose(0, 1)  # [12N, B, D]
-        return (vectors.squeeze(1) if batch == 1 else vectors.unsqueeze(2)).unbind(0)
+        return torch.stack([scale, shift, gate], dim=3).flatten(1, 3)  # [B, 12N, D]
+
+
+def split_vectors(vectors: Tensor) -> tuple[Tensor, ...]:
+    """Return `Modulation`'s vectors [B, 12N, D] one by one: each [D] for one sample, [B, 1, D] for several."""
+    return vectors[0].unbind(0) if len(vectors) == 1 else vectors.transpose(0, 1).unsqueeze(2).unbind(0)
 
 
 class Attention(nn.Module):

@@ -210,12 +210,13 @@ def require_compiler(device: torch.device) -> None:
     wanted = os.environ.get("CXX", "g++")  # as torch looks for it
     if shutil.which(wanted) is None:
         raise MissingError(
-            f"train.compile needs a C++ compiler, and {wanted} is not here. Install it (apt-get install g++), or set "
-            "--train.compile none."
+            f"compiling needs a C++ compiler, and {wanted} is not here. Install it (apt-get install g++), or set "
+            "--train.compile none (--generate.compile none)."
         )
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise MissingError(
-            "train.compile needs Triton on a card. Install: pip install triton, or --train.compile none."
+            "compiling needs Triton on a card. Install: pip install triton, or set --train.compile none "
+            "(--generate.compile none)."
         )
 
 

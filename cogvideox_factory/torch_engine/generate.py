@@ -10,10 +10,11 @@ import torch
 
 from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config, Parallel
-from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.export import export_to_video, require_codec
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.video import ClipSpec, probe, read_clip
+from cogvideox_factory.diffusion.samplers import guidance_scales
 from cogvideox_factory.errors import DataError, FactoryError
 from cogvideox_factory.jobs import Job, left_to_make, make_records, plan_jobs, to_note
 from cogvideox_factory.lora_files import load_lora, resolve_lora
@@ -24,6 +25,7 @@ from cogvideox_factory.publish import publish_text, require_room
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.attention import backend_name
+from cogvideox_factory.torch_engine.compilation import compile_blocks
 from cogvideox_factory.torch_engine.device import (
     dtype_name,
     pick_device,
@@ -35,8 +37,9 @@ from cogvideox_factory.torch_engine.device import (
 )
 from cogvideox_factory.torch_engine.exhausted import InHand, told
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline, first_step
+from cogvideox_factory.torch_engine.prompts import encode_prompts
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks, joined, num_processes
-from cogvideox_factory.torch_engine.text_encoder import TextEncoder
+from cogvideox_factory.torch_engine.reuse import Reuse
 
 Left = list[tuple[Job, dict[str, Any]]]
 """Videos that are not there yet, each with its record."""
@@ -77,10 +80,13 @@ def run(config: Config) -> list[Path]:
             )  # fmt: skip
             in_hand = InHand("before the first video")
             with told(device, in_hand, lambda: generation_savings(video, accelerator=device.type != "cpu")):
-                prompts = [job.prompt for job, _ in left]
-                embeds = ranks.from_lead(lambda: _encode(config, folder, prompts, transformer, device, dtype)).to(
-                    device
-                )
+                prompts = [config.sampling.negative_prompt, *(job.prompt for job, _ in left)]
+                length, kept = intake.text_length(config, transformer), ask.prompt_cache
+                embeds = ranks.from_lead(
+                    lambda: encode_prompts(
+                        prompts, folder, length=length, device=device, dtype=dtype, cache=Path(kept) if kept else None
+                    )
+                ).to(device)
                 pipe = _load(config, folder, transformer, ranks)
                 say(
                     f"{len(left)} video(s) of {shape.num_frames} frames {shape.height}x{shape.width} at "
@@ -138,7 +144,15 @@ def layout_for(config: Config, size: int) -> Layout:
             f"parallel.zero={config.parallel.zero} divides the optimizer or gradients, which generate has not. Use 3 "
             "to divide the weights, or 0."
         )
-    return Layout(size=size, **config.parallel.layout)
+    layout = Layout(size=size, **config.parallel.layout)
+    if config.generate.first_block_cache and layout.zero == 3 and layout.num_data_ranks > 1:
+        raise FactoryError(
+            "generate.first_block_cache decides for each video which blocks are run, and with parallel.zero=3 all "
+            f"{layout.size} processes come to every block while {layout.num_data_ranks} videos are made at a time. Use "
+            "generate.tea_cache, which decides alike for all, or let all processes share a video (parallel.sequence, "
+            "parallel.guidance)."
+        )
+    return layout
 
 
 def share_of(num_videos: int, ranks: Ranks) -> list[tuple[int, bool]]:
@@ -164,6 +178,7 @@ def _plan(
 ) -> tuple[list[Path], Left]:
     """Return the paths of all videos, and those left to make with their records, all checked."""
     ask = config.generate
+    _guidance(config)
     jobs = plan_jobs(config)
     if len(jobs) < layout.num_data_ranks:
         raise FactoryError(
@@ -175,6 +190,9 @@ def _plan(
     records = make_records(jobs, config, shape, device=device.type, dtype=dtype_name(dtype), versions=versions())
     left = left_to_make(jobs, records, overwrite=ask.overwrite)
     if left:
+        first = left[0][0].path
+        if first.suffix == ".mp4":
+            require_codec(first, ask.codec, shape.height, shape.width)
         for job in {(job.image, job.video): job for job, _ in left}.values():
             _read_source(job, config, shape)
         frame_bytes = shape.num_frames * shape.height * shape.width * (3 if ask.format in ("png", "npy") else 1)
@@ -198,8 +216,32 @@ def _load(config: Config, folder: Path, transformer: TransformerConfig, ranks: R
         pipe.load_lora_weights(path, adapter_name=name)
     if names:
         pipe.set_adapters(names, config.generate.lora_weight or None)
+        if config.generate.merge_lora:
+            pipe.fuse_lora()
     pipe.share(ranks)
+    if config.generate.compile != "none":
+        num_graphs = compile_blocks(
+            pipe.transformer, config.generate.compile, num_shapes=_num_batches(config, ranks), training=False
+        )
+        say(f"compile: {num_graphs} graph(s), made in the first step that needs each")
     return pipe
+
+
+def _num_batches(config: Config, ranks: Ranks) -> int:
+    """Return how many different batches the transformer sees: two samples with guidance, one without or of a half."""
+    return len({scale != 1 and ranks.guidance is None for scale in _guidance(config)})
+
+
+def _guidance(config: Config) -> list[float]:
+    """Return the guidance scale of each step.
+
+    Raises:
+        FactoryError: an interval that no step falls into.
+    """
+    return guidance_scales(
+        config.sampling.guidance_scale, config.sampling.steps, dynamic=config.sampling.dynamic_guidance,
+        interval=config.generate.guidance_interval,
+    )  # fmt: skip
 
 
 def _read_source(job: Job, config: Config, shape: ClipShape) -> np.ndarray | None:
@@ -220,25 +262,6 @@ def _read_source(job: Job, config: Config, shape: ClipShape) -> np.ndarray | Non
         return read_clip(job.video, spec, info=info).pixels
     except ClipError as error:
         raise DataError(f"{job.video}: {error}. Ask for fewer --generate.num-frames, or give another video.") from error
-
-
-def _encode(
-    config: Config,
-    folder: Path,
-    prompts: list[str],
-    transformer: TransformerConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Return the embeddings of the negative prompt and of `prompts` [1 + B, S, E]; the encoder is gone afterwards.
-
-    Each is encoded by itself: the last bits of a batch depend on its size, and a video must not depend on the others.
-    """
-    length = intake.text_length(config, transformer)
-    encoder = TextEncoder.from_folder(folder, dtype=dtype, device=device)
-    prompts = [config.sampling.negative_prompt, *prompts]
-    known = {prompt: encoder.encode([prompt], length).to("cpu", dtype) for prompt in dict.fromkeys(prompts)}
-    return torch.cat([known[prompt] for prompt in prompts])
 
 
 def _make(
@@ -265,10 +288,16 @@ def _make(
         num_inference_steps=config.sampling.steps,
         guidance_scale=config.sampling.guidance_scale,
         use_dynamic_cfg=config.sampling.dynamic_guidance,
+        guidance_interval=ask.guidance_interval,
+        reuse=Reuse(
+            first_block=ask.first_block_cache, tea=ask.tea_cache, tea_polynomial=tuple(ask.tea_cache_polynomial)
+        ),
         sampler=config.sampling.sampler,
         seed=job.seed,
         progress=lambda step: advance(),
     )[0][0]
+    if ask.first_block_cache or ask.tea_cache:
+        say(f"{job.path.name}: {pipe.num_reused} of {_num_steps(config)} steps took over what the blocks did before")
     if len(frames) != shape.num_frames:
         say(
             f"{job.path.name}: {shape.num_frames} frames asked, the VAE decodes {len(frames)}; "

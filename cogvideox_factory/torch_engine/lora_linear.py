@@ -10,7 +10,7 @@ DoRA (Liu et al. 2024, arXiv 2402.09353) also learns the length of each row of `
 held constant in the backward pass (section 4.3 of the paper), as peft does.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,7 +197,24 @@ def low_rank_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     """
     slices = tuple((part.rows.start, part.rows.stop, scale) for part, scale in parts)
     factors = [factor for part, _ in parts for factor in (part.lora_A, part.lora_B)]
+    if not torch.is_grad_enabled():  # compilers lose count of the function's arguments there
+        return _apply(x, weight, bias, slices, factors)[0]
     return _LowRankLinear.apply(x, weight, bias, slices, *factors)  # pyright: ignore[reportReturnType]
+
+
+def _apply(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, slices: Any, factors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output [..., O], and the down-projections [N, R] of all parts."""
+    flat = x.reshape(-1, x.shape[-1])  # [N, I]
+    hidden = product(flat, _stack(factors[::2], x.dtype).T)  # [N, R]
+    out = linear(flat, dense(weight), bias)  # [N, O]
+    ups = factors[1::2]
+    for (start, stop, scale), up, low in zip(slices, ups, hidden.split([up.shape[1] for up in ups], dim=1)):
+        # The sign is there for -0.0: with B = 0 this computes out - (+0), which keeps every bit of `out`,
+        # whereas -0.0 + 0.0 is +0.0.
+        _add_product(out[:, start:stop], low, (up * -scale).to(x.dtype).T, sign=-1)
+    return out.view(*x.shape[:-1], -1), hidden
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -205,18 +222,11 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, slices, *factors):
-        flat = x.reshape(-1, x.shape[-1])  # [N, I]
-        hidden = product(flat, _stack(factors[::2], x.dtype).T)  # [N, R]
-        out = linear(flat, dense(weight), bias)  # [N, O]
-        ups = factors[1::2]
-        for (start, stop, scale), up, low in zip(slices, ups, hidden.split([up.shape[1] for up in ups], dim=1)):
-            # The sign is there for -0.0: with B = 0 this computes out - (+0), which keeps every bit of `out`,
-            # whereas -0.0 + 0.0 is +0.0.
-            _add_product(out[:, start:stop], low, (up * -scale).to(x.dtype).T, sign=-1)
+        out, hidden = _apply(x, weight, bias, slices, factors)
         ctx.slices = slices
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x, hidden, weight, *factors)
-        return out.view(*x.shape[:-1], -1)  # [..., O]
+        return out
 
     @staticmethod
     @once_differentiable

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from cogvideox_factory.diffusion.schedule import add_noise, v_target
+from cogvideox_factory.torch_engine.reuse import Shortcut
+from cogvideox_factory.torch_engine.time_embedding import Instant
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.torch_engine.vae import sample_posterior
 
@@ -94,7 +96,14 @@ def pad_image_latents(image_latents: Tensor, num_frames: int) -> Tensor:
     return torch.cat([image_latents, zeros.expand(shape)], dim=1)  # [B, F, C, H, W]
 
 
-def predict_v(transformer: CogVideoXTransformer, latents: Tensor, prompt_embeds: Tensor, timesteps: Tensor) -> Tensor:
+def predict_v(
+    transformer: CogVideoXTransformer,
+    latents: Tensor,
+    prompt_embeds: Tensor,
+    timesteps: Tensor | Instant,
+    *,
+    shortcut: Shortcut | None = None,
+) -> Tensor:
     """Call the transformer with the positions and the `ofs` its shape asks for."""
     positions = transformer.positions(
         latent_frames=latents.shape[1],
@@ -104,5 +113,10 @@ def predict_v(transformer: CogVideoXTransformer, latents: Tensor, prompt_embeds:
         device=latents.device,
         dtype=latents.dtype,
     )
-    ofs = latents.new_full((1,), OFS) if transformer.config.ofs_embed_dim else None
-    return transformer(latents, prompt_embeds, timesteps, positions=positions, ofs=ofs)
+    ofs = make_ofs(transformer, latents.device, latents.dtype)
+    return transformer(latents, prompt_embeds, timesteps, positions=positions, ofs=ofs, shortcut=shortcut)
+
+
+def make_ofs(transformer: CogVideoXTransformer, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """Return the `ofs` [1] of a model that takes one."""
+    return torch.full((1,), OFS, device=device, dtype=dtype) if transformer.config.ofs_embed_dim else None

@@ -12,6 +12,7 @@ export_to_video(video, "fox.mp4", fps=8)
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -22,15 +23,16 @@ from torch import Tensor
 
 from cogvideox_factory import draws, weights
 from cogvideox_factory.data.image import read_image
-from cogvideox_factory.diffusion.samplers import SamplerTable, dynamic_guidance, sampler_table
+from cogvideox_factory.diffusion.samplers import SamplerTable, guidance_scales, sampler_table
 from cogvideox_factory.errors import FactoryError, NonFiniteError
 from cogvideox_factory.lora_files import load_lora, resolve_lora
 from cogvideox_factory.models import SchedulerConfig, TransformerConfig
 from cogvideox_factory.shapes import ClipShape, clip_shape
 from cogvideox_factory.torch_engine import lora
-from cogvideox_factory.torch_engine.device import pick_device, pick_dtype
+from cogvideox_factory.torch_engine.device import pick_device, pick_dtype, pin
 from cogvideox_factory.torch_engine.objective import pad_image_latents
 from cogvideox_factory.torch_engine.ranks import Ranks, leads_machine
+from cogvideox_factory.torch_engine.reuse import Reuse
 from cogvideox_factory.torch_engine.sampling import denoise
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
@@ -70,6 +72,10 @@ class CogVideoXPipeline:
         self.dtype = dtype
         self.halves: dist.ProcessGroup | None = None
         """Two processes that divide guidance, see `share`."""
+        self.meeting: dist.ProcessGroup | None = None
+        """Processes that meet inside the transformer, and so run the same blocks."""
+        self.num_reused = 0
+        """Steps of the last call's videos that a shortcut was taken in (`reuse`)."""
 
     @classmethod
     def from_pretrained(
@@ -127,6 +133,7 @@ class CogVideoXPipeline:
             distribute(self.transformer, ranks, dtype=self.dtype)
         self.transformer.sequence = ranks.sequence
         self.halves = ranks.guidance
+        self.meeting = dist.group.WORLD if ranks.layout.zero == 3 else ranks.video
         self.vae.group = ranks.video
 
     def load_lora_weights(self, path: str | Path, adapter_name: str | Sequence[str] = "default") -> None:
@@ -144,6 +151,14 @@ class CogVideoXPipeline:
         """Use these adapters with these weights (1.0 each by default); others are switched off."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         lora.set_adapters(self.transformer, names, adapter_weights)
+
+    def fuse_lora(self) -> None:
+        """Fold the adapters that are on, with their weights, into the model: faster, and they cannot be changed again.
+
+        Raises:
+            FactoryError: weights of few bits, which cannot take them in.
+        """
+        lora.merge_lora(self.transformer)
 
     def encode_prompts(self, prompts: Sequence[str], *, max_sequence_length: int | None = None) -> Tensor:
         """Return prompt embeddings [B, S, E]; needs the text encoder."""
@@ -171,6 +186,8 @@ class CogVideoXPipeline:
         num_inference_steps: int = 50,
         guidance_scale: float = 6.0,
         use_dynamic_cfg: bool = False,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        reuse: Reuse | None = None,
         sampler: str = "auto",
         seed: int = 42,
         max_sequence_length: int | None = None,
@@ -180,7 +197,8 @@ class CogVideoXPipeline:
 
         `image` is a path or uint8 [H, W, 3] of the video's size (image-to-video models only, and needed there).
         `video` is uint8 [F, H, W, 3] of the size asked for, to be made anew (text-to-video models only): noised as far
-        as `strength` says, of the steps that share is taken.
+        as `strength` says, of the steps that share is taken. `guidance_interval` and `reuse` make it faster and another
+        video, see `guidance_scales` and `Reuse`.
 
         Raises:
             FactoryError: a size or frame count the model cannot take, a missing or superfluous image or video.
@@ -193,9 +211,9 @@ class CogVideoXPipeline:
             if not prompts:
                 raise FactoryError("give a prompt (or prompt_embeds)")
             prompt_embeds = self.encode_prompts(prompts, max_sequence_length=max_sequence_length)
-        scales = [guidance_scale] * num_inference_steps
-        if use_dynamic_cfg:
-            scales = [float(g) for g in dynamic_guidance(guidance_scale, num_inference_steps)]
+        scales = guidance_scales(
+            guidance_scale, num_inference_steps, dynamic=use_dynamic_cfg, interval=guidance_interval
+        )
         negative = None
         if max(scales) > 1:
             negative = negative_prompt_embeds
@@ -208,7 +226,7 @@ class CogVideoXPipeline:
             table, scales = table.tail(start), scales[start:]
         source = self.video_latents(video, shape, seed=seed) if video is not None else None
         image_latents = self.image_latents(image, shape, seed=seed) if image is not None else None
-        frames = []
+        frames, self.num_reused = [], 0
         for index in range(len(prompt_embeds)):
             noise = self._noise(shape, seed, "initial noise")
             latents = denoise(
@@ -222,9 +240,14 @@ class CogVideoXPipeline:
                 step_noise=lambda step: self._noise(shape, seed, "sampler noise", start + step),
                 progress=progress,
                 halves=self.halves,
+                reuse=replace(reuse, group=self.meeting) if reuse else None,
+                told=self._count_reused,
             )
             frames.append(self.decode(latents, shape))
         return Videos(frames)
+
+    def _count_reused(self, number: int) -> None:
+        self.num_reused += number
 
     def sampler_table(self, sampler: str, num_inference_steps: int) -> SamplerTable:
         """Return the table of `ddim`, `dpm` or `auto` (ddim for 2B-style models, as their authors sample)."""
@@ -277,7 +300,8 @@ class CogVideoXPipeline:
             1, shape.latent_frames + shape.num_front_padding, self.vae.config.latent_channels,
             shape.latent_height, shape.latent_width,
         )  # fmt: skip
-        return torch.from_numpy(draws.normal(seed, purpose, *coordinates, shape=size)).to(self.device)
+        drawn = torch.from_numpy(draws.normal(seed, purpose, *coordinates, shape=size))
+        return pin(drawn).to(self.device, non_blocking=True)  # from other memory the host would wait for the device
 
     def _check_image(self, given: bool) -> None:
         if given != self.transformer.config.is_image_to_video:

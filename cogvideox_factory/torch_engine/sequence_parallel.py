@@ -58,6 +58,11 @@ class Share:
         return -(-self.num_tokens // self.sequence.size)
 
     @property
+    def num_token_rows(self) -> int:
+        """Rows of this rank that are tokens, and no filling."""
+        return min(max(self.num_tokens - self.start, 0), self.num_rows)
+
+    @property
     def start(self) -> int:
         """The stream's row that is this rank's first."""
         return self.sequence.rank * self.num_rows

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks
@@ -49,6 +49,8 @@ def distribute(
         keeps = not drops or unit is blocks[-1]
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not keeps, ignored_params=set(whole))
     fully_shard(transformer, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=set(whole))
+    for method in ("embed_time", "instants"):  # called before the first step, and need weights as well
+        register_fsdp_forward_method(transformer, method)
 
 
 def reduce_gradients(transformer: nn.Module, layout: Layout, *, last: bool) -> None:

@@ -29,13 +29,15 @@ from cogvideox_factory.diffusion.positions import sincos_table
 from cogvideox_factory.errors import FactoryError, UnfitError
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.tensors import StoredTensor
-from cogvideox_factory.torch_engine.block import VECTORS_PER_BLOCK, Block, Modulation
+from cogvideox_factory.torch_engine.block import VECTORS_PER_BLOCK, Block, Modulation, split_vectors
 from cogvideox_factory.torch_engine.border import local, rows_of, to_array, to_tensor, whole
 from cogvideox_factory.torch_engine.checkpointing import Checkpointing
 from cogvideox_factory.torch_engine.layout import Slot, diffusers_names, num_native_tokens
 from cogvideox_factory.torch_engine.linear import Linear
 from cogvideox_factory.torch_engine.positions import Positions, make_positions
+from cogvideox_factory.torch_engine.reuse import Shortcut
 from cogvideox_factory.torch_engine.sequence_parallel import SequenceGroup, Share, gather_rows
+from cogvideox_factory.torch_engine.time_embedding import Instant, TimeEmbedding, sinusoids
 
 __all__ = ["CogVideoXTransformer", "Positions", "diffusers_names", "make_positions"]
 
@@ -53,10 +55,10 @@ class CogVideoXTransformer(nn.Module):
         self.sequence: SequenceGroup | None = None
         """The ranks that divide the token stream; every one is called with the same input and returns all of v."""
         self.patch_embed = _PatchEmbed(config)
-        self.time_embedding = _TimeEmbedding(config.width, config.time_embed_dim)
+        self.time_embedding = TimeEmbedding(config.width, config.time_embed_dim)
         self.ofs_embedding = None
         if config.ofs_embed_dim:
-            self.ofs_embedding = _TimeEmbedding(config.ofs_embed_dim, config.ofs_embed_dim)
+            self.ofs_embedding = TimeEmbedding(config.ofs_embed_dim, config.ofs_embed_dim)
         self.modulation = Modulation(config)
         self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm_final = nn.LayerNorm(
@@ -72,37 +74,54 @@ class CogVideoXTransformer(nn.Module):
         self,
         latents: Tensor,
         prompt_embeds: Tensor,
-        timesteps: Tensor,
+        timesteps: Tensor | Instant,
         *,
         positions: Positions | None,
         ofs: Tensor | None = None,
+        shortcut: Shortcut | None = None,
     ) -> Tensor:
         """Return the v prediction [B, F, out_channels, H, W].
 
         Args:
             latents: [B, F, C, H, W], in the model's dtype; the image's channels after the video's where there is one.
             prompt_embeds: [B, T, text_embed_dim]; all rows are attended to, there is no mask.
-            timesteps: [B], any number type.
+            timesteps: [B], any number type; or one of `instants`, for samples of one time.
             positions: of this shape, from `positions` or `make_positions`.
-            ofs: [1] or [B], for CogVideoX1.5-I2V only (always 2.0 there).
+            ofs: [1] or [B], for CogVideoX1.5-I2V only (always 2.0 there); an instant knows it.
+            shortcut: what may leave out blocks, when a video is made.
 
         Raises:
             FactoryError: positions or `ofs` that are missing or of another shape; a size the model cannot take.
         """
-        positions = self._check(latents, prompt_embeds, positions, ofs)
-        conditioning = self._conditioning(timesteps, ofs, latents.dtype)
-        vectors = self.modulation(conditioning)
+        positions = self._check(latents, prompt_embeds, positions)
+        if isinstance(timesteps, Instant):
+            now = timesteps
+        else:
+            conditioning = F.silu(self._embed_time(timesteps, ofs, latents.dtype))
+            now = Instant(
+                blocks=split_vectors(self.modulation(conditioning)), output=self.norm_out.vectors(conditioning)
+            )
         text_length, rotary, share = positions.text_length, positions.rotary, None
         if self.sequence is not None:
             share = Share(sequence=self.sequence, num_tokens=text_length + positions.num_video_tokens)
             text_length, rotary = share.num_text_rows(text_length), positions.rotary_of(share)
+
+        def through(x: Tensor, first: int, last: int) -> Tensor:
+            for index in range(first, last):
+                own = now.blocks[index * VECTORS_PER_BLOCK : (index + 1) * VECTORS_PER_BLOCK]
+                # Nobody reads the text behind the last attention. But ranks that divide the stream keep equal numbers
+                # of rows to the end, text and all: few, and then one all-gather does.
+                video_only = share is None and index == len(self.transformer_blocks) - 1
+                x = self.transformer_blocks[index](x, own, rotary, text_length, share, video_only)
+            return x
+
         x = self.patch_embed(latents, prompt_embeds, positions, share)  # [B, S, D]
-        for index, block in enumerate(self.transformer_blocks):
-            own = vectors[index * VECTORS_PER_BLOCK : (index + 1) * VECTORS_PER_BLOCK]
-            # Nobody reads the text behind the last attention. But ranks that divide the stream keep equal numbers of
-            # rows to the end, text and all: few, and then one all-gather does.
-            x = block(x, own, rotary, text_length, share, share is None and block is self.transformer_blocks[-1])
-        x = self.proj_out(self.norm_out(self.norm_final(x), conditioning))  # [B, N, P]
+        count = len(self.transformer_blocks)
+        if shortcut is None:
+            x = through(x, 0, count)
+        else:
+            x = shortcut(x, through, count, x.shape[1] if share is None else share.num_token_rows)
+        x = self.proj_out(self.norm_out(self.norm_final(x), *now.output))  # [B, N, P]
         x = x if share is None else gather_rows(x, share)[:, positions.text_length :]
         return self._unpatchify(x, latents.shape)
 
@@ -148,14 +167,41 @@ class CogVideoXTransformer(nn.Module):
         """All blocks, in order."""
         return cast(list[Block], list(self.transformer_blocks))
 
-    def _conditioning(self, timesteps: Tensor, ofs: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return the activated embedding of time (and ofs), [B, E]; it is all that the norms need to know."""
+    def embed_time(self, timesteps: Tensor, ofs: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return the embedding of `timesteps` [B] (and ofs) in `dtype`: [B, E]. It is all that the norms need to know.
+
+        Raises:
+            FactoryError: `ofs` where the model has none, or the reverse.
+        """
+        return self._embed_time(timesteps, ofs, dtype)
+
+    def _embed_time(self, timesteps: Tensor, ofs: Tensor | None, dtype: torch.dtype) -> Tensor:
+        # Apart, because sharding wraps the public method as it does `forward`, which calls this one.
         config = self.config
+        if (ofs is None) != (config.ofs_embed_dim is None):
+            raise FactoryError(
+                "this model needs ofs (a tensor [1] of 2.0)."
+                if ofs is None
+                else "ofs given, but only CogVideoX1.5-I2V takes it; leave it out."
+            )
         embedding = self.time_embedding(sinusoids(timesteps, config.width, config).to(dtype))
         if self.ofs_embedding is not None and ofs is not None:
             assert config.ofs_embed_dim is not None
             embedding = embedding + self.ofs_embedding(sinusoids(ofs, config.ofs_embed_dim, config).to(dtype))
-        return F.silu(embedding)
+        return embedding
+
+    def instants(self, embeddings: Tensor) -> list[Instant]:
+        """Return what `forward` needs to know of each of T times, from their `embed_time` [T, E].
+
+        One product with the modulation's weights, a sixth of the model's, for all of them, and none in the steps.
+        """
+        conditioning = F.silu(embeddings)
+        vectors = self.modulation(conditioning)  # [T, 12N, D]
+        shifts, scales = self.norm_out.vectors(conditioning)  # each [T, 1, D]
+        return [
+            Instant(blocks=own.unbind(0), output=(shifts[i : i + 1], scales[i : i + 1]))
+            for i, own in enumerate(vectors.unbind(0))
+        ]
 
     def _unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:
         """Return [B, F, C, H, W] of the `shape` of the latents, but with out_channels, from `tokens` [B, N, P]."""
@@ -164,9 +210,7 @@ class CogVideoXTransformer(nn.Module):
         x = tokens.view(batch, frames // p_t, height // p, width // p, channels, p_t, p, p)
         return x.permute(0, 1, 5, 4, 2, 6, 3, 7).reshape(batch, frames, channels, height, width)
 
-    def _check(
-        self, latents: Tensor, prompt_embeds: Tensor, positions: Positions | None, ofs: Tensor | None
-    ) -> Positions:
+    def _check(self, latents: Tensor, prompt_embeds: Tensor, positions: Positions | None) -> Positions:
         config = self.config
         _, frames, channels, height, width = latents.shape
         if channels != config.in_channels:
@@ -179,12 +223,6 @@ class CogVideoXTransformer(nn.Module):
             raise FactoryError(
                 f"{frames} latent frames; this model cuts time into patches of {config.patch_size_t}. "
                 "Pad one in front (diffusion.frames.latent_frames_for_model), or choose e.g. 77 or 85 frames of video."
-            )
-        if (ofs is None) != (config.ofs_embed_dim is None):
-            raise FactoryError(
-                "this model needs ofs (a tensor [1] of 2.0)."
-                if ofs is None
-                else "ofs given, but only CogVideoX1.5-I2V takes it; leave it out."
             )
         if positions is None:
             raise FactoryError(
@@ -378,19 +416,6 @@ class _PatchEmbed(nn.Module):
         return x if share is None else share.fill(x, dim=1)
 
 
-class _TimeEmbedding(nn.Module):
-    """Two Linears with SiLU between."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.linear_1 = Linear(in_features, out_features)
-        self.linear_2 = Linear(out_features, out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, in] to [B, out]."""
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
 class _OutputNorm(nn.Module):
     """The last adaptive norm, over video tokens only; it has no gate."""
 
@@ -399,16 +424,11 @@ class _OutputNorm(nn.Module):
         self.linear = Linear(config.time_embed_dim, 2 * config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps, elementwise_affine=config.norm_elementwise_affine)
 
-    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
-        """Return `x` [B, N, D] normalised, scaled and shifted by what `conditioning` [B, E] says."""
-        shift, scale = self.linear(conditioning).unsqueeze(1).chunk(2, dim=-1)  # each [B, 1, D]
-        return torch.addcmul(shift, self.norm(x), 1 + scale)
+    def vectors(self, conditioning: Tensor) -> tuple[Tensor, Tensor]:
+        """Return shift and scale, each [B, 1, D], from `conditioning` [B, E], the activated time embedding."""
+        shift, scale = self.linear(conditioning).unsqueeze(1).chunk(2, dim=-1)
+        return shift, 1 + scale
 
-
-def sinusoids(values: Tensor, dim: int, config: TransformerConfig) -> Tensor:
-    """Return sines and cosines of `values` [B] at `dim` / 2 frequencies from 1 down to 1 / 10,000: float32 [B, dim]."""
-    half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / (half - config.freq_shift)
-    angles = values[:, None].float() * torch.exp(exponents * -math.log(10_000))  # [B, dim / 2]
-    parts = (angles.cos(), angles.sin()) if config.flip_sin_to_cos else (angles.sin(), angles.cos())
-    return torch.cat(parts, dim=-1)
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Return `x` [B, N, D] normalised, scaled and shifted."""
+        return torch.addcmul(shift, self.norm(x), scale)

@@ -16,6 +16,7 @@ from cogvideox_factory.diffusion.samplers import (
     ddim_table,
     dpm_table,
     dynamic_guidance,
+    guidance_scales,
     sampler_table,
 )
 from cogvideox_factory.diffusion.schedule import add_noise, alphas_cumprod, training_coefficients, v_target
@@ -210,3 +211,25 @@ def test_dynamic_guidance_as_diffusers_has_it():
     timesteps = dpm_table(CONFIG_5B, 50).timesteps
     expected = [1 + 6.0 * ((1 - math.cos(math.pi * ((50 - t) / 50) ** 5.0)) / 2) for t in timesteps.tolist()]
     np.testing.assert_allclose(dynamic_guidance(6.0, 50, raw_timesteps=timesteps), expected, rtol=1e-12)
+
+
+def test_guidance_is_left_out_before_and_behind_its_interval():
+    assert guidance_scales(6.0, 4) == [6.0] * 4
+    assert guidance_scales(6.0, 4, dynamic=True) == dynamic_guidance(6.0, 4).tolist()
+    assert guidance_scales(6.0, 10, interval=(0.2, 0.7)) == [1.0] * 2 + [6.0] * 5 + [1.0] * 3
+    assert guidance_scales(6.0, 3, interval=(0.0, 0.5), dynamic=True) == [*dynamic_guidance(6.0, 3)[:2], 1.0]
+    for interval in ((0.5, 0.5), (0.7, 0.2), (-0.1, 1.0), (0.0, 1.1), (0.21, 0.24)):
+        with pytest.raises(FactoryError, match="holds none of 10 steps"):
+            guidance_scales(6.0, 10, interval=interval)
+
+
+@given(st.integers(1, 60), st.floats(0, 1), st.floats(0, 1))
+def test_intervals_that_meet_guide_every_step_once(steps, start, middle):
+    start, middle = sorted((start, middle))
+    parts = [
+        part
+        for part in ((0.0, start), (start, middle), (middle, 1.0))
+        if round(part[0] * steps) < round(part[1] * steps)
+    ]
+    guided = sum(np.array(guidance_scales(6.0, steps, interval=part)) == 6 for part in parts)
+    np.testing.assert_array_equal(guided, np.ones(steps))

@@ -6,6 +6,7 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline as ImageToVideo
 from diffusers import CogVideoXPipeline as TextToVideo
 
+from benchmarks.lossy import CALL, NUM_PROMPTS, WAYS
 from cogvideox_factory import quality
 from cogvideox_factory.tiny import lesson
 from cogvideox_factory.tiny.judge import score
@@ -15,8 +16,7 @@ from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE, pixels_from_uint8, uint8_from_pixels
 from cogvideox_factory.weights import EMBEDDED, resolve_model
 
-NUM_PROMPTS = 64
-CALL = {"num_inference_steps": 20, "guidance_scale": 2.0, "seed": 42}
+NUM_OF_SHORTCUTS = 8
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,20 @@ def test_the_vae_rebuilds_clips_it_never_saw(held_out):
 
 
 @pytest.fixture(scope="module")
-def spoken(held_out):
-    """What share of the held-out prompts' videos show each attribute."""
-    scenes, _ = held_out
-    pipe = CogVideoXPipeline.from_pretrained("tiny-t2v", tiling=False)
-    return shares(scenes, pipe([scene.caption for scene in scenes], **CALL).frames)
+def t2v():
+    return CogVideoXPipeline.from_pretrained("tiny-t2v", tiling=False)
+
+
+@pytest.fixture(scope="module")
+def drawn_by_t2v(held_out, t2v):
+    """The held-out prompts' videos."""
+    return t2v([scene.caption for scene in held_out[0]], **CALL).frames
+
+
+@pytest.fixture(scope="module")
+def spoken(held_out, drawn_by_t2v):
+    """What share of them show each attribute."""
+    return shares(held_out[0], drawn_by_t2v)
 
 
 def shares(scenes, videos):
@@ -78,6 +87,18 @@ def shares(scenes, videos):
 )
 def test_text_to_video_shows_what_prompts_say(spoken, attribute, least):
     assert spoken[attribute] >= least, spoken
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_shortcuts_cost_at_most_two_points_of_what_the_judge_sees(held_out, t2v, drawn_by_t2v, way):
+    """At the values that the settings' help names; the whole table is `python -m benchmarks lossy`."""
+    scenes, plain = held_out[0][:NUM_OF_SHORTCUTS], drawn_by_t2v[:NUM_OF_SHORTCUTS]
+    videos = t2v([scene.caption for scene in scenes], **CALL, **WAYS[way]).frames
+    assert (t2v.num_reused > 0) == ("reuse" in WAYS[way])
+    before, after = shares(scenes, plain), shares(scenes, videos)
+    assert all(after[name] >= before[name] - 0.02 for name in before), (before, after)
+    psnr = np.mean([quality.psnr(ours, theirs) for ours, theirs in zip(videos, plain, strict=True)])
+    assert 30 < psnr < 60, "another video, but nearly the same"
 
 
 def test_image_to_video_starts_at_the_image_and_moves_as_told(held_out):

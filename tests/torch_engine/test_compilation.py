@@ -15,9 +15,11 @@ from cogvideox_factory.torch_engine.device import require_compiler
 from cogvideox_factory.torch_engine.examine import first_not_finite
 from cogvideox_factory.torch_engine.optim import Update
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
+from cogvideox_factory.torch_engine.reuse import Reuse
 from cogvideox_factory.torch_engine.sharding import distribute
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.processes import run_in
+from tests.torch_engine.test_sampling import video
 from tests.torch_engine.test_transformer import config_of, positions_for
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
@@ -140,6 +142,20 @@ def test_adapters_on_some_layers_only_are_counted():
     assert compile_blocks(compiled, "default", num_shapes=1, backend=QUICK) == 4
     step(compiled)
     assert counters["stats"]["unique_graphs"] == 4
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_blocks_that_make_videos_have_a_graph_for_each_batch_and_the_last_ones_own(adapters):
+    compiled, plain = (model("none", adapters=adapters, num_layers=3).requires_grad_(False) for _ in range(2))
+    limit = compile_blocks(compiled, "default", num_shapes=2, backend=QUICK, training=False)
+    scales = [1.0, 6.0, 6.0, 1.0]
+    expected = video(plain, guidance=scales)
+    assert counters["stats"]["unique_graphs"] == 0
+    for reuse in (None, Reuse(first_block=1e-12), None):
+        assert (video(compiled, guidance=scales, reuse=reuse) - expected).abs().max() <= 1e-4
+    assert counters["stats"]["unique_graphs"] == limit == 4
+    with pytest.raises(FailOnRecompileLimitHit), torch.inference_mode():
+        loss_of(compiled, 3)
 
 
 def divided():

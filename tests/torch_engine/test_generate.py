@@ -10,11 +10,12 @@ from cogvideox_factory.cli import main
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.picture import write_png
-from cogvideox_factory.errors import DataError, ExhaustedError, FactoryError, StorageError
+from cogvideox_factory.errors import DataError, ExhaustedError, FactoryError, MissingError, StorageError
 from cogvideox_factory.jobs import read_record
 from cogvideox_factory.lora_files import load_lora, save_lora
 from cogvideox_factory.recipe import check
 from cogvideox_factory.torch_engine import generate, lora
+from cogvideox_factory.torch_engine.lora_linear import LoraLinear
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
 
 
@@ -30,9 +31,11 @@ def settings(tiny_model, tmp_path, *, variant="cogvideox-2b", sampling=None, **a
     return check(values, source="test")
 
 
-def make_lora(tiny_model, path, *, seed: int, scale: float = 0.5, variant: str = "cogvideox-2b"):
+def make_lora(
+    tiny_model, path, *, seed: int, scale: float = 0.5, variant: str = "cogvideox-2b", use_dora: bool = False
+):
     pipe = CogVideoXPipeline.from_pretrained(tiny_model(variant), device="cpu", text_encoder=False)
-    lora.add_lora(pipe.transformer, rank=4, alpha=4, seed=seed)
+    lora.add_lora(pipe.transformer, rank=4, alpha=4, seed=seed, use_dora=use_dora)
     arrays = lora.lora_arrays(pipe.transformer)
     rng = np.random.default_rng(seed)
     arrays = {
@@ -72,12 +75,24 @@ def test_the_same_command_again_makes_only_what_is_missing(tiny_model, tmp_path,
     assert paths[0].read_bytes() == before[paths[0]][0]
 
 
-@pytest.mark.parametrize("ending", ["mp4", "webp", "npy"])
+LIKE = {
+    "mp4": ({"merge_lora": True, "first_block_cache": 9.0}, ["--generate.first-block-cache", "0"]),
+    "webp": (
+        {"tea_cache": 9.0, "tea_cache_polynomial": [2.0, 0.0]},
+        ["--generate.tea-cache", "0", "--generate.tea-cache-polynomial"],
+    ),
+    "npy": ({"guidance_interval": [0.0, 0.7]}, ["--generate.guidance-interval", "0", "1"]),
+}
+"""By format: lossy settings that a record must hold, and the words that take them back."""
+
+
+@pytest.mark.parametrize("ending", LIKE)
 def test_a_video_like_another_is_the_same_to_the_bit(tiny_model, tmp_path, ending, monkeypatch):
     file = make_lora(tiny_model, tmp_path / "lora.safetensors", seed=1)
+    lossy, taken_back = LIKE[ending]
     config = settings(
         tiny_model, tmp_path, prompt=["x", "y"], seeds=[5, 6], num_videos=2, format=ending, lora=[str(file)],
-        lora_weight=[0.5], sampling={"steps": 3, "negative_prompt": "z", "dynamic_guidance": True},
+        lora_weight=[0.5], sampling={"steps": 3, "negative_prompt": "z", "dynamic_guidance": True}, **lossy,
     )  # fmt: skip
     made = generate.run(config)
     assert [path.name for path in made] == [f"{i:03}-{p}-{s}.{ending}" for i, (p, s) in enumerate(
@@ -89,6 +104,10 @@ def test_a_video_like_another_is_the_same_to_the_bit(tiny_model, tmp_path, endin
     words = ["--like", str(copy), "--generate.out", str(tmp_path / f"again.{ending}")]
     assert main(["generate", *words]) == 0
     assert (tmp_path / f"again.{ending}").read_bytes() == copy.read_bytes()
+    recorded = read_record(copy)["settings"]["generate"]
+    assert {name: recorded[name] for name in lossy} == lossy
+    assert main(["generate", *words[:-1], str(tmp_path / f"plain.{ending}"), *taken_back]) == 0
+    assert (tmp_path / f"plain.{ending}").read_bytes() != copy.read_bytes(), "they were not there for nothing"
     make_lora(tiny_model, file, seed=2)
     assert main(["generate", *words]) == 5
 
@@ -143,6 +162,39 @@ def test_loras_add_up_with_their_weights(tiny_model, tmp_path):
     assert both != base
     assert video("first", lora=[str(f) for f in files], lora_weight=[1.0, 0.0]) == video("alone", lora=[str(files[0])])
     assert video("off", lora=[str(files[0])], lora_weight=[0.0]) == base
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_merged_loras_make_the_video_that_live_ones_make(tiny_model, tmp_path, use_dora, monkeypatch):
+    files = [make_lora(tiny_model, tmp_path / f"{i}.safetensors", seed=i, use_dora=use_dora) for i in (1, 2)]
+    left, plain_call = [], CogVideoXPipeline.__call__
+
+    def watched(pipe, *args, **kwargs):
+        left.append(sum(isinstance(module, LoraLinear) for module in pipe.transformer.modules()))
+        return plain_call(pipe, *args, **kwargs)
+
+    monkeypatch.setattr(CogVideoXPipeline, "__call__", watched)
+
+    def video(name: str, **ask) -> np.ndarray:
+        ask |= {"lora": [str(file) for file in files], "lora_weight": [1.0, 0.5], "out": str(tmp_path / f"{name}.npy")}
+        return np.load(generate.run(settings(tiny_model, tmp_path, prompt=["x"], **ask))[0])
+
+    live, merged = video("live"), video("merged", merge_lora=True)
+    assert np.abs(live.astype(int) - merged).max() <= 1
+    assert live.std() > 5
+    assert left[0] > 0 == left[1], "no adapter is left to be computed"
+
+
+def test_a_codec_or_an_interval_that_cannot_be_is_refused_before_the_model_loads(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "_load", lambda *args: pytest.fail("the model was loaded"))
+    ask = {"prompt": ["x"], "codec": "h265", "height": 32, "width": 48}
+    with pytest.raises(FactoryError, match="32x48 is too small for h265"):
+        generate.run(settings(tiny_model, tmp_path, variant="cogvideox-5b", **ask))
+    monkeypatch.setattr("av.codecs_available", {"libx264"})
+    with pytest.raises(MissingError, match="codec 'h265' cannot be written here; this build of PyAV has h264"):
+        generate.run(settings(tiny_model, tmp_path, prompt=["x"], codec="h265"))
+    with pytest.raises(FactoryError, match=r"guidance_interval=0\.2 0\.21 holds none of 2 steps"):
+        generate.run(settings(tiny_model, tmp_path, prompt=["x"], guidance_interval=[0.2, 0.21]))
 
 
 def test_one_image_for_all_prompts_or_one_each(tiny_model, tmp_path, monkeypatch):

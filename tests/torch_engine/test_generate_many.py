@@ -11,6 +11,7 @@ import torch
 
 from cogvideox_factory.cli.generate import settings_of_run
 from cogvideox_factory.data.picture import write_png
+from cogvideox_factory.diffusion.samplers import guidance_scales
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.recipe import check, write_recipe
@@ -23,25 +24,30 @@ from tests.torch_engine.test_generate import make_lora
 PROMPTS = ["a red circle moves right", "a blue square", "two triangles meet"]
 STEPS = 3
 
-# (variant, parallel, prompts, LoRA, tiles); a batch of prompts that the groups of processes cannot share equally.
+# (variant, parallel, prompts, LoRA, tiles, shortcuts); a batch of prompts that the groups of processes cannot share
+# equally.
+FIRST_BLOCK = {"first_block_cache": 9.0, "guidance_interval": [0.0, 0.7]}
 CASES = {
     2: [
-        ("cogvideox-2b", {"guidance": 2}, 1, True, False),
-        ("cogvideox-5b", {"sequence": 2}, 1, False, True),
-        ("cogvideox1.5-5b", {"zero": 3}, 3, True, True),
-        ("cogvideox-5b-i2v", {"guidance": 2, "zero": 3}, 1, False, False),
+        ("cogvideox-2b", {"guidance": 2}, 1, True, False, {}),
+        ("cogvideox-5b", {"sequence": 2}, 1, False, True, {}),
+        ("cogvideox1.5-5b", {"zero": 3}, 3, True, True, {}),
+        ("cogvideox-5b-i2v", {"guidance": 2, "zero": 3}, 1, False, False, {}),
+        ("cogvideox-5b", {"guidance": 2, "zero": 3}, 1, True, True, FIRST_BLOCK | {"merge_lora": True}),
+        ("cogvideox1.5-5b", {"zero": 3}, 3, False, True, {"tea_cache": 9.0}),
     ],
     4: [
-        ("cogvideox1.5-5b-i2v", {"guidance": 2, "sequence": 2}, 1, True, True),
-        ("cogvideox-2b", {"sequence": 4, "zero": 3}, 1, False, False),
-        ("cogvideox1.5-5b", {"guidance": 2, "sequence": 2, "zero": 3}, 1, True, False),
-        ("cogvideox-5b-i2v", {"guidance": 2, "zero": 3, "replicas": 2}, 3, True, True),
-        ("cogvideox-5b", {"sequence": 2}, 3, False, True),
+        ("cogvideox1.5-5b-i2v", {"guidance": 2, "sequence": 2}, 1, True, True, {}),
+        ("cogvideox-2b", {"sequence": 4, "zero": 3}, 1, False, False, {}),
+        ("cogvideox1.5-5b", {"guidance": 2, "sequence": 2, "zero": 3}, 1, True, False, {}),
+        ("cogvideox-5b-i2v", {"guidance": 2, "zero": 3, "replicas": 2}, 3, True, True, {}),
+        ("cogvideox-5b", {"sequence": 2}, 3, False, True, {}),
+        ("cogvideox-2b", {"guidance": 2, "sequence": 2}, 1, False, True, FIRST_BLOCK),
     ],
 }
 
 
-def settings(root, model, variant, out, *, parallel=None, prompts=1, lora=False, tiling=True, sampling=None):
+def settings(root, model, variant, out, *, parallel=None, prompts=1, lora=False, tiling=True, sampling=None, ask=None):
     is_i2v = variant.endswith("i2v")
     return check(
         {
@@ -52,7 +58,7 @@ def settings(root, model, variant, out, *, parallel=None, prompts=1, lora=False,
                 "out": str(out), "prompt": PROMPTS[:prompts],
                 "image": [str(root / "first.png")] if is_i2v else [],
                 "lora": [str(root / f"{variant}.safetensors")] if lora else [],
-            },
+            } | (ask or {}),
             "parallel": parallel or {},
             "run": {"device": "cpu"},
         },
@@ -97,23 +103,28 @@ def root(tmp_path_factory, tiny_model):
 
 
 @pytest.mark.parametrize("size", CASES)
-def test_frames_equal_one_process_and_each_file_is_written_once(root, tiny_model, size, tmp_path):
+def test_frames_equal_one_process_and_each_file_is_written_once(root, tiny_model, size, tmp_path, capsys):
     configs = [
         settings(root, tiny_model(variant), variant, tmp_path / f"many-{number}", parallel=parallel, prompts=prompts,
-                 lora=lora, tiling=tiling)
-        for number, (variant, parallel, prompts, lora, tiling) in enumerate(CASES[size])
+                 lora=lora, tiling=tiling, ask=ask)
+        for number, (variant, parallel, prompts, lora, tiling, ask) in enumerate(CASES[size])
     ]  # fmt: skip
     results = run_in(size, generate_each, configs, folder=tmp_path)
-    for number, (variant, parallel, prompts, lora, tiling) in enumerate(CASES[size]):
+    for number, (variant, parallel, prompts, lora, tiling, ask) in enumerate(CASES[size]):
         many, one = tmp_path / f"many-{number}", tmp_path / f"one-{number}"
-        generate_and_watch(settings(root, tiny_model(variant), variant, one, prompts=prompts, lora=lora, tiling=tiling))
+        generate_and_watch(
+            settings(root, tiny_model(variant), variant, one, prompts=prompts, lora=lora, tiling=tiling, ask=ask)
+        )
+        said = capsys.readouterr().out
+        assert ("1 of 3 steps took over" in said) == ("first_block_cache" in ask or "tea_cache" in ask), said
         paths = results[0][number][0]
         written = Counter(path for by_rank in results for path in by_rank[number][1])
         assert written == Counter(dict.fromkeys(paths, 1)), "each file by one process, once"
         assert sorted(file.name for file in many.iterdir()) == sorted(file.name for file in one.iterdir())
         assert len(paths) == prompts
-        made = {generate_share(parallel, size, prompts, rank) for rank in range(size)}
-        assert {by_rank[number][2] for by_rank in results} == made, "one exchange a step"
+        guided = sum(scale > 1 for scale in guidance_scales(6.0, STEPS, interval=ask.get("guidance_interval", (0, 1))))
+        made = {generate_share(parallel, size, prompts, rank) * guided for rank in range(size)}
+        assert {by_rank[number][2] for by_rank in results} == made, "one exchange a guided step"
         for path in map(Path, paths):
             ours, alone = np.load(path.with_suffix(".npy")), np.load(one / path.with_suffix(".npy").name)
             assert ours.shape == alone.shape
@@ -124,9 +135,9 @@ def test_frames_equal_one_process_and_each_file_is_written_once(root, tiny_model
 
 
 def generate_share(parallel, size, prompts, rank):
-    """Return how many predictions a process exchanges: one a step of each video it takes part in."""
+    """Return how many videos a process takes part in whose guidance it shares."""
     layout = Layout(size=size, **parallel)
-    return len(generate.share_of(prompts, Ranks(layout=layout, rank=rank))) * STEPS * (layout.guidance - 1)
+    return len(generate.share_of(prompts, Ranks(layout=layout, rank=rank))) * (layout.guidance - 1)
 
 
 def test_every_job_is_made_once_and_divided_weights_are_met_equally_often():
@@ -164,6 +175,11 @@ def test_layouts_that_would_do_nothing_are_refused(root, tiny_model, tmp_path, c
     config(parallel={"guidance": 2}, sampling={"guidance_scale": 1.0, "dynamic_guidance": True})
     assert generate.layout_for(config(parallel={"sequence": 4}), 1) == Layout()
     assert "one process: parallel.*" in capsys.readouterr().out
+    with pytest.raises(
+        FactoryError, match=r"first_block_cache decides for each video.*2 videos.*Use generate\.tea_cache"
+    ):
+        generate.layout_for(config(parallel={"zero": 3, "sequence": 2}, ask=FIRST_BLOCK), 4)
+    generate.layout_for(config(parallel={"zero": 3, "sequence": 2, "guidance": 2}, ask=FIRST_BLOCK), 4)
     few = config(prompts=2)
     with pytest.raises(FactoryError, match=r"2 video\(s\) for 4 groups.*--parallel\.guidance 2"):
         plan_for(few, Layout(size=4))
