@@ -154,6 +154,11 @@ _WITHOUT_EFFECT: tuple[tuple[Callable[["Config"], bool], str, tuple[str, ...]], 
         "generate.extend, which starts from the last frame of a video",
         ("generate.image",),
     ),
+    (
+        lambda config: config.generate.offload not in ("auto", "group"),
+        "generate.offload other than auto and group",
+        ("generate.offload_group",),
+    ),
     (lambda config: config.generate.format != "mp4", "generate.format other than mp4", ("generate.codec",)),
     (
         lambda config: config.train.method == "full",

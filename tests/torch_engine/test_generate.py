@@ -209,4 +209,4 @@ def test_out_of_memory_tells_which_video_and_what_would_help(tiny_model, tmp_pat
         generate.run(settings(tiny_model, tmp_path, prompt=["x"], num_frames=17))
     assert caught.value.exit_code == 4
     assert "out of memory while making 000-x.mp4: " in str(caught.value)
-    assert "--generate.num-frames 9: about " in str(caught.value)
+    assert "--sampling.tiling True: about " in str(caught.value)
