@@ -1,11 +1,8 @@
 """What a video needs in memory while it is made, phase by phase, from numbers alone.
 
 Three models work one after the other: the text encoder, gone before the others are loaded; the transformer; the VAE's
-decoder. What each takes beside weights is counted in units:
-
-- denoising, of the transformer's stream (tokens x width of both predictions): `_STREAM` at the peak, in a feed-forward;
-- decoding, of one channel of one picture: what the last convolutions work on, the frames that every convolution keeps
-  for the next chunk, and the video that comes out.
+decoder. What denoising takes beside weights is counted in units of the transformer's stream, tokens x width of both
+predictions; the decoder is walked through layer by layer (`decoding`).
 
 `tests/plan/test_generation.py` holds all of it to runs that are traced.
 """
@@ -14,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cogvideox_factory.models import TransformerConfig, VaeConfig
+from cogvideox_factory.plan import decoding
 from cogvideox_factory.plan.memory import MATRIX_BYTES
 
 Mode = Literal["none", "model", "block", "group"]
@@ -109,7 +107,7 @@ class Need:
 def need(video: Generation) -> Need:
     """Return what one process takes to make `video`."""
     outside, block = _transformer_bytes(video)
-    encoder, decoder = vae_parameters(video.vae)
+    encoder, decoder = decoding.parameters(video.vae)
     vae = (encoder + decoder) * video.item_bytes
     layers = video.model.num_layers
     everything = outside + layers * block
@@ -155,33 +153,6 @@ def _transformer_bytes(video: Generation) -> tuple[int, int]:
     return outside * video.item_bytes, round(matrices + vectors * video.item_bytes) + adapters
 
 
-def vae_parameters(vae: VaeConfig) -> tuple[int, int]:
-    """Return the parameters of (encoder, decoder)."""
-    channels, latent = vae.block_out_channels, vae.latent_channels
-
-    def conv(inputs: int, outputs: int, taps: int = 27) -> int:
-        return taps * inputs * outputs + outputs
-
-    def resnet(inputs: int, outputs: int, norm: int) -> int:
-        shortcut = conv(inputs, outputs, 1) if inputs != outputs else 0
-        norms = sum(2 * c + (2 * conv(latent, c, 1) if norm else 0) for c in (inputs, outputs))
-        return conv(inputs, outputs) + conv(outputs, outputs) + norms + shortcut
-
-    def stages(order: tuple[int, ...], layers: int, norm: int) -> int:
-        total = 0
-        for level, (before, after) in enumerate(zip((order[0], *order), order)):
-            total += resnet(before, after, norm) + (layers - 1) * resnet(after, after, norm)
-            total += conv(after, after, 9) if level < len(order) - 1 else 0
-        return total
-
-    widest, last = channels[-1], channels[0]
-    encoder = conv(vae.in_channels, last) + stages(channels, vae.layers_per_block, 0)
-    encoder += 2 * resnet(widest, widest, 0) + 2 * widest + conv(widest, 2 * latent)
-    decoder = conv(latent, widest) + stages(channels[::-1], vae.layers_per_block + 1, 1)
-    decoder += 2 * resnet(widest, widest, 1) + 2 * last + 2 * conv(latent, last, 1) + conv(last, vae.out_channels)
-    return encoder, decoder
-
-
 # --- work -------------------------------------------------------------------------------------------------------------
 
 
@@ -219,26 +190,16 @@ def _denoising(video: Generation) -> int:
 def _decoding(video: Generation) -> int:
     """Return what the decoder takes beside weights."""
     vae, item = video.vae, video.item_bytes
-    latent_frames = -(-(video.num_frames - 1) // 4) + 1
-    frames = 8 + latent_frames % 2 if latent_frames > 2 else min(8, 4 * (latent_frames - 1) + 1)
-    picture, output = video.pixels, 3 * video.num_frames * video.pixels
+    height, width, latent_frames = video.height // 8, video.width // 8, -(-(video.num_frames - 1) // 4) + 1
+    of_video = 3 * (4 * (latent_frames - 1) + 1)
+    output, tiles = of_video * video.height * video.width, 0
     if video.tiling:
-        picture = min(vae.sample_height // 2, video.height) * min(vae.sample_width // 2, video.width)
+        rows, columns = min(vae.sample_height // 16, height), min(vae.sample_width // 16, width)
+        tiles = 64 * of_video * (rows * columns + rows // 6 * width * 5 // 4 + columns // 5 * rows)  # one; its edges
+        height, width = rows, columns
     else:
-        picture = -(-picture // (video.sequence * video.guidance))
-    last, before = vae.block_out_channels[0], vae.block_out_channels[1]
-    work = (2 * frames + 2) * before + frames * last
-    kernels = vae_parameters(vae)[1]  # a second copy of the weights, in the order that convolutions like
-    at_work = ((work + _kept(vae)) * picture + output + kernels) * item
-    as_bytes = output * (item + 4 + 1)  # in the model's dtype, in float32, in bytes
-    return max(at_work, as_bytes)
-
-
-def _kept(vae: VaeConfig) -> int:
-    """Return the channels of pictures of full size that convolutions keep from chunk to chunk: two frames of each."""
-    order = vae.block_out_channels[::-1]
-    total = 2.0 * vae.block_out_channels[0]  # the last convolution's
-    for level, (before, after) in enumerate(zip((order[0], *order), order)):
-        size = 4.0 ** (level - len(order) + 1)
-        total += 2 * (before + (2 * vae.layers_per_block + 1) * after) * size
-    return round(total)
+        height = -(-height // (video.sequence * video.guidance))
+    # A second copy of the weights, in the order that convolutions like; a single frame does without.
+    kernels = decoding.parameters(vae)[1] if latent_frames > 1 else 0
+    at_work = (decoding.Walk(vae, height, width).run(latent_frames) + output + tiles + kernels) * item
+    return max(at_work, output * (item + 4 + 1))  # behind it: in the model's dtype, in float32, in bytes

@@ -88,12 +88,12 @@ class Visitor:
         self._here = torch.empty(size, dtype=torch.uint8, device=device)
         self._away = host_like(self._here)
         slots = []
-        for tensor, place in zip(_frozen(block), places):
+        for tensor, place in zip(_frozen(block), places, strict=True):
             _slot(self._away, tensor, place).copy_(tensor.data)
             slots.append(_slot(self._here, tensor, place))
         self._storage.resize_(0)
         block.to(device)  # whatever kind of device it is, tensors are then of its kind
-        for tensor, slot in zip(_frozen(block), slots):
+        for tensor, slot in zip(_frozen(block), slots, strict=True):
             tensor.data = slot
         self.parameters = [p for p in block.parameters() if not p.requires_grad]
 
