@@ -104,7 +104,9 @@ def test_denoising_at_real_size(name):
 @pytest.mark.parametrize(("num_frames", "item_bytes"), [(17, 2), (13, 4), (1, 2)])
 def test_decoding_at_real_size(tiling, num_frames, item_bytes):
     facts = PUBLISHED["cogvideox-5b"]
-    video = numbers(facts, num_frames=num_frames, item_bytes=item_bytes, tiling=tiling, offload="model")
+    video = numbers(
+        facts, num_frames=num_frames, item_bytes=item_bytes, tiling=tiling, offload="model", height=320, width=480
+    )
     with torch.device(META):
         vae = CogVideoXVAE(facts.vae).to({2: BF16, 4: torch.float32}[item_bytes]).requires_grad_(False)
     with torch.inference_mode(), Ledger() as ledger:
