@@ -16,6 +16,7 @@ from cogvideox_factory.plan import decoding
 from cogvideox_factory.plan.generation import T5_XXL, Generation, TextModel, need
 from cogvideox_factory.shapes import clip_shape
 from cogvideox_factory.torch_engine import passage, swap
+from cogvideox_factory.torch_engine.device import memory_allocated, peak_memory, pick_device, reset_peak_memory
 from cogvideox_factory.torch_engine.loading import Keeping
 from cogvideox_factory.torch_engine.sampling import denoise
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
@@ -30,7 +31,7 @@ TEXT = T5Config(
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def as_on_a_card(monkeypatch):
     """Let tensors without memory be a card: copies are done at once, and buffers are freed when they are given back."""
 
@@ -61,34 +62,29 @@ def shallow(facts: ModelFacts) -> ModelFacts:
     return replace(facts, transformer=replace(facts.transformer, num_layers=2))
 
 
-def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(size, dtype=dtype, device=META)
-
-
-def run_denoise(model: CogVideoXTransformer, video: Generation, steps: int = 2) -> Tensor:
+def run_denoise(model: CogVideoXTransformer, video: Generation, device: torch.device = META) -> Tensor:
     dtype = {2: BF16, 4: torch.float32}[video.item_bytes]
     size = 1, video.latent_frames, 16, video.height // 8, video.width // 8
-    prompt = 1, video.text_tokens, video.model.text_embed_dim
+    prompt = torch.zeros(1, video.text_tokens, video.model.text_embed_dim, dtype=dtype, device=device)
     return denoise(
-        model, empty(*size), empty(*prompt, dtype=dtype),
-        table=sampler_table("dpm", PUBLISHED["cogvideox-5b"].scheduler, steps),
-        guidance=[6.0 if video.guided else 1.0] * steps,
-        negative_embeds=empty(*prompt, dtype=dtype) if video.guided else None,
-        image_latents=empty(*size) if video.model.is_image_to_video else None, step_noise=lambda step: empty(*size),
+        model, torch.zeros(size, device=device), prompt, negative_embeds=prompt.clone() if video.guided else None,
+        table=sampler_table("dpm", PUBLISHED["cogvideox-5b"].scheduler, 2), guidance=[6.0 if video.guided else 1.0] * 2,
+        image_latents=torch.zeros(size, device=device) if video.model.is_image_to_video else None,
+        step_noise=lambda step: torch.zeros(size, device=device),
     )  # fmt: skip
 
 
-def run_decode(vae: CogVideoXVAE, video: Generation) -> Tensor:
+def run_decode(vae: CogVideoXVAE, video: Generation, device: torch.device = META) -> Tensor:
     vae.enable_tiling() if video.tiling else vae.disable_tiling()
-    frames = (video.num_frames - 1) // 4 + 1
-    return uint8_from_pixels(vae.decode(empty(1, frames, 16, video.height // 8, video.width // 8, dtype=vae.dtype)))
+    size = 1, (video.num_frames - 1) // 4 + 1, 16, video.height // 8, video.width // 8
+    return uint8_from_pixels(vae.decode(torch.zeros(size, dtype=vae.dtype, device=device)))
 
 
 # --- real sizes, weights apart ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_denoising_at_real_size(name):
+def test_denoising_at_real_size(name, as_on_a_card):
     facts = shallow(PUBLISHED[name])
     for options in ({}, {"guided": False}, {"item_bytes": 4}):
         video = numbers(facts, **options)
@@ -102,7 +98,7 @@ def test_denoising_at_real_size(name):
 
 @pytest.mark.parametrize("tiling", [False, True])
 @pytest.mark.parametrize(("num_frames", "item_bytes"), [(17, 2), (13, 4), (1, 2)])
-def test_decoding_at_real_size(tiling, num_frames, item_bytes):
+def test_decoding_at_real_size(tiling, num_frames, item_bytes, as_on_a_card):
     facts = PUBLISHED["cogvideox-5b"]
     video = numbers(
         facts, num_frames=num_frames, item_bytes=item_bytes, tiling=tiling, offload="model", height=320, width=480
@@ -158,43 +154,66 @@ MIDDLE = replace(
 WAYS = [Keeping(), Keeping(offload="model"), Keeping(offload="group", group=2), Keeping(offload="block")]
 
 
-def peaks(keeping: Keeping, video: Generation) -> tuple[int, int, int, int]:
-    """Run a whole video; return the most bytes of each phase on the device, and all that waits on the host."""
+def phases(keeping: Keeping, video: Generation, device: torch.device, peak_of) -> tuple[int, int, int]:
+    """Make a whole video; return the most bytes of each phase, as `peak_of(work)` counts those on `device`."""
     encoders = [T5EncoderModel(TEXT).encoder.to(BF16).requires_grad_(False).eval()]
     model = CogVideoXTransformer(MIDDLE.transformer).to(BF16).requires_grad_(False)
     vae = CogVideoXVAE(MIDDLE.vae).to(BF16).requires_grad_(False)
-    with torch.inference_mode(False), torch.no_grad(), Ledger(device_type="meta") as ledger:
+    if keeping.offload in ("block", "group"):
+        Turns(device, keeping.offload, group=keeping.group).add(encoders[0], encoders[0].block)
+    else:
+        encoders[0].to(device)
+    ids = torch.zeros(1, video.text_tokens, dtype=torch.int64, device=device)
+    text = peak_of(lambda: encoders[0](ids, return_dict=False))
+    encoders.clear()
+    turns = keeping.turns(device)
+    if turns:
+        turns.add(model, model.blocks)
+        turns.add(vae.encoder)
+        turns.add(vae.decoder)
+    else:
+        model.to(device)
+        vae.to(device)
+    return text, peak_of(lambda: run_denoise(model, video, device)), peak_of(lambda: run_decode(vae, video, device))
+
+
+def assert_announced(video: Generation, text: int, denoising: int, decoding: int) -> None:
+    told = need(video)
+    assert told.text == pytest.approx(text, rel=0.1)
+    assert told.denoise == pytest.approx(denoising, rel=0.1)
+    assert told.decode == pytest.approx(decoding, rel=0.1)
+    assert told.device == pytest.approx(max(text, denoising, decoding), rel=0.1)
+
+
+def video_kept(keeping: Keeping) -> Generation:
+    return numbers(MIDDLE, text=text_of(TEXT), offload=keeping.offload, group=keeping.group, tiling=False)
+
+
+@pytest.mark.parametrize("keeping", WAYS, ids=lambda keeping: keeping.offload)
+def test_every_mode_takes_what_was_announced(keeping, as_on_a_card):
+    video = video_kept(keeping)
+    with torch.no_grad(), Ledger(device_type="meta") as ledger:
 
         def peak_of(work) -> int:
             ledger.peak = ledger.bytes
             work()
             return ledger.peak
 
-        if keeping.offload in ("block", "group"):
-            Turns(META, keeping.offload, group=keeping.group).add(encoders[0], encoders[0].block)
-        else:
-            encoders[0].to(META)
-        ids = torch.zeros(1, video.text_tokens, dtype=torch.int64, device=META)
-        text = peak_of(lambda: encoders[0](ids, return_dict=False))
-        encoders.clear()
-        assert ledger.bytes < 1000, "the text encoder is gone"
-        turns = keeping.turns(META)
-        if turns:
-            turns.add(model, model.blocks)
-            turns.add(vae.encoder)
-            turns.add(vae.decoder)
-        else:
-            model.to(META)
-            vae.to(META)
-        return text, peak_of(lambda: run_denoise(model, video)), peak_of(lambda: run_decode(vae, video)), ledger.bytes
+        assert_announced(video, *phases(keeping, video, META, peak_of))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="there is no accelerator to measure")
 @pytest.mark.parametrize("keeping", WAYS, ids=lambda keeping: keeping.offload)
-def test_every_mode_takes_what_was_announced(keeping):
-    video = numbers(MIDDLE, text=text_of(TEXT), offload=keeping.offload, group=keeping.group, tiling=False)
-    text, denoising, decoding, _ = peaks(keeping, video)
-    told = need(video)
-    assert told.text == pytest.approx(text, rel=0.1)
-    assert told.denoise == pytest.approx(denoising, rel=0.1)
-    assert told.decode == pytest.approx(decoding, rel=0.1)
-    assert told.device == pytest.approx(max(text, denoising, decoding), rel=0.1)
+def test_a_card_takes_what_was_announced(keeping):
+    video, card = video_kept(keeping), pick_device("auto")
+
+    others = memory_allocated(card)  # of tests before this one
+
+    def peak_of(work) -> int:
+        reset_peak_memory(card)
+        work()
+        return peak_memory(card) - others
+
+    with torch.no_grad():
+        assert_announced(video, *phases(keeping, video, card, peak_of))
