@@ -16,9 +16,12 @@ from cogvideox_factory.plan.memory import MATRIX_BYTES
 
 Mode = Literal["none", "model", "block", "group"]
 
-_STREAM = 14
-"""Units of the stream: the block's input, both normed streams, attention's output, the stream between, 4 + 4 hidden
-columns before and after GELU, and what comes out."""
+_STREAM = 8
+"""Units of the stream at the peak. In attention: the block's input, normed, q, k and v as projected, q and k as normed,
+what comes out. A feed-forward takes as many."""
+
+_TURNING = {4: 1, 2: 2}
+"""Units more while k is turned by rotary positions, in float32, by the bytes of a value."""
 
 _HERE = 2
 """Blocks, or groups of them, that are on the device at a time when others wait."""
@@ -184,7 +187,8 @@ def _denoising(video: Generation) -> int:
         positions = model.width * tokens * item
     prompts = batch * video.text_tokens * model.text_embed_dim * item
     copies = latents * (model.in_channels * (12 + batch * 2 * item) + model.out_channels * batch * 2 * (4 + item))
-    return _STREAM * unit + whole + positions + prompts + copies
+    stream = _STREAM + (_TURNING[item] if model.use_rotary_positional_embeddings else 0)
+    return stream * unit + whole + positions + prompts + copies
 
 
 def _decoding(video: Generation) -> int:

@@ -35,11 +35,12 @@ def settled(video: Generation, free: float | None, **options) -> Generation:
 def test_a_video_of_the_largest_published_model_is_possible_in_12_gb():
     video = numbers("cogvideox1.5-5b")
     assert (video.num_frames, video.height, video.width) == (81, 768, 1360)
-    chosen = settled(video, 11.5)  # what a card of 12 GB has free
-    assert (chosen.offload, chosen.tiling) == ("block", True)
-    assert need(chosen).device < 12e9 * ROOM
     by_mode = {each.offload: need(each).device / GIB for each in modes(replace(video, tiling=True), group=4)}
-    assert by_mode == pytest.approx({"none": 18.29, "model": 17.88, "group": 10.71, "block": 9.45}, abs=0.01)
+    assert by_mode == pytest.approx({"none": 16.22, "model": 15.82, "group": 8.65, "block": 7.38}, abs=0.01)
+    for free, offload in ((11.5, "group"), (9, "block")):  # of a card of 12 GB; and beside a desktop
+        chosen = settled(video, free)
+        assert (chosen.offload, chosen.tiling) == (offload, True)
+        assert need(chosen).device < 12e9 * ROOM
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -75,10 +76,10 @@ def test_it_is_said_what_is_needed_and_which_way_would_fit():
     video = settled(numbers("cogvideox1.5-5b"), 11.5, offload="model", tiling=True)
     lines = report(video, free=int(11.5 * GIB), group=4, accelerator=True)
     assert re.search(
-        r"about 17\.88 GiB at most: text 8\.89, denoising 17\.88, decoding 2\.58, and 10\.78 GiB of host", lines[0]
+        r"about 15\.82 GiB at most: text 8\.89, denoising 15\.82, decoding 2\.58, and 10\.78 GiB of host", lines[0]
     )
     assert "(offload model, tiling True); 11.50 GiB are free" in lines[0]
-    assert lines[1].endswith("may fail; --generate.offload block needs 9.45 GiB")
+    assert lines[1].endswith("may fail; --generate.offload group needs 8.65 GiB")
     assert len(report(video, free=int(24 * GIB), group=4, accelerator=True)) == 1
     tight = report(settled(video, 5), free=5 * GIB, group=4, accelerator=True)
     assert re.search(r"; --generate.num-frames 41 needs about \d\.\d\d GiB less", tight[1])

@@ -18,12 +18,13 @@ from cogvideox_factory.shapes import clip_shape
 from cogvideox_factory.torch_engine import passage, swap
 from cogvideox_factory.torch_engine.device import memory_allocated, peak_memory, pick_device, reset_peak_memory
 from cogvideox_factory.torch_engine.loading import Keeping
+from cogvideox_factory.torch_engine.positions import make_positions
 from cogvideox_factory.torch_engine.sampling import denoise
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.torch_engine.turns import Turns
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE, uint8_from_pixels
 from cogvideox_factory.torch_engine.vae_scratch import Scratch
-from tests.torch_engine.ledger import Ledger
+from tests.torch_engine.live_memory import LiveMemory
 
 META, BF16 = torch.device("meta"), torch.bfloat16
 TEXT = T5Config(
@@ -90,10 +91,11 @@ def test_denoising_at_real_size(name, as_on_a_card):
         video = numbers(facts, **options)
         with torch.device(META):
             model = CogVideoXTransformer(facts.transformer).to({2: BF16, 4: torch.float32}[video.item_bytes])
-        with torch.inference_mode(), Ledger() as ledger:
+        make_positions.cache_clear()  # they count, once
+        with torch.inference_mode(), LiveMemory() as memory:
             run_denoise(model, video)
         told = need(video)
-        assert told.denoise - told.weights == pytest.approx(ledger.peak, rel=0.1), (name, options)
+        assert told.denoise - told.weights == pytest.approx(memory.peak, rel=0.1), (name, options)
 
 
 @pytest.mark.parametrize("tiling", [False, True])
@@ -105,10 +107,10 @@ def test_decoding_at_real_size(tiling, num_frames, item_bytes, as_on_a_card):
     )
     with torch.device(META):
         vae = CogVideoXVAE(facts.vae).to({2: BF16, 4: torch.float32}[item_bytes]).requires_grad_(False)
-    with torch.inference_mode(), Ledger() as ledger:
+    with torch.inference_mode(), LiveMemory() as memory:
         run_decode(vae, video)
     weights = decoding.parameters(facts.vae)[1] * item_bytes
-    assert need(video).decode - weights == pytest.approx(ledger.peak, rel=0.1)
+    assert need(video).decode - weights == pytest.approx(memory.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -192,12 +194,13 @@ def video_kept(keeping: Keeping) -> Generation:
 @pytest.mark.parametrize("keeping", WAYS, ids=lambda keeping: keeping.offload)
 def test_every_mode_takes_what_was_announced(keeping, as_on_a_card):
     video = video_kept(keeping)
-    with torch.no_grad(), Ledger(device_type="meta") as ledger:
+    make_positions.cache_clear()
+    with torch.no_grad(), LiveMemory(device_type="meta") as memory:
 
         def peak_of(work) -> int:
-            ledger.peak = ledger.bytes
+            memory.peak = memory.bytes
             work()
-            return ledger.peak
+            return memory.peak
 
         assert_announced(video, *phases(keeping, video, META, peak_of))
 
