@@ -19,7 +19,7 @@ from cogvideox_factory.models import SchedulerConfig, TransformerConfig
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.low_bit import quantize
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
-from cogvideox_factory.torch_engine.ranks import Ranks
+from cogvideox_factory.torch_engine.ranks import Ranks, leads_machine
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.torch_engine.turns import Turns
@@ -68,7 +68,9 @@ def load_pipeline(
         transformer = _load_divided(transformer_folder, config, files, dtype=dtype, device=device, ranks=ranks)
     else:
         first = torch.device("cpu") if turns or keeping.base != "model" else device
-        transformer = CogVideoXTransformer.from_folder(transformer_folder, config=config, dtype=dtype, device=first)
+        transformer = CogVideoXTransformer.from_folder(
+            transformer_folder, config=config, dtype=dtype, device=first, verify=leads_machine()
+        )
         if keeping.base != "model":
             quantize(transformer, keeping.base, device=device)
         for name, file in _named(files):
@@ -122,7 +124,7 @@ def _load_divided(
         lora.load_lora_into(transformer, file, name)
     distribute(transformer, ranks, dtype=dtype)
     transformer.to_empty(device=device)
-    transformer.load_folder(folder)
+    transformer.load_folder(folder, verify=leads_machine())
     for name, file in _named(files):
         lora.fill_lora(transformer, file, name)
     return transformer

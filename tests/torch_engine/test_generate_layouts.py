@@ -63,9 +63,9 @@ def make_each(root, size):
     """Make every video; return (frames, bytes read of the transformer, bytes held of it) of each."""
     reads, found, load_folder = Reads(), [], CogVideoXTransformer.load_folder
 
-    def counted(self, folder):
+    def counted(self, folder, **options):
         reads.total = 0
-        load_folder(self, folder)
+        load_folder(self, folder, **options)
         found.append(reads.total)
 
     known = {
