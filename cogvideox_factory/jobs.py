@@ -28,6 +28,8 @@ FORMAT = 1
 _ENDINGS = (".mp4", ".gif", ".webp", ".npy")
 _OF_A_BATCH = ("prompt_file", "num_videos", "seeds", "out", "overwrite", "format", "prompt_cache")
 """Settings of `generate` that say which videos there are and where things lie, not what one of them is."""
+_OF_THE_MACHINE = ("offload", "offload_group")
+"""Settings of `generate` that no bit of a video depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +118,16 @@ def file_name(index: int, prompt: str, ending: str) -> str:
 
 
 def make_records(
-    jobs: Sequence[Job], config: Config, shape: ClipShape, *, device: str, dtype: str, versions: Mapping[str, str]
+    jobs: Sequence[Job],
+    config: Config,
+    shape: ClipShape,
+    *,
+    device: str,
+    dtype: str,
+    tiling: bool,
+    versions: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """Return what makes each video what it is; `device` is a kind, such as "cuda"."""
+    """Return what makes each video what it is; `device` is a kind, such as "cuda", `tiling` what auto came to."""
     digest = cache(sha256_file)  # most files go into many videos
 
     def digests(files: Iterable[Path | None]) -> dict[str, str]:
@@ -126,7 +135,8 @@ def make_records(
 
     loras = [resolve_lora(path) for path in config.generate.lora]
     common = config.model_dump(include={"task", "model", "text", "sampling"})
-    ask = config.generate.model_dump(exclude={*_OF_A_BATCH})
+    common["sampling"]["tiling"] = tiling
+    ask = config.generate.model_dump(exclude={*_OF_A_BATCH, *_OF_THE_MACHINE})
     ask |= {"num_frames": shape.num_frames, "height": shape.height, "width": shape.width, "fps": float(shape.fps)}
     machine = config.run.model_dump() | {"device": device, "dtype": dtype}
     folders = _digests_of_folders(config)
@@ -158,9 +168,11 @@ def _digests_of_folders(config: Config) -> dict[str, str]:
 
 
 def left_to_make(
-    jobs: Sequence[Job], records: Sequence[dict[str, Any]], *, overwrite: bool
+    jobs: Sequence[Job], records: Sequence[dict[str, Any]], *, overwrite: bool, any_tiling: bool = False
 ) -> list[tuple[Job, dict[str, Any]]]:
     """Return the jobs that are not done, with their records; a video made of the same record is done.
+
+    With `any_tiling` a video is that was decoded otherwise, because another time other memory was free.
 
     Raises:
         StorageError: something else has the name of a video, and `overwrite` is off.
@@ -169,7 +181,7 @@ def left_to_make(
     for job, record in zip(jobs, records, strict=True):
         if overwrite or not job.path.exists():
             left.append((job, record))
-        elif _same(_recorded(job), record):
+        elif _same(_recorded(job), record, any_tiling=any_tiling):
             continue
         else:
             strangers.append(str(job.path))
@@ -184,12 +196,27 @@ def left_to_make(
     return left
 
 
-def _same(recorded: dict[str, Any] | None, wanted: dict[str, Any]) -> bool:
-    """Whether a video has the record it would be made with; the first records said nothing of folders."""
+def _same(recorded: dict[str, Any] | None, wanted: dict[str, Any], *, any_tiling: bool) -> bool:
+    """Whether a video has the record it would be made with; what an older one does not name was as by default."""
     if recorded is None:
         return False
     recorded = {"folders": wanted["folders"]} | recorded
+    recorded["settings"] = _filled(recorded["settings"], wanted["settings"])
+    if any_tiling:
+        settings = recorded["settings"]
+        sampling = settings.get("sampling", {}) | {"tiling": wanted["settings"]["sampling"]["tiling"]}
+        recorded["settings"] = settings | {"sampling": sampling}
     return all(recorded.get(key) == wanted[key] for key in ("format", "settings", "files", "folders"))
+
+
+def _filled(recorded: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return recorded settings with the defaults of those that came later."""
+    defaults, filled = Config().model_dump(), dict(recorded)
+    for name, section in wanted.items():
+        if isinstance(section, dict) and isinstance(recorded.get(name), dict):
+            later = section.keys() - recorded[name].keys()
+            filled[name] = recorded[name] | {key: defaults[name][key] for key in later if key in defaults[name]}
+    return filled
 
 
 def _recorded(job: Job) -> dict[str, Any] | None:

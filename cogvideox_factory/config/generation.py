@@ -22,8 +22,9 @@ class Sampling(Section):
     """Denoising steps."""
     sampler: Literal["auto", "ddim", "dpm"] = "auto"
     """auto: ddim for 2B, dpm for the others, as their authors sample."""
-    tiling: bool = True
-    """Decode in overlapping tiles: less memory, slightly more work."""
+    tiling: Literal["auto"] | bool = "auto"
+    """Decode in overlapping tiles: less memory, two fifths more work. auto: where whole pictures do not fit in what is
+    free (and in the sample videos of a run, which has filled it)."""
 
 
 class Generate(Section):
@@ -56,6 +57,15 @@ class Generate(Section):
     """Pixels, a multiple of 16. Default: the model's."""
     fps: Annotated[float, Field(gt=0)] | None = None
     """Frame rate of the video. Default: the model's."""
+    base: Literal["model", "int8", "fp8", "nf4"] = "model"
+    """How the matrices of the transformer's blocks are kept: in run.dtype, in 8 bits a weight (int8, fp8: a scale a
+    row) or in 4 (nf4). Needs the extra lowbit."""
+    offload: Literal["auto", "none", "model", "block", "group"] = "auto"
+    """What waits in host memory. model: the model that is not at work. block: of that too all blocks but the one at
+    work and the next. group: the same with groups of blocks. auto: the first of none, model, group and block that fits
+    in what is free. No bit of a video depends on it. Needs an accelerator."""
+    offload_group: Positive = 4
+    """Blocks that come at a time with generate.offload=group; two groups are there at once."""
     lora: list[str] = []
     """LoRA files or run folders, added together."""
     lora_weight: list[float] = []

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cogvideox_factory.config.data import Data
+from cogvideox_factory.config.generation import Generate
 from cogvideox_factory.config.training import Train
 
 if TYPE_CHECKING:
@@ -71,18 +72,7 @@ def problems_of(config: "Config") -> list[str]:
     problems += _problems_of_tuning(config)
     if config.train.compile != "none":
         problems += _problems_of_compiling(config)
-    start, stop = config.generate.guidance_interval
-    if start >= stop:
-        problems.append(f"generate.guidance_interval={start:g} {stop:g} holds no step; give the smaller share first")
-    if config.generate.first_block_cache and config.generate.tea_cache:
-        problems.append(
-            "generate.first_block_cache and generate.tea_cache are two ways to leave out blocks; use one of them"
-        )
-    if config.generate.lora_weight and len(config.generate.lora_weight) != len(config.generate.lora):
-        problems.append(
-            f"generate.lora_weight has {len(config.generate.lora_weight)} values for "
-            f"{len(config.generate.lora)} LoRAs; give one each, or none for 1.0"
-        )
+    problems += _problems_of_generating(config.generate)
     return problems
 
 
@@ -132,6 +122,32 @@ def _problems_of_compiling(config: "Config") -> list[str]:
     return problems
 
 
+def _problems_of_generating(ask: Generate) -> list[str]:
+    """Return what `generate` cannot do at once."""
+    problems = []
+    start, stop = ask.guidance_interval
+    if start >= stop:
+        problems.append(f"generate.guidance_interval={start:g} {stop:g} holds no step; give the smaller share first")
+    if ask.first_block_cache and ask.tea_cache:
+        problems.append(
+            "generate.first_block_cache and generate.tea_cache are two ways to leave out blocks; use one of them"
+        )
+    if ask.lora_weight and len(ask.lora_weight) != len(ask.lora):
+        problems.append(
+            f"generate.lora_weight has {len(ask.lora_weight)} values for "
+            f"{len(ask.lora)} LoRAs; give one each, or none for 1.0"
+        )
+    if ask.compile != "none" and ask.offload in ("model", "block", "group"):
+        problems.append(
+            f"generate.compile keeps blocks where they are and generate.offload={ask.offload} moves them; choose one"
+        )
+    if ask.base != "model":
+        for name, wanted in (("generate.compile", ask.compile != "none"), ("generate.merge_lora", ask.merge_lora)):
+            if wanted:
+                problems.append(f"{name} needs plain weights, and generate.base={ask.base} has few bits; choose one")
+    return problems
+
+
 def _problems_of_sets(data: Data, task: str) -> list[str]:
     if not data.sets:
         return []
@@ -165,6 +181,11 @@ _WITHOUT_EFFECT: tuple[tuple[Callable[["Config"], bool], str, tuple[str, ...]], 
         lambda config: bool(config.generate.extend),
         "generate.extend, which starts from the last frame of a video",
         ("generate.image",),
+    ),
+    (
+        lambda config: config.generate.offload not in ("auto", "group"),
+        "generate.offload other than auto and group",
+        ("generate.offload_group",),
     ),
     (lambda config: config.generate.format != "mp4", "generate.format other than mp4", ("generate.codec",)),
     (

@@ -139,9 +139,13 @@ class Block(nn.Module):
         video_only: bool,
     ) -> Tensor:
         scale, shift, gate, text_scale, text_shift, text_gate, *of_feed_forward = vectors
-        normed = modulated_norm(x, scale, shift, text_scale, text_shift, text_length=text_length, eps=self.eps)
-        attended = self.attn(normed, rotary, share)
+        attended = self.attn(
+            modulated_norm(x, scale, shift, text_scale, text_shift, text_length=text_length, eps=self.eps),
+            rotary,
+            share,
+        )
         if video_only:
             x, attended, text_length = x[:, text_length:], attended[:, text_length:], 0
         x = gated_linear(x, attended, self.attn.out, gate, text_gate, text_length=text_length)
+        del attended  # like the other, it would only wait here for the end of the feed-forward
         return self.ff(x, tuple(of_feed_forward), text_length)

@@ -163,6 +163,19 @@ def total_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that are free on `device`, or on a CPU available; None where nothing tells."""
+    if device.type != "cpu":
+        # What torch keeps for itself is free for us.
+        kept = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+        return torch.accelerator.get_memory_info(device)[0] + kept
+    table = Path("/proc/meminfo")
+    if not table.exists():
+        return None
+    line = next(line for line in table.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
+
+
 def _resident(field: str) -> int:
     status = Path("/proc/self/status")
     if not status.exists():  # not Linux: the peak is all there is, in bytes on macOS

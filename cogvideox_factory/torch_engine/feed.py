@@ -130,7 +130,7 @@ def make_samples(plan: Plan, frozen: Frozen, transformer: CogVideoXTransformer, 
         negative_embeds=frozen.prompt_embeds[:1],
         images=[read_image(Path(i), plan.shape.height, plan.shape.width) for i in plan.config.validation.images],
         shape=plan.shape,
-        tiling=sampling.tiling,
+        tiling=sampling.tiling is not False,
         group=ranks.video,
         call={
             "num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance_scale,

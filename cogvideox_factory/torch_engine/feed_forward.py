@@ -28,6 +28,8 @@ from cogvideox_factory.torch_engine.fused import (
 )
 from cogvideox_factory.torch_engine.linear import Linear, dense, is_plain, linear, product
 
+aten = torch.ops.aten
+
 _output_unread: ContextVar[bool] = ContextVar("output_unread", default=False)
 
 
@@ -66,21 +68,29 @@ class FeedForward(nn.Module):
                 kept = int(kept * FROZEN_KEPT)
             return _FeedForward.apply(
                 x, *vectors, self.up.weight, self.up.bias, self.down.weight, self.down.bias, text_length, self.eps,
-                kept, _is_output_unread(),
+                kept, _is_output_unread(), torch.is_grad_enabled(),
             )  # fmt: skip
         normed = modulated_norm(x, scale, shift, text_scale, text_shift, text_length=text_length, eps=self.eps)
-        hidden = F.gelu(self.up(normed), approximate="tanh")
-        return gated_linear(x, hidden, self.down, gate, text_gate, text_length=text_length)
+        hidden = self.up(normed)
+        activate = F.gelu if torch.is_grad_enabled() else aten.gelu_
+        return gated_linear(
+            x, activate(hidden, approximate="tanh"), self.down, gate, text_gate, text_length=text_length
+        )
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x, scale, shift, gate, text_scale, text_shift, text_gate, up, up_bias, down, down_bias, text_length,
-        eps, kept, output_unread,
+        eps, kept, output_unread, recording,
     ):  # fmt: skip
         normed, mean, rstd = norm_forward(x, scale, shift, text_scale, text_shift, text_length, eps)
         hidden = linear(normed.flatten(0, 1), dense(up), up_bias)  # [B * S, H]
+        if not recording:  # nothing is kept, so nothing is copied
+            del normed
+            update = linear(aten.gelu_(hidden, approximate="tanh"), dense(down), down_bias).view_as(x)
+            del hidden
+            return add_gated(x, update, gate, text_gate, text_length)
         saved = hidden if kept == len(up) else hidden[:, :kept].contiguous()
         ctx.save_for_backward(
             x,
@@ -130,7 +140,7 @@ class _FeedForward(torch.autograd.Function):
                 grad, active, down, down_bias, gate, text_gate, text, (*needs_down, needs_gates)
             )
             del active
-        d_hidden = torch.ops.aten.gelu_backward(d_hidden, hidden, approximate="tanh")
+        d_hidden = aten.gelu_backward(d_hidden, hidden, approximate="tanh")
         d_up = product(d_hidden.T, normed) if needs_up else None
         d_up_bias = d_hidden.sum(0) if needs_up_bias else None
         del hidden, normed
@@ -141,5 +151,5 @@ class _FeedForward(torch.autograd.Function):
         d_down, d_down_bias, d_gate, d_text_gate = of_down
         return (
             d_x.add_(grad), d_scale, d_shift, d_gate, d_text_scale, d_text_shift, d_text_gate,
-            d_up, d_up_bias, d_down, d_down_bias, None, None, None, None,
+            d_up, d_up_bias, d_down, d_down_bias, None, None, None, None, None,
         )  # fmt: skip

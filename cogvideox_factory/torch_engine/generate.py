@@ -17,10 +17,11 @@ from cogvideox_factory.data.video import ClipSpec, probe, read_clip
 from cogvideox_factory.diffusion.samplers import guidance_scales
 from cogvideox_factory.errors import DataError, FactoryError
 from cogvideox_factory.jobs import Job, left_to_make, make_records, plan_jobs, to_note
-from cogvideox_factory.lora_files import load_lora, resolve_lora
+from cogvideox_factory.lora_files import LoraFile, load_lora, resolve_lora
 from cogvideox_factory.metrics import duration, progress_bar, say, speaking
-from cogvideox_factory.models import TransformerConfig
-from cogvideox_factory.plan.generation import Generation, generation_savings
+from cogvideox_factory.models import TransformerConfig, VaeConfig
+from cogvideox_factory.plan.fitting import report, savings, settle
+from cogvideox_factory.plan.generation import Generation
 from cogvideox_factory.publish import publish_text, require_room
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import lora
@@ -28,6 +29,7 @@ from cogvideox_factory.torch_engine.attention import backend_name
 from cogvideox_factory.torch_engine.compilation import compile_blocks
 from cogvideox_factory.torch_engine.device import (
     dtype_name,
+    free_memory,
     pick_device,
     pick_dtype,
     set_determinism,
@@ -36,10 +38,14 @@ from cogvideox_factory.torch_engine.device import (
     versions,
 )
 from cogvideox_factory.torch_engine.exhausted import InHand, told
+from cogvideox_factory.torch_engine.loading import Keeping, load_pipeline
+from cogvideox_factory.torch_engine.low_bit import require_torchao
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline, first_step
 from cogvideox_factory.torch_engine.prompts import encode_prompts
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks, joined, num_processes
 from cogvideox_factory.torch_engine.reuse import Reuse
+from cogvideox_factory.torch_engine.text_encoder import text_model
+from cogvideox_factory.torch_engine.turns import MODES
 
 Left = list[tuple[Job, dict[str, Any]]]
 """Videos that are not there yet, each with its record."""
@@ -66,28 +72,47 @@ def run(config: Config) -> list[Path]:
     shape = clip_shape(transformer, num_frames=ask.num_frames, height=ask.height, width=ask.width, fps=ask.fps)
     layout, device = layout_for(config, num_processes()), pick_device(config.run.device)
     dtype = pick_dtype(config.run.dtype, device, transformer)
+    _check_keeping(config, layout, device)
     set_determinism(config.run.deterministic)
     seconds, heads = config.parallel.timeout_seconds, transformer.num_attention_heads
     with joined(layout, num_heads=heads, device=device, timeout_seconds=seconds) as ranks, speaking(ranks.leads):
         set_tf32(config.run.tf32, device)
         if layout.size > 1 and config.parallel.hang_seconds != Parallel().hang_seconds:
             say("parallel.hang_seconds is for training; here processes wait parallel.timeout_seconds for each other")
-        paths, left = ranks.from_lead(lambda: _plan(config, transformer, shape, layout, device, dtype))
+        free = _least(ranks.gather(free_memory(device)))
+        numbers = ranks.from_lead(lambda: _numbers(config, folder, transformer, shape, layout, dtype))
+        video = settle(
+            numbers, offload="none" if ask.compile != "none" else ask.offload, group=ask.offload_group, tiling=config.sampling.tiling, free=free,
+            accelerator=device.type != "cpu",
+        )  # fmt: skip
+        paths, left = ranks.from_lead(
+            lambda: _plan(config, transformer, shape, layout, device, dtype, tiling=video.tiling)
+        )
         if left:
-            video = Generation(
-                model=transformer, num_frames=shape.num_frames, height=shape.height, width=shape.width,
-                item_bytes=dtype.itemsize, tiling=config.sampling.tiling,
-            )  # fmt: skip
+            for line in report(video, free=free, group=ask.offload_group, accelerator=device.type != "cpu"):
+                say(line)
+            keeping = Keeping(base=video.base, offload=video.offload, group=video.group)
             in_hand = InHand("before the first video")
-            with told(device, in_hand, lambda: generation_savings(video, accelerator=device.type != "cpu")):
+            with told(device, in_hand, lambda: savings(video, accelerator=device.type != "cpu")):
                 prompts = [config.sampling.negative_prompt, *(job.prompt for job, _ in left)]
                 length, kept = intake.text_length(config, transformer), ask.prompt_cache
                 embeds = ranks.from_lead(
                     lambda: encode_prompts(
-                        prompts, folder, length=length, device=device, dtype=dtype, cache=Path(kept) if kept else None
-                    )
+                        prompts,
+                        folder,
+                        length=length,
+                        device=device,
+                        dtype=dtype,
+                        keeping=keeping,
+                        cache=Path(kept) if kept else None,
+                    )  # fmt: skip
                 ).to(device)
-                pipe = _load(config, folder, transformer, ranks)
+                pipe = load_pipeline(
+                    folder, transformer_folder=intake.transformer_folder(config, folder), config=transformer,
+                    dtype=dtype, device=device, tiling=video.tiling, loras=ask.lora, lora_weights=ask.lora_weight,
+                    merge=ask.merge_lora, keeping=keeping, ranks=ranks,
+                )  # fmt: skip
+                _compile(config, pipe, ranks)
                 say(
                     f"{len(left)} video(s) of {shape.num_frames} frames {shape.height}x{shape.width} at "
                     f"{shape.fps:g} fps, {config.sampling.steps} steps, {dtype} on {device}, attention: "
@@ -175,6 +200,8 @@ def _plan(
     layout: Layout,
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    tiling: bool,
 ) -> tuple[list[Path], Left]:
     """Return the paths of all videos, and those left to make with their records, all checked."""
     ask = config.generate
@@ -187,8 +214,11 @@ def _plan(
         )
     for path in ask.lora:
         lora.check_fit(load_lora(resolve_lora(path)), transformer)
-    records = make_records(jobs, config, shape, device=device.type, dtype=dtype_name(dtype), versions=versions())
-    left = left_to_make(jobs, records, overwrite=ask.overwrite)
+    records = make_records(
+        jobs, config, shape, device=device.type, dtype=dtype_name(dtype), tiling=tiling,
+        versions=versions(),
+    )  # fmt: skip
+    left = left_to_make(jobs, records, overwrite=ask.overwrite, any_tiling=config.sampling.tiling == "auto")
     if left:
         first = left[0][0].path
         if first.suffix == ".mp4":
@@ -205,26 +235,65 @@ def _num_steps(config: Config) -> int:
     return steps - first_step(steps, ask.strength) if ask.video else steps
 
 
-def _load(config: Config, folder: Path, transformer: TransformerConfig, ranks: Ranks) -> CogVideoXPipeline:
-    """Load the model without its text encoder, and its LoRAs, and divide it among the processes."""
-    pipe = CogVideoXPipeline.from_pretrained(
-        folder, transformer=intake.transformer_folder(config, folder), transformer_config=transformer,
-        dtype=config.run.dtype, device=config.run.device, tiling=config.sampling.tiling, text_encoder=False,
+def _numbers(
+    config: Config, folder: Path, transformer: TransformerConfig, shape: ClipShape, layout: Layout, dtype: torch.dtype
+) -> Generation:
+    """Return a video as `plan.generation` counts it, without any offload."""
+    sampling, loras = config.sampling, [load_lora(resolve_lora(path)) for path in config.generate.lora]
+    return Generation(
+        model=transformer, vae=VaeConfig.from_folder(folder / "vae"), text=text_model(folder),
+        num_frames=shape.num_frames, height=shape.height, width=shape.width,
+        latent_frames=shape.latent_frames + shape.num_front_padding,
+        text_tokens=intake.text_length(config, transformer), item_bytes=dtype.itemsize,
+        guided=sampling.guidance_scale > 1 or sampling.dynamic_guidance, base=config.generate.base,
+        adapter_bytes=0 if config.generate.merge_lora else _adapter_bytes(loras),
+        shards=layout.grid[1], sequence=layout.sequence, guidance=layout.guidance,
     )  # fmt: skip
-    names = [f"lora-{index}" for index in range(len(config.generate.lora))]
-    for name, path in zip(names, config.generate.lora, strict=True):
-        pipe.load_lora_weights(path, adapter_name=name)
-    if names:
-        pipe.set_adapters(names, config.generate.lora_weight or None)
-        if config.generate.merge_lora:
-            pipe.fuse_lora()
-    pipe.share(ranks)
-    if config.generate.compile != "none":
-        num_graphs = compile_blocks(
-            pipe.transformer, config.generate.compile, num_shapes=_num_batches(config, ranks), training=False
+
+
+def _adapter_bytes(files: list[LoraFile]) -> int:
+    return 4 * sum(array.size for file in files for array in file.arrays.values())
+
+
+def _check_keeping(config: Config, layout: Layout, device: torch.device) -> None:
+    """Check how weights are to be kept against the machine and the processes.
+
+    Raises:
+        FactoryError: a setting that would do nothing here.
+        MissingError: torchao is wanted and not installed.
+    """
+    ask = config.generate
+    waits = ask.offload in MODES
+    if waits and device.type == "cpu":
+        raise FactoryError(
+            f"generate.offload={ask.offload} keeps in host memory what an accelerator has no room for; on the CPU all "
+            "is there already. Leave it at auto, or choose another --run.device."
         )
-        say(f"compile: {num_graphs} graph(s), made in the first step that needs each")
-    return pipe
+    if ask.base != "model":
+        require_torchao(ask.base, setting="generate.base")
+    for name, wanted in (
+        (f"generate.offload={ask.offload}", waits),
+        (f"generate.base={ask.base}", ask.base != "model"),
+    ):
+        if wanted and layout.zero == 3:
+            raise FactoryError(
+                f"{name} keeps weights whole in every process and parallel.zero=3 divides them; choose one: "
+                f"parallel.zero=0, or no {name.split('=')[0]}."
+            )
+
+
+def _least(free: list[int | None]) -> int | None:
+    known = [count for count in free if count is not None]
+    return min(known) if len(known) == len(free) else None
+
+
+def _compile(config: Config, pipe: CogVideoXPipeline, ranks: Ranks) -> None:
+    if config.generate.compile == "none":
+        return
+    num_graphs = compile_blocks(
+        pipe.transformer, config.generate.compile, num_shapes=_num_batches(config, ranks), training=False
+    )
+    say(f"compile: {num_graphs} graph(s), made in the first step that needs each")
 
 
 def _num_batches(config: Config, ranks: Ranks) -> int:

@@ -105,7 +105,7 @@ def load_lora_into(
     """Add the adapter of a LoRA file, the only one that is then on; return how many modules it adapts.
 
     That is every module in the file. Adapters may differ in rank and targets. With `trainable` all else is
-    frozen, as in `add_lora`.
+    frozen, as in `add_lora`. On the meta device, `fill_lora` must follow when weights are there.
 
     Raises:
         UnfitError: a tensor of the file has no place in this model or another shape, or a half is missing.
@@ -123,16 +123,24 @@ def load_lora_into(
         "target_modules": given if isinstance(given, str) else list(given),
     }  # fmt: skip
     for name in [name for name in targets if f"{name}.lora_A.weight" in file.arrays]:
-        down, up = (to_tensor(file.arrays[f"{name}.lora_{half}.weight"]) for half in "AB")
-        rank = down.shape[0]
+        rank = file.arrays[f"{name}.lora_A.weight"].shape[0]
         part = _attach(transformer, targets[name], adapter_name, rank=rank, scale=file.scaling(name), settings=settings)
-        part.lora_A.data.copy_(down)
-        part.lora_B.data.copy_(up)
-        if part.magnitude is not None:
-            part.magnitude.data.copy_(to_tensor(file.arrays[f"{name}.lora_magnitude_vector"]))
         part.requires_grad_(trainable)
+    if not transformer.proj_out.weight.is_meta:
+        fill_lora(transformer, file, adapter_name)
     set_adapters(transformer, [adapter_name])
     return count
+
+
+@torch.no_grad()
+def fill_lora(transformer: CogVideoXTransformer, file: LoraFile, adapter_name: str) -> None:
+    """Copy the values of a LoRA file into its adapter, or what this process holds of it."""
+    for part in _parts(transformer, adapter_name):
+        name = part.rows.name
+        put_rows(part.lora_A, to_tensor(file.arrays[f"{name}.lora_A.weight"]))
+        put_rows(part.lora_B, to_tensor(file.arrays[f"{name}.lora_B.weight"]))
+        if part.magnitude is not None:
+            put_rows(part.magnitude, to_tensor(file.arrays[f"{name}.lora_magnitude_vector"]))
 
 
 def check_fit(file: LoraFile, config: TransformerConfig) -> None:

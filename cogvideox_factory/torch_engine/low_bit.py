@@ -1,4 +1,4 @@
-"""The frozen base of a LoRA in 8 or 4 bits a weight, by torchao's tensors.
+"""The frozen base of a LoRA, or a model that makes videos, in 8 or 4 bits a weight, by torchao's tensors.
 
 Dettmers et al., QLoRA (arXiv 2305.14314): adapters train as well over a base that is rounded once. The matrices of the
 blocks, 85 % of a model's weights, are kept as codes and scales; `linear.dense` makes a matrix of one again for each
@@ -26,21 +26,21 @@ _NF4_GROUP = 64 * 256
 """Weights that share a scale of scales; torchao takes whole groups only."""
 
 
-def require_torchao(base: str) -> None:
-    """Check, before anything is loaded, that a `base` of few bits can be made.
+def require_torchao(base: str, *, setting: str = "lora.base") -> None:
+    """Check, before anything is loaded, that a `base` of few bits can be made; `setting` is what asks for it.
 
     Raises:
         FactoryError: no such base.
         MissingError: torchao is not installed.
     """
     if base not in BASES:
-        raise FactoryError(f"lora.base={base!r}{nearest(base, list(BASES))}: give model, {', '.join(BASES)}.")
+        raise FactoryError(f"{setting}={base!r}{nearest(base, list(BASES))}: give model, {', '.join(BASES)}.")
     try:
         import torchao  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingError(
-            f"lora.base={base} needs torchao, which is not installed: pip install 'cogvideox-factory[lowbit]'. "
-            "Or use --lora.base model."
+            f"{setting}={base} needs torchao, which is not installed: pip install 'cogvideox-factory[lowbit]'. "
+            f"Or use --{setting} model."
         ) from error
 
 
@@ -58,7 +58,7 @@ def quantize(transformer: CogVideoXTransformer, base: str, *, device: torch.devi
         if isinstance(module, Linear):
             if base == "nf4" and module.weight.numel() % _NF4_GROUP:
                 raise FactoryError(
-                    f"lora.base=nf4 takes matrices of a multiple of {_NF4_GROUP} weights; {name} has "
+                    f"nf4 takes matrices of a multiple of {_NF4_GROUP} weights; {name} has "
                     f"{module.out_features} x {module.in_features}. Use int8 or fp8."
                 )
             module.weight = nn.Parameter(pack(module.weight.detach().to(device)), requires_grad=False)

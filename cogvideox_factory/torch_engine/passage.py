@@ -15,13 +15,15 @@ Enter = Callable[[int, bool], None]
 """Called with the number of a block and whether its backward pass is next (or its forward pass)."""
 
 
-def watch(blocks: Sequence[nn.Module], enter: Enter) -> None:
-    """Call `enter` right before each forward and backward pass of each of `blocks`.
+def watch(blocks: Sequence[nn.Module], enter: Enter, *, forward_only: bool = False) -> None:
+    """Call `enter` right before each forward and, unless `forward_only`, backward pass of each of `blocks`.
 
     The second run of a checkpointed block is part of its backward pass and is not announced again.
     """
     for index, block in enumerate(blocks):
         block.register_forward_pre_hook(_before(enter, index))
+        if forward_only:
+            continue
         block.register_forward_hook(_after(enter, index))
 
 

@@ -122,15 +122,11 @@ class CogVideoXPipeline:
         )
 
     def share(self, ranks: Ranks) -> None:
-        """Make videos together with other processes, all of which are then called alike; LoRAs come before this.
+        """Make videos together with other processes, all of which are then called alike.
 
-        Tokens, guidance and the VAE's work are divided among the processes of a video, the weights (with `zero` 3)
-        among all. The numbers are those of one process, up to rounding.
+        Tokens, guidance and the VAE's work are divided among the processes of a video; the weights are as they were
+        loaded (`loading`). The numbers are those of one process, up to rounding.
         """
-        if ranks.layout.zero == 3:
-            from cogvideox_factory.torch_engine.sharding import distribute
-
-            distribute(self.transformer, ranks, dtype=self.dtype)
         self.transformer.sequence = ranks.sequence
         self.halves = ranks.guidance
         self.meeting = dist.group.WORLD if ranks.layout.zero == 3 else ranks.video

@@ -10,7 +10,7 @@ from torch import Tensor
 from cogvideox_factory.metrics import say
 from cogvideox_factory.prompt_cache import PromptCache
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
-from cogvideox_factory.torch_engine.text_encoder import TextEncoder
+from cogvideox_factory.torch_engine.loading import Keeping, load_text_encoder
 
 
 def encode_prompts(
@@ -21,6 +21,7 @@ def encode_prompts(
     device: torch.device,
     dtype: torch.dtype,
     cache: Path | None = None,
+    keeping: Keeping = Keeping(),
 ) -> Tensor:
     """Return the embeddings [B, S, E] of `prompts` in host memory; the encoder, if one was needed, is gone.
 
@@ -33,6 +34,7 @@ def encode_prompts(
         device: where they are encoded.
         dtype: of the encoder and the embeddings.
         cache: folder of those made before; None makes all.
+        keeping: how the encoder's weights are kept.
 
     Raises:
         MissingError, UnfitError: as `TextEncoder.from_folder`.
@@ -49,7 +51,7 @@ def encode_prompts(
     if cache is not None:
         say(f"{len(known)} of {len(known) + len(missing)} prompt(s) were encoded before, in {cache}")
     if missing:
-        encoder = TextEncoder.from_folder(model, dtype=dtype, device=device)
+        encoder = load_text_encoder(model, dtype=dtype, device=device, keeping=keeping)
         for prompt in missing:
             known[prompt] = encoder.encode([prompt], length)[0].to("cpu", dtype)
             if kept is not None:

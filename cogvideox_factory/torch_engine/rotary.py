@@ -74,17 +74,17 @@ def rotate(x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
     if len(tables) == 1:
         return (x.float().view(torch.complex64) * tables[0]).view(torch.float32).to(x.dtype)
     pairs = x.unflatten(-1, (-1, 2))
-    return torch.addcmul(pairs * tables[0], pairs.flip(-1), tables[1]).flatten(-2).to(x.dtype)
+    return (pairs * tables[0]).addcmul_(pairs.flip(-1), tables[1]).flatten(-2).to(x.dtype)
 
 
 def _norm_rotate_forward(qkv, weights, rotary, num_heads: int, eps: float):
     """Return q, k, v as [B, S, L, K] and the statistics of both norms."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)  # each [B, S, L, K]
+    tables = None if rotary is None else rotation(rotary, q.dtype)
     q, *q_stats = torch.native_layer_norm(q, q.shape[-1:], weights[0], weights[1], eps)
+    q = q if tables is None else rotate(q, tables)
     k, *k_stats = torch.native_layer_norm(k, k.shape[-1:], weights[2], weights[3], eps)
-    if rotary is not None:
-        tables = rotation(rotary, q.dtype)
-        q, k = rotate(q, tables), rotate(k, tables)
+    k = k if tables is None else rotate(k, tables)
     return q, k, v, [*q_stats, *k_stats]
 
 

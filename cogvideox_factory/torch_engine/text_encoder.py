@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 
 from cogvideox_factory.errors import FactoryError, MissingError, UnfitError
+from cogvideox_factory.plan.generation import TextModel
 
 # Legend: B captions, T text tokens (max_sequence_length), E embedding width
 
@@ -56,6 +57,11 @@ class TextEncoder:
         """The embedding width E, a transformer's `text_embed_dim`."""
         return self.model.config.d_model  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
 
+    @property
+    def blocks(self) -> list[torch.nn.Module]:
+        """The layers of the encoder, in order."""
+        return list(self.model.encoder.block)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str], max_sequence_length: int) -> torch.Tensor:
         """Return the embeddings of `captions`, padded and cut to `max_sequence_length` tokens: [B, T, E].
@@ -91,6 +97,24 @@ class TextEncoder:
             return_tensors="pt",
         )
         return tokens.input_ids
+
+
+_T5_SIZES = ("vocab_size", "d_model", "d_kv", "num_heads", "d_ff", "num_layers")
+
+
+def text_model(model_folder: Path | str) -> TextModel:
+    """Return the size of a model folder's text encoder.
+
+    Raises:
+        MissingError, UnfitError: no such folder, or not a T5 encoder's.
+    """
+    path = Path(model_folder) / "text_encoder" / "config.json"
+    config = _read_config(path)
+    try:
+        sizes = {name: int(config[name]) for name in _T5_SIZES}
+    except KeyError as error:
+        raise UnfitError(f"{path} has no {error}; every T5 encoder's has. Download it again.") from error
+    return TextModel.t5(**sizes)
 
 
 def load_tokenizer(model_folder: Path | str) -> Any:

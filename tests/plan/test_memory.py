@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.models import PUBLISHED, tiny_facts
-from cogvideox_factory.plan.generation import Generation, generation_savings
 from cogvideox_factory.plan.memory import Training, need, savings
 from cogvideox_factory.recipe import check
 from cogvideox_factory.torch_engine.lora import add_lora
@@ -296,14 +295,3 @@ def is_valid(values) -> bool:
     except FactoryError:
         return False
     return True
-
-
-def test_generation_advises_tiles_and_fewer_frames():
-    video = Generation(
-        model=PUBLISHED["cogvideox-5b"].transformer, num_frames=49, height=480, width=720, item_bytes=4, tiling=False
-    )
-    settings = [setting for _, setting in generation_savings(video, accelerator=True)]
-    assert settings[0] == "--run.dtype bfloat16"
-    assert set(settings) == {"--run.dtype bfloat16", "--sampling.tiling True", "--generate.num-frames 25"}
-    assert len(generation_savings(replace(video, item_bytes=2, tiling=True), accelerator=True)) == 1
-    assert generation_savings(replace(video, num_frames=1, item_bytes=2, tiling=True), accelerator=True) == []

@@ -16,8 +16,10 @@ class LiveMemory(TorchDispatchMode):
     Sharding frees gathered weights by resizing their storage, which no operation shows; so that is watched too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, device_type: str | None = None) -> None:
+        """Count those of one kind of device, or all."""
         super().__init__()
+        self._device_type = device_type
         self.bytes = self.peak = 0
         self._sizes: dict[int, int] = {}
 
@@ -40,6 +42,8 @@ class LiveMemory(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):  # whose part comes by itself
+                if self._device_type not in (None, tensor.device.type):
+                    continue
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._sizes:
                     self._note(storage._cdata, storage.nbytes())

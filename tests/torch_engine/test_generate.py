@@ -1,6 +1,7 @@
 """What `generate` plans and writes: prompts, images, LoRAs, names, and what it never overwrites."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from cogvideox_factory.recipe import check
 from cogvideox_factory.torch_engine import generate, lora
 from cogvideox_factory.torch_engine.lora_linear import LoraLinear
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
+from cogvideox_factory.torch_engine.ranks import Layout
 
 
 def settings(tiny_model, tmp_path, *, variant="cogvideox-2b", sampling=None, **ask):
@@ -261,4 +263,57 @@ def test_out_of_memory_tells_which_video_and_what_would_help(tiny_model, tmp_pat
         generate.run(settings(tiny_model, tmp_path, prompt=["x"], num_frames=17))
     assert caught.value.exit_code == 4
     assert "out of memory while making 000-x.mp4: " in str(caught.value)
-    assert "--generate.num-frames 9: about " in str(caught.value)
+    assert "--sampling.tiling True: about " in str(caught.value)
+
+
+def test_what_a_video_takes_is_said_before_anything_is_loaded(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "free_memory", lambda device: 2**20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "load_text_encoder", lambda *args, **kwargs: pytest.fail("too early"))
+        with pytest.raises(pytest.fail.Exception):
+            generate.run(settings(tiny_model, tmp_path, prompt=["x"]))
+    told = capsys.readouterr().out
+    assert "memory on the device: about 0.0" in told
+    assert "(offload none, tiling True); 0.00 GiB are free" in told
+    assert "that is more than 90% of what is free, and may fail; --generate.num-frames 1 needs" in told
+
+
+def test_pictures_are_decoded_whole_where_that_fits_and_either_counts_as_done(
+    tiny_model, tmp_path, monkeypatch, capsys
+):
+    config = settings(tiny_model, tmp_path, prompt=["x", "y"])
+    paths = generate.run(config)
+    assert [read_record(path)["settings"]["sampling"]["tiling"] for path in paths] == [False, False]
+    assert "offload" not in read_record(paths[0])["settings"]["generate"]
+    paths[1].unlink()
+    monkeypatch.setattr(generate, "free_memory", lambda device: 2**20)
+    capsys.readouterr()
+    assert generate.run(config) == paths
+    assert "1 of 2 video(s) are there already" in capsys.readouterr().out
+    assert read_record(paths[1])["settings"]["sampling"]["tiling"] is True
+    with pytest.raises(StorageError, match="other settings"):
+        generate.run(settings(tiny_model, tmp_path, prompt=["x", "y"], sampling={"tiling": True}))
+
+
+def test_ways_of_keeping_weights_that_cannot_be_are_refused(tiny_model, tmp_path, monkeypatch):
+    for offload in ("model", "block", "group"):
+        with pytest.raises(FactoryError, match=rf"generate\.offload={offload} keeps in host memory.*Leave it at auto"):
+            generate.run(settings(tiny_model, tmp_path, prompt=["x"], offload=offload))
+    with pytest.raises(FactoryError, match=r"generate\.offload_group has no effect with generate\.offload other than"):
+        settings(tiny_model, tmp_path, prompt=["x"], offload="block", offload_group=2)
+    for options, name in (({"base": "int8"}, "generate.base=int8"), ({"offload": "block"}, "generate.offload=block")):
+        config = settings(tiny_model, tmp_path, prompt=["x"], **options)
+        with pytest.raises(FactoryError, match=rf"{name} keeps weights whole.*parallel\.zero=0, or no generate\."):
+            generate._check_keeping(config, Layout(size=2, zero=3), torch.device("meta"))
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(MissingError, match=r"generate\.base=int8 needs torchao.*Or use --generate\.base model"):
+        generate.run(settings(tiny_model, tmp_path, prompt=["x"], base="int8"))
+
+
+def test_a_base_of_few_bits_is_part_of_what_a_video_is(tiny_model, tmp_path):
+    pytest.importorskip("torchao", reason="the extra lowbit is not installed")
+    file = make_lora(tiny_model, tmp_path / "lora.safetensors", seed=1)
+    path = generate.run(settings(tiny_model, tmp_path, prompt=["x"], base="int8", lora=[str(file)]))[0]
+    assert read_record(path)["settings"]["generate"]["base"] == "int8"
+    with pytest.raises(StorageError, match="other settings"):
+        generate.run(settings(tiny_model, tmp_path, prompt=["x"], lora=[str(file)]))

@@ -157,7 +157,7 @@ def test_every_job_is_made_once_and_divided_weights_are_met_equally_often():
 def plan_for(config, layout):
     transformer = TransformerConfig.from_folder(Path(config.model.path) / "transformer")
     shape = clip_shape(transformer, num_frames=None, height=None, width=None)
-    return generate._plan(config, transformer, shape, layout, torch.device("cpu"), torch.float32)
+    return generate._plan(config, transformer, shape, layout, torch.device("cpu"), torch.float32, tiling=False)
 
 
 def test_layouts_that_would_do_nothing_are_refused(root, tiny_model, tmp_path, capsys):
