@@ -24,7 +24,7 @@ def make_all(config):
     """Return the jobs of `config` and their records."""
     made = jobs.plan_jobs(config)
     shape = clip_shape(TransformerConfig(), num_frames=9, height=64, width=96)
-    return made, jobs.make_records(made, config, shape, device="cpu", dtype="float32", versions={})
+    return made, jobs.make_records(made, config, shape, device="cpu", dtype="float32", tiling=False, versions={})
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ def run(config: Config) -> list[Path]:
         free = _least(ranks.gather(free_memory(device)))
         numbers = ranks.from_lead(lambda: _numbers(config, folder, transformer, shape, layout, dtype))
         video = settle(
-            numbers, offload="none" if ask.compile != "none" else ask.offload, group=ask.offload_group, tiling=config.sampling.tiling, free=free,
-            accelerator=device.type != "cpu",
+            numbers, offload=ask.offload if ask.compile == "none" else "none", group=ask.offload_group,
+            tiling=config.sampling.tiling, free=free, accelerator=device.type != "cpu",
         )  # fmt: skip
         paths, left = ranks.from_lead(
             lambda: _plan(config, transformer, shape, layout, device, dtype, tiling=video.tiling)
@@ -95,18 +96,11 @@ def run(config: Config) -> list[Path]:
             in_hand = InHand("before the first video")
             with told(device, in_hand, lambda: savings(video, accelerator=device.type != "cpu")):
                 prompts = [config.sampling.negative_prompt, *(job.prompt for job, _ in left)]
-                length, kept = intake.text_length(config, transformer), ask.prompt_cache
-                embeds = ranks.from_lead(
-                    lambda: encode_prompts(
-                        prompts,
-                        folder,
-                        length=length,
-                        device=device,
-                        dtype=dtype,
-                        keeping=keeping,
-                        cache=Path(kept) if kept else None,
-                    )  # fmt: skip
-                ).to(device)
+                make = partial(
+                    encode_prompts, prompts, folder, length=intake.text_length(config, transformer), device=device,
+                    dtype=dtype, keeping=keeping, cache=Path(ask.prompt_cache) if ask.prompt_cache else None,
+                )  # fmt: skip
+                embeds = ranks.from_lead(make).to(device)
                 pipe = load_pipeline(
                     folder, transformer_folder=intake.transformer_folder(config, folder), config=transformer,
                     dtype=dtype, device=device, tiling=video.tiling, loras=ask.lora, lora_weights=ask.lora_weight,

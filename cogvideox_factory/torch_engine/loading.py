@@ -42,6 +42,9 @@ class Keeping:
         return None if self.offload == "none" else Turns(device, self.offload, group=self.group)
 
 
+AS_IT_IS = Keeping()
+
+
 def load_pipeline(
     folder: Path,
     *,
@@ -66,7 +69,7 @@ def load_pipeline(
     """
     files = [load_lora(resolve_lora(path)) for path in loras]
     turns, divided = keeping.turns(device), ranks.layout.zero == 3
-    assert not divided or keeping == Keeping(), keeping
+    assert not divided or keeping == AS_IT_IS, keeping
     if divided and not merge:
         transformer = _load_divided(transformer_folder, config, files, dtype=dtype, device=device, ranks=ranks)
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 from cogvideox_factory.metrics import say
 from cogvideox_factory.prompt_cache import PromptCache
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
-from cogvideox_factory.torch_engine.loading import Keeping, load_text_encoder
+from cogvideox_factory.torch_engine.loading import AS_IT_IS, Keeping, load_text_encoder
 
 
 def encode_prompts(
@@ -21,7 +21,7 @@ def encode_prompts(
     device: torch.device,
     dtype: torch.dtype,
     cache: Path | None = None,
-    keeping: Keeping = Keeping(),
+    keeping: Keeping = AS_IT_IS,
 ) -> Tensor:
     """Return the embeddings [B, S, E] of `prompts` in host memory; the encoder, if one was needed, is gone.
 

@@ -106,19 +106,23 @@ class CogVideoXTransformer(nn.Module):
             share = Share(sequence=self.sequence, num_tokens=text_length + positions.num_video_tokens)
             text_length, rotary = share.num_text_rows(text_length), positions.rotary_of(share)
 
+        def block(x: Tensor, index: int) -> Tensor:
+            own = now.blocks[index * VECTORS_PER_BLOCK : (index + 1) * VECTORS_PER_BLOCK]
+            # Nobody reads the text behind the last attention. But ranks that divide the stream keep equal numbers of
+            # rows to the end, text and all: few, and then one all-gather does.
+            video_only = share is None and index == len(self.transformer_blocks) - 1
+            return self.transformer_blocks[index](x, own, rotary, text_length, share, video_only)
+
         def through(x: Tensor, first: int, last: int) -> Tensor:
             for index in range(first, last):
-                own = now.blocks[index * VECTORS_PER_BLOCK : (index + 1) * VECTORS_PER_BLOCK]
-                # Nobody reads the text behind the last attention. But ranks that divide the stream keep equal numbers
-                # of rows to the end, text and all: few, and then one all-gather does.
-                video_only = share is None and index == len(self.transformer_blocks) - 1
-                x = self.transformer_blocks[index](x, own, rotary, text_length, share, video_only)
+                x = block(x, index)
             return x
 
         x = self.patch_embed(latents, prompt_embeds, positions, share)  # [B, S, D]
         count = len(self.transformer_blocks)
-        if shortcut is None:
-            x = through(x, 0, count)
+        if shortcut is None:  # not `through`, whose caller would hold the first stream to the end
+            for index in range(count):
+                x = block(x, index)
         else:
             x = shortcut(x, through, count, x.shape[1] if share is None else share.num_token_rows)
         x = self.proj_out(self.norm_out(self.norm_final(x), *now.output))  # [B, N, P]

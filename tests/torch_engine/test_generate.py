@@ -15,7 +15,7 @@ from cogvideox_factory.errors import DataError, ExhaustedError, FactoryError, Mi
 from cogvideox_factory.jobs import read_record
 from cogvideox_factory.lora_files import load_lora, save_lora
 from cogvideox_factory.recipe import check
-from cogvideox_factory.torch_engine import generate, lora
+from cogvideox_factory.torch_engine import generate, lora, prompts
 from cogvideox_factory.torch_engine.lora_linear import LoraLinear
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
 from cogvideox_factory.torch_engine.ranks import Layout
@@ -188,7 +188,7 @@ def test_merged_loras_make_the_video_that_live_ones_make(tiny_model, tmp_path, u
 
 
 def test_a_codec_or_an_interval_that_cannot_be_is_refused_before_the_model_loads(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "_load", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(generate, "load_pipeline", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     ask = {"prompt": ["x"], "codec": "h265", "height": 32, "width": 48}
     with pytest.raises(FactoryError, match="32x48 is too small for h265"):
         generate.run(settings(tiny_model, tmp_path, variant="cogvideox-5b", **ask))
@@ -269,7 +269,7 @@ def test_out_of_memory_tells_which_video_and_what_would_help(tiny_model, tmp_pat
 def test_what_a_video_takes_is_said_before_anything_is_loaded(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, "free_memory", lambda device: 2**20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "load_text_encoder", lambda *args, **kwargs: pytest.fail("too early"))
+        patch.setattr(prompts, "load_text_encoder", lambda *args, **kwargs: pytest.fail("too early"))
         with pytest.raises(pytest.fail.Exception):
             generate.run(settings(tiny_model, tmp_path, prompt=["x"]))
     told = capsys.readouterr().out

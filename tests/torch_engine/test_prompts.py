@@ -3,7 +3,7 @@
 import pytest
 
 from cogvideox_factory.errors import MissingError
-from cogvideox_factory.torch_engine import generate, prompts
+from cogvideox_factory.torch_engine import generate, loading
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from tests.torch_engine.test_generate import settings
 
@@ -24,7 +24,7 @@ def encoders(monkeypatch):
             loaded[-1].extend(captions)
             return super().encode(captions, max_sequence_length)
 
-    monkeypatch.setattr(prompts, "TextEncoder", Counted)
+    monkeypatch.setattr(loading, "TextEncoder", Counted)
     return loaded
 
 
@@ -68,7 +68,7 @@ def test_an_encoder_that_is_not_there_is_missed_only_where_it_is_needed(tiny_mod
 
     ask = {"prompt_cache": str(tmp_path / "kept"), "overwrite": True}
     generate.run(settings(tiny_model, tmp_path, prompt=["a"], **SMALL, **ask))
-    monkeypatch.setattr(prompts.TextEncoder, "from_folder", gone)
+    monkeypatch.setattr(TextEncoder, "from_folder", gone)
     generate.run(settings(tiny_model, tmp_path, prompt=["a"], **SMALL, **ask))
     with pytest.raises(MissingError):
         generate.run(settings(tiny_model, tmp_path, prompt=["b"], **SMALL, **ask))

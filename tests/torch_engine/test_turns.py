@@ -11,7 +11,7 @@ import torch
 from cogvideox_factory import quality
 from cogvideox_factory.lora_files import save_lora
 from cogvideox_factory.models import TransformerConfig
-from cogvideox_factory.torch_engine import generate, lora, swap
+from cogvideox_factory.torch_engine import generate, lora, prompts, swap
 from cogvideox_factory.torch_engine.loading import Keeping, load_pipeline, load_text_encoder
 from cogvideox_factory.torch_engine.low_bit import BASES
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks
@@ -156,7 +156,7 @@ def test_the_text_encoder_waits_too_and_is_gone_before_the_transformer_comes(tin
         assert torch.equal(encoder.encode(["a red circle", "a"], 16), plain)
         assert torch.equal(encoder.encode(["a red circle", "a"], 16), plain)
     known = []
-    load, from_folder = generate.load_text_encoder, CogVideoXTransformer.from_folder
+    load, from_folder = prompts.load_text_encoder, CogVideoXTransformer.from_folder
 
     def loading(*args, **kwargs):
         encoder = load(*args, **kwargs)
@@ -168,6 +168,6 @@ def test_the_text_encoder_waits_too_and_is_gone_before_the_transformer_comes(tin
         assert known[0]() is None, "the text encoder is still in memory"
         return from_folder(*args, **kwargs)
 
-    monkeypatch.setattr(generate, "load_text_encoder", loading)
+    monkeypatch.setattr(prompts, "load_text_encoder", loading)
     monkeypatch.setattr(CogVideoXTransformer, "from_folder", transformer)
     generate.run(settings(tiny_model, tmp_path, prompt=["x"]))
