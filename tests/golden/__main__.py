@@ -1,0 +1,98 @@
+"""Write the golden files with the PyTorch engine: `python -m tests.golden`."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from cogvideox_factory.tensors import save_tensors
+from cogvideox_factory.torch_engine.border import to_array, to_tensor
+from cogvideox_factory.torch_engine.layout import diffusers_names
+from cogvideox_factory.torch_engine.lora import load_lora_into, lora_parameters
+from cogvideox_factory.torch_engine.text_encoder import TextEncoder
+from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
+from cogvideox_factory.torch_engine.vae import CogVideoXVAE
+from tests.golden import FOLDER, cases, record
+
+
+def transformer_of(case: str) -> CogVideoXTransformer:
+    with torch.device("meta"):
+        model = CogVideoXTransformer(cases.config_of(case))
+    model.to_empty(device="cpu")
+    model.load_arrays(cases.weights_of(case).items())
+    return model
+
+
+def run(model: CogVideoXTransformer, step: cases.Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return v, and the inputs with their gradients."""
+    positions = model.positions(**step.shape, device="cpu", dtype=torch.float32)
+    latents, prompt = (to_tensor(x).requires_grad_() for x in (step.latents, step.prompt_embeds))
+    ofs = None if step.ofs is None else to_tensor(step.ofs)
+    v = model(latents, prompt, to_tensor(step.timesteps), positions=positions, ofs=ofs)
+    v.backward(to_tensor(step.grad))
+    return v, latents, prompt
+
+
+def gradients(model: CogVideoXTransformer) -> dict[str, np.ndarray]:
+    """Return the gradient of every weight by its diffusers name."""
+    own = dict(model.named_parameters())
+    slots = {name: slot for name, slot in diffusers_names(model.config).items() if slot.name in own}
+    return {name: to_array(own[slot.name].grad[slot.start : slot.stop]) for name, slot in slots.items()}
+
+
+def transformers() -> dict[str, np.ndarray]:
+    made = {}
+    for case in (*cases.VARIANTS, cases.LARGER):
+        model = transformer_of(case)
+        v, latents, prompt = run(model, cases.step_of(case))
+        made[f"{case}/v"] = record(to_array(v), 1024)
+        made[f"{case}/latents"] = record(to_array(latents.grad), 256)
+        made[f"{case}/prompt_embeds"] = record(to_array(prompt.grad), 256)
+        made[f"{case}/weights"] = np.stack([record(grad) for _, grad in sorted(gradients(model).items())])
+    return made
+
+
+def vaes() -> dict[str, np.ndarray]:
+    vae, made = CogVideoXVAE.from_folder(cases.vae_folder(), dtype=torch.float32), {}
+
+    def put(name: str, pixels: np.ndarray, latents: np.ndarray) -> None:
+        mean, logvar = vae.encode(to_tensor(pixels))
+        made[f"{name}/mean"], made[f"{name}/logvar"] = record(to_array(mean), 256), record(to_array(logvar), 256)
+        made[f"{name}/pixels"] = record(to_array(vae.decode(to_tensor(latents))), 1024)
+
+    for frames in cases.VIDEO_FRAMES:
+        count = vae.num_latent_frames(frames)
+        put(str(frames), cases.pixels(frames), cases.latents(count))
+    frames, height, width, tiles = cases.TILED
+    vae.enable_tiling(**tiles)
+    put("tiled", cases.pixels(frames, height, width, 2), cases.latents(3, height // 8, width // 8, 2))
+    return made
+
+
+def texts() -> dict[str, np.ndarray]:
+    encoder = TextEncoder.from_folder(cases.model_folder("cogvideox-2b"), dtype=torch.float32)
+    return {"embeds": to_array(encoder.encode(cases.CAPTIONS, cases.TEXT_LENGTH))}
+
+
+def loras() -> dict[str, np.ndarray]:
+    made = {}
+    for case in cases.LORAS:
+        model = transformer_of(cases.LORA_VARIANT)
+        load_lora_into(model, cases.lora_file(case), trainable=True)
+        v, _, _ = run(model, cases.step_of(cases.LORA_VARIANT))
+        made[f"{case}/v"] = record(to_array(v), 1024)
+        # In the order of `lora_parameters`, module by module: A, B and, for DoRA, magnitudes.
+        made[f"{case}/adapter"] = np.stack([record(to_array(p.grad)) for p in lora_parameters(model)])
+    return made
+
+
+def main() -> None:
+    files: dict[str, Callable[[], dict[str, np.ndarray]]] = {
+        "transformer": transformers, "vae": vaes, "text_encoder": texts, "lora": loras,
+    }  # fmt: skip
+    for name, make in files.items():
+        save_tensors(FOLDER / f"{name}.safetensors", make())
+
+
+if __name__ == "__main__":
+    main()
