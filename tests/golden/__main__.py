@@ -71,7 +71,9 @@ def vaes() -> dict[str, np.ndarray]:
 
 def texts() -> dict[str, np.ndarray]:
     encoder = TextEncoder.from_folder(cases.model_folder("cogvideox-2b"), dtype=torch.float32)
-    return {"embeds": to_array(encoder.encode(cases.CAPTIONS, cases.TEXT_LENGTH))}
+    return {
+        str(length): record(to_array(encoder.encode(cases.CAPTIONS, length)), 1024) for length in cases.TEXT_LENGTHS
+    }
 
 
 def loras() -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ VARIANTS = list(PUBLISHED)
 LARGER = "10b head"
 """A larger config's head size on a small model."""
 CAPTIONS = ["A red circle moves left.", "", "a slow pan, " * 30, "  two\nlines\tand   spaces "]
-TEXT_LENGTH = 20
+TEXT_LENGTHS = (1, 20, 226)
 VIDEO_FRAMES = (1, 9, 17, 49, 77, 81)
 
 
