@@ -8,7 +8,8 @@ import torch
 from cogvideox_factory.tensors import save_tensors
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
 from cogvideox_factory.torch_engine.layout import diffusers_names
-from cogvideox_factory.torch_engine.lora import load_lora_into, lora_parameters
+from cogvideox_factory.torch_engine.lora import load_lora_into
+from cogvideox_factory.torch_engine.lora_linear import LoraFactors
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
@@ -76,6 +77,17 @@ def texts() -> dict[str, np.ndarray]:
     }
 
 
+def adapter_gradients(model: CogVideoXTransformer) -> dict[str, np.ndarray]:
+    """Return the gradient of every factor by its name in a LoRA file."""
+    found = {}
+    for part in (module for module in model.modules() if isinstance(module, LoraFactors)):
+        found[f"{part.rows.name}.lora_A.weight"] = to_array(part.lora_A.grad)
+        found[f"{part.rows.name}.lora_B.weight"] = to_array(part.lora_B.grad)
+        if part.magnitude is not None:
+            found[f"{part.rows.name}.lora_magnitude_vector"] = to_array(part.magnitude.grad)
+    return found
+
+
 def loras() -> dict[str, np.ndarray]:
     made = {}
     for case in cases.LORAS:
@@ -83,8 +95,7 @@ def loras() -> dict[str, np.ndarray]:
         load_lora_into(model, cases.lora_file(case), trainable=True)
         v, _, _ = run(model, cases.step_of(cases.LORA_VARIANT))
         made[f"{case}/v"] = record(to_array(v), 1024)
-        # In the order of `lora_parameters`, module by module: A, B and, for DoRA, magnitudes.
-        made[f"{case}/adapter"] = np.stack([record(to_array(p.grad)) for p in lora_parameters(model)])
+        made[f"{case}/adapter"] = np.stack([record(grad) for _, grad in sorted(adapter_gradients(model).items())])
     return made
 
 
