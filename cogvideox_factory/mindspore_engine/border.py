@@ -1,18 +1,21 @@
 """Arrays on the ground become tensors in this tower, and back.
 
-Both sides know bfloat16 as `ml_dtypes.bfloat16`, so every dtype crosses bit for bit. Weights change in place: a
+Every dtype crosses bit for bit; bfloat16 is `ml_dtypes.bfloat16` on the ground. Weights change in place: a
 compiled graph keeps the memory it was compiled with, and would not see a parameter that was given another.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (makes numpy know "bfloat16")
+import mindspore as ms
+import ml_dtypes
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.tensors import StoredTensor
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def to_tensor(array: np.ndarray, dtype: Any = None) -> Tensor:
@@ -23,7 +26,10 @@ def to_tensor(array: np.ndarray, dtype: Any = None) -> Tensor:
 
 def to_array(tensor: Tensor) -> np.ndarray:
     """Return a copy of `tensor` as an array of the same shape."""
-    return np.array(tensor.asnumpy())
+    array = np.array(tensor.asnumpy())
+    if tensor.dtype == ms.bfloat16:  # MindSpore brings a numpy type of its own, of the same 16 bits
+        return array.view(np.int16).view(_BFLOAT16)
+    return array
 
 
 def to_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,12 +24,27 @@ def golden(name: str) -> dict[str, np.ndarray]:
     return load_file(FOLDER / f"{name}.safetensors")
 
 
-def error(found: np.ndarray, expected: np.ndarray, *, floor: float = 0.0) -> float:
-    """Return by how much the record of `found` differs from `expected`, in parts of the largest entry or of `floor`.
+def difference(ours: np.ndarray, expected: np.ndarray, *, floor: float = 0.0) -> float:
+    """Return by how much a record differs from the expected one, in parts of its largest entry or of `floor`.
 
     The norm may differ by as many parts of itself.
     """
-    ours = record(found, len(expected) - 2)
     entries = np.abs(ours[1:] - expected[1:]).max() / max(expected[1], floor)
     norm = abs(ours[0] - expected[0]) / max(expected[0], floor)
     return float(max(entries, norm))
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the `difference` of the record of `found`."""
+    return difference(record(found, len(expected) - 2), expected)
+
+
+def worst(found: dict[str, np.ndarray], expected: np.ndarray) -> float:
+    """Return the largest `difference` of gradients by name, whose records `expected` has in the order of names.
+
+    What is nearly zero beside the others (nothing depends on the bias of k's norm without rotation) has a floor.
+    """
+    assert len(found) == len(expected)
+    floor = 1e-3 * expected[:, 1].max()
+    names = sorted(found)
+    return max(difference(record(found[name]), row, floor=floor) for name, row in zip(names, expected))
