@@ -33,7 +33,7 @@ test: install
 
 # MindSpore wants an older numpy than the rest is tested with, and its engine needs no torch.
 test-mindspore: $(MINDSPORE_VENV)/.installed
-	$(MINDSPORE_VENV)/bin/pytest -n 2 tests/mindspore_engine
+	$(MINDSPORE_VENV)/bin/pytest -n 2 --dist loadfile tests/mindspore_engine
 
 $(MINDSPORE_VENV)/.installed: pyproject.toml constraints-mindspore.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and none was found on PATH."; exit 4; }

@@ -192,8 +192,17 @@ def _code_batches(video: Tensor, coder: Coder, size: int) -> Iterator[Tensor]:
 
 
 def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """Return mean + std * noise, all of one shape; logvar is clamped to [-30, 20] as diffusers does."""
-    return mean + ops.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise.astype(mean.dtype)
+    """Return mean + std * noise, all of one shape; logvar is clamped to [-30, 20] as diffusers does.
+
+    A CPU has no arithmetic in bfloat16, which caches are in, so it is done in float32 and rounded.
+    """
+    dtype = mean.dtype
+
+    def kept(x: Tensor) -> Tensor:  # each result is rounded to the dtype, as where it can be computed in
+        return x.astype(dtype).astype(ms.float32)
+
+    std = kept(ops.exp(kept(0.5 * logvar.astype(ms.float32).clamp(-30.0, 20.0))))
+    return (mean.astype(ms.float32) + kept(std * kept(noise.astype(ms.float32)))).astype(dtype)
 
 
 def pixels_from_uint8(frames: Tensor, dtype: Any = ms.float32) -> Tensor:

@@ -5,11 +5,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from cogvideox_factory.diffusion.schedule import alphas_cumprod
 from cogvideox_factory.tensors import save_tensors
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
 from cogvideox_factory.torch_engine.layout import diffusers_names
-from cogvideox_factory.torch_engine.lora import load_lora_into
+from cogvideox_factory.torch_engine.lora import add_lora, load_lora_into, lora_arrays
 from cogvideox_factory.torch_engine.lora_linear import LoraFactors
+from cogvideox_factory.torch_engine.objective import Objective, Scales
+from cogvideox_factory.torch_engine.optim import Update
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
@@ -99,9 +102,38 @@ def loras() -> dict[str, np.ndarray]:
     return made
 
 
+def trainings() -> dict[str, np.ndarray]:
+    """Ten steps of two micro-batches: losses, norms of the gradient, and where the weights went."""
+    made = {}
+    for case, variant in cases.TRAININGS.items():
+        method, model = case.split()[1], transformer_of(variant)
+        if method == "lora":
+            add_lora(model, rank=4, alpha=4, seed=0)
+        objective = Objective(
+            model, alphas_cumprod=alphas_cumprod(cases.PUBLISHED[variant].scheduler), scales=Scales(**cases.SCALES),
+            device=torch.device("cpu"), dtype=torch.float32,
+        )  # fmt: skip
+        update = Update(
+            model.named_parameters(), dtype=torch.float32, device=torch.device("cpu"), stochastic_bf16=False, seed=0,
+            max_grad_norm=cases.MAX_GRAD_NORM[method], **cases.OPTIMIZER,
+        )  # fmt: skip
+        losses, norms = [], []
+        for step in range(1, cases.NUM_STEPS + 1):
+            for micro in range(cases.NUM_MICROS):
+                batch = {name: to_tensor(array) for name, array in cases.batch_of(variant, step, micro).items()}
+                loss = objective(batch)
+                (loss.mean() / cases.NUM_MICROS).backward()
+                losses.append(to_array(loss))
+            norms.append(to_array(update.step(cases.learning_rate(step))))
+        made[f"{case}/losses"], made[f"{case}/norms"] = np.stack(losses), np.stack(norms)
+        arrays = lora_arrays(model) if method == "lora" else model.to_arrays()
+        made[f"{case}/weights"] = np.stack([record(array) for _, array in sorted(arrays.items())])
+    return made
+
+
 def main() -> None:
     files: dict[str, Callable[[], dict[str, np.ndarray]]] = {
-        "transformer": transformers, "vae": vaes, "text_encoder": texts, "lora": loras,
+        "transformer": transformers, "vae": vaes, "text_encoder": texts, "lora": loras, "training": trainings,
     }  # fmt: skip
     for name, make in files.items():
         save_tensors(FOLDER / f"{name}.safetensors", make())

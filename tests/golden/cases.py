@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from cogvideox_factory import draws
@@ -129,3 +130,47 @@ def lora_file(case: str) -> LoraFile:
         source=case, arrays=arrays, rank=LORA_RANK, alpha=LORA_ALPHA, use_rslora=settings["use_rslora"],
         use_dora=settings["use_dora"], target_modules=settings["targets"],
     )  # fmt: skip
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+TRAININGS = {"t2v lora": "cogvideox-2b", "t2v full": "cogvideox-2b", "i2v lora": "cogvideox1.5-5b-i2v",
+             "i2v full": "cogvideox1.5-5b-i2v"}  # fmt: skip
+NUM_STEPS, NUM_MICROS = 10, 2
+OPTIMIZER = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
+MAX_GRAD_NORM = {"lora": 0.015, "full": 0.75}
+"""So that some steps are clipped and some not."""
+SCALES = {"video": 0.7, "image": 1 / 0.7}
+
+
+def learning_rate(step: int) -> float:
+    return 2e-3 * min(step / 4, 1.0)
+
+
+def batch_of(variant: str, step: int, micro: int) -> dict[str, np.ndarray]:
+    """Return a batch of two samples as the loader gives it: moments in bfloat16, draws in float32."""
+    config, place = config_of(variant), (step, micro)
+    size = (16, 8, 12)
+    padded = 4 if config.patch_size_t else 3
+    shape = (2, 3, *size)
+
+    def drawn(name: str, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+        return normal(name, *place, shape=shape).astype(dtype)
+
+    batch = {
+        "mean": drawn("mean", shape, ml_dtypes.bfloat16),
+        "logvar": (drawn("logvar", shape) - 4).astype(ml_dtypes.bfloat16),
+        "posterior_noise": drawn("posterior", shape),
+        "noise": drawn("noise", (2, padded, *size)),
+        "prompt_embeds": drawn("text", (2, 16, config.text_embed_dim), ml_dtypes.bfloat16),
+        "timesteps": draws.generator(0, "golden timesteps", *place).integers(0, 1000, 2),
+    }
+    if config.is_image_to_video:
+        image = (2, 1, *size)
+        batch |= {
+            "image_mean": drawn("image", image, ml_dtypes.bfloat16),
+            "image_logvar": (drawn("image logvar", image) - 4).astype(ml_dtypes.bfloat16),
+            "image_posterior_noise": drawn("image posterior", image),
+            "image_keep": np.array([True, step % 2 == 0]),
+        }
+    return batch

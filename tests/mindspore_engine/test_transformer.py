@@ -146,7 +146,7 @@ def test_wrong_input_is_said_before_anything_is_computed():
         model.forward(latents[:, :3], prompt, timesteps, positions=positions, ofs=ofs)
     with pytest.raises(FactoryError, match="takes 32, half of them the image"):
         model.forward(latents[:, :, :16], prompt, timesteps, positions=positions, ofs=ofs)
-    with pytest.raises(FactoryError, match="16 text and 96 video tokens"):
+    with pytest.raises(FactoryError, match="16 text and 48 video tokens"):
         model.forward(latents[:, :2], prompt, timesteps, positions=positions, ofs=ofs)
     with pytest.raises(FactoryError, match="positions=None"):
         model.forward(latents, prompt, timesteps, positions=None, ofs=ofs)
