@@ -100,7 +100,7 @@ class Objective:
         added: Tensor | None,
         ofs: Tensor | None,
     ) -> Tensor:
-        """Return the loss of each sample, float32 [B]; `a` and `b` are the sample's signal and noise, [B, 1, 1, 1, 1]."""
+        """Return the loss of each sample, float32 [B]; `a` and `b` are its parts of signal and noise [B, 1, 1, 1, 1]."""
         clean = sample_posterior(mean, logvar, posterior_noise).astype(ms.float32) * self.scales.video
         noise = noise.astype(ms.float32)
         num_padding = noise.shape[1] - clean.shape[1]

@@ -19,8 +19,8 @@ from cogvideox_factory.models import PUBLISHED
 from tests.golden import cases, difference, golden, record
 
 WEIGHTS = {"lora": 1e-4, "full": 1e-3}
-"""In parts of the largest entry; seen are 2e-5 and 3e-4. Nothing depends on the bias of k's norm in 2B, whose gradient is
-rounding that AdamW makes steps of."""
+"""In parts of the largest entry; seen are 2e-5 and 3e-4. Nothing depends on the bias of k's norm in 2B: its gradient is
+rounding, and AdamW makes steps of that."""
 
 
 def hold_to_golden(case: str, mode: Mode) -> None:
