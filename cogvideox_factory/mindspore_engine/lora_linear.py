@@ -99,7 +99,7 @@ class LoraLinear(Linear):
         self.active = tuple(self.names.index(name) for name in on)
         for name in on:
             part = self.parts[self.names.index(name)]
-            put(part.strength, np.float32(part.scale * weights[name]))
+            put(part.strength, np.array(part.scale * weights[name], np.float32))
         return self.active != before
 
     def construct(self, x: Tensor) -> Tensor:

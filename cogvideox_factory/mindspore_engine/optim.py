@@ -67,7 +67,7 @@ class Update:
 
         A step whose norm is not finite leaves weights and state as they are and is counted in `num_skipped`.
         """
-        return self._step(to_tensor(np.float32(learning_rate)))
+        return self._step(to_tensor(np.array(learning_rate, np.float32)))
 
     def _update(self, learning_rate: Tensor) -> Tensor:
         squares = self.sums[0].square().sum()
