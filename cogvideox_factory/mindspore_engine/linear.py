@@ -4,6 +4,9 @@ Weights may be kept wider than activations: a Linear rounds its own to the dtype
 float32 whatever comes. So mixed precision is a dtype of the input and one of the weights, and nothing else.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from math import prod
 from typing import Any
 
@@ -14,9 +17,23 @@ from mindspore import Parameter, Tensor, mint, nn, ops
 # Legend: I O inputs and outputs of a weight
 
 
-def empty(*shape: int, dtype: Any = ms.float32, requires_grad: bool = True) -> Parameter:
+_dtype: ContextVar[Any] = ContextVar("dtype of new weights", default=ms.float32)
+
+
+@contextmanager
+def weights_in(dtype: Any) -> Iterator[None]:
+    """Within, cells are made with weights in `dtype`, so that a model is never there in another first."""
+    token = _dtype.set(dtype)
+    try:
+        yield
+    finally:
+        _dtype.reset(token)
+
+
+def empty(*shape: int, requires_grad: bool = True) -> Parameter:
     """Return a parameter of zeros, to be loaded or drawn."""
-    return Parameter(Tensor(np.zeros(shape, np.float32)).astype(dtype), requires_grad=requires_grad)
+    zeros = np.zeros(shape, ms.dtype_to_nptype(_dtype.get()))
+    return Parameter(Tensor(zeros), requires_grad=requires_grad)
 
 
 class Linear(nn.Cell):

@@ -12,7 +12,7 @@ set_adapters(transformer, ["mine", "theirs"], [1.0, 0.5])
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,8 @@ def add_lora(
     """
     if rank < 1 or alpha <= 0:
         raise FactoryError(f"rank={rank}, alpha={alpha:g}: rank is at least 1 and alpha above 0; 64 and 64 are usual.")
-    names = match_targets(list(find_targets(transformer)), target_modules)
+    targets = find_targets(transformer)
+    names = match_targets(list(targets), target_modules)
     _require_new(transformer, adapter_name)
     _freeze(transformer)
     scale = alpha / (rank**0.5 if use_rslora else rank)
@@ -77,7 +78,8 @@ def add_lora(
         "target_modules": names if any(map(is_regex, target_modules)) else list(target_modules),
     }  # fmt: skip
     for name in names:
-        layer, part = _attach(transformer, name, adapter_name, rank=rank, scale=scale, settings=settings)
+        layer = _adapted(transformer, name, targets[name])
+        part = layer.attach(adapter_name, rank=rank, scale=scale, settings=settings)
         put(part.lora_A, initial_down(seed, name, rank, layer.in_features))
         layer.reset_magnitude(adapter_name)
     _settle(transformer)
@@ -110,9 +112,8 @@ def load_lora_into(
     }  # fmt: skip
     for name in [name for name in targets if f"{name}.lora_A.weight" in file.arrays]:
         down, up = (file.arrays[f"{name}.lora_{half}.weight"] for half in "AB")
-        _, part = _attach(
-            transformer, name, adapter_name, rank=down.shape[0], scale=file.scaling(name), settings=settings
-        )
+        layer = _adapted(transformer, name, targets[name])
+        part = layer.attach(adapter_name, rank=down.shape[0], scale=file.scaling(name), settings=settings)
         put(part.lora_A, down)
         put(part.lora_B, up)
         if part.magnitude is not None:
@@ -146,7 +147,8 @@ def set_adapters(
         )
     wanted = dict(zip(names, map(float, values), strict=True))
     changed = [layer.switch(wanted) for layer in _layers(transformer).values()]
-    transformer.num_changes += any(changed)
+    if any(changed):
+        transformer.num_changes += 1
 
 
 def adapter_names(transformer: CogVideoXTransformer) -> list[str]:
@@ -223,26 +225,13 @@ def _parts(transformer: CogVideoXTransformer, adapter_name: str) -> dict[str, Lo
     return {name: part for name, part in found.items() if part is not None}
 
 
-def _attach(
-    transformer: CogVideoXTransformer,
-    name: str,
-    adapter_name: str,
-    *,
-    rank: int,
-    scale: float,
-    settings: Mapping[str, Any],
-) -> tuple[LoraLinear, LoraFactors]:
-    """Put the factors of one adapter on one target, wrapping its Linear if it is still plain."""
-    layer = find_targets(transformer)[name]
-    if not isinstance(layer, LoraLinear):
-        layer = LoraLinear(layer)
-        layer.weight.requires_grad = False
-        if layer.bias is not None:
-            layer.bias.requires_grad = False
-        _replace(transformer, name, layer)
-    part = LoraFactors(layer.in_features, layer.out_features, rank=rank, scale=scale, use_dora=settings["use_dora"])
-    layer.attach(adapter_name, part, settings)
-    return layer, part
+def _adapted(transformer: CogVideoXTransformer, name: str, layer: Linear) -> LoraLinear:
+    """Return the layer of that name, wrapped if it is still a plain Linear."""
+    if isinstance(layer, LoraLinear):
+        return layer
+    wrapped = LoraLinear(layer)
+    _replace(transformer, name, wrapped)
+    return wrapped
 
 
 def _replace(transformer: CogVideoXTransformer, name: str, layer: Linear) -> None:

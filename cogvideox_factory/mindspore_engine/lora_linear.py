@@ -53,6 +53,9 @@ class LoraLinear(Linear):
         super().__init__(1, 1, bias=False)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
+        self.weight.requires_grad = False
+        if self.bias is not None:
+            self.bias.requires_grad = False
         self.parts = nn.CellList()
         self.names: list[str] = []
         """Of the adapters in `parts`."""
@@ -75,12 +78,15 @@ class LoraLinear(Linear):
         """Return the factors of one adapter, or None when it does not touch this Linear."""
         return self.parts[self.names.index(adapter_name)] if adapter_name in self.names else None
 
-    def attach(self, adapter_name: str, part: LoraFactors, settings: Mapping[str, Any]) -> None:
-        """Add the factors of one adapter."""
+    def attach(self, adapter_name: str, *, rank: int, scale: float, settings: Mapping[str, Any]) -> LoraFactors:
+        """Add an adapter of zeros, off, and return its factors."""
         assert adapter_name not in self.names, adapter_name
+        use_dora = settings["use_dora"]
+        part = LoraFactors(self.in_features, self.out_features, rank=rank, scale=scale, use_dora=use_dora)
         self.names.append(adapter_name)
         self.parts.append(part)
         self.settings[adapter_name] = settings
+        return part
 
     def drop(self, adapter_name: str) -> None:
         """Forget one adapter, if it is here; the others stay on or off as they are."""

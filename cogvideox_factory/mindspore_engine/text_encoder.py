@@ -21,6 +21,7 @@ from cogvideox_factory import weights
 from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.mindspore_engine.border import load_parameters, to_tensor
 from cogvideox_factory.mindspore_engine.device import PYNATIVE, Mode
+from cogvideox_factory.mindspore_engine.linear import weights_in
 from cogvideox_factory.mindspore_engine.t5 import T5Encoder
 from cogvideox_factory.text_encoder_files import check_captions, require_text_encoder, require_tokenizer
 
@@ -117,13 +118,12 @@ def _load_model(folder: Path, *, dtype: Any) -> T5Encoder:
     """Load the T5 encoder of `folder` in `dtype`, refusing pickled weights and stray or missing keys."""
     config = require_text_encoder(folder)
     try:
-        model = T5Encoder(config)
+        with weights_in(dtype):
+            model = T5Encoder(config)
     except (KeyError, TypeError) as error:
         raise UnfitError(
             f"{folder / 'config.json'}: {error} is missing or no number, so this is no T5. Download it again."
         ) from error
-    for parameter in model.get_parameters():
-        parameter.set_dtype(dtype)
     stored = weights.stored_tensors(folder, weights.TEXT_ENCODER_STEM)
     load_parameters(model, ((name, tensor) for name, tensor in stored if name != _TIED), source=str(folder))
     return model

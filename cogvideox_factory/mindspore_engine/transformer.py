@@ -26,10 +26,11 @@ from cogvideox_factory import weights
 from cogvideox_factory.initial_weights import initial_weight
 from cogvideox_factory.mindspore_engine.block import Block, OutputNorm, TimeEmbedding, sinusoids
 from cogvideox_factory.mindspore_engine.border import load_parameters, put, to_array
-from cogvideox_factory.mindspore_engine.linear import LayerNorm, Linear, empty
+from cogvideox_factory.mindspore_engine.linear import LayerNorm, Linear, empty, weights_in
 from cogvideox_factory.mindspore_engine.positions import Positions, make_positions
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.network_input import check_transformer_input
+from cogvideox_factory.tiny.layout import transformer_shapes
 
 
 class CogVideoXTransformer(nn.Cell):
@@ -128,9 +129,10 @@ class CogVideoXTransformer(nn.Cell):
             put(parameter, initial_weight(self.config, name, parameter.shape, seed=seed))
 
     def iterate_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (diffusers name, array) of all weights, one copied at a time."""
-        for name, parameter in self.parameters_and_names():
-            yield name, to_array(parameter)
+        """Yield (diffusers name, array) of all weights, adapters left out, one copied at a time."""
+        own = dict(self.parameters_and_names())
+        for name in transformer_shapes(self.config):
+            yield name, to_array(own[name])
 
     @classmethod
     def from_folder(
@@ -144,9 +146,8 @@ class CogVideoXTransformer(nn.Cell):
             MissingError, UnfitError: no weights, damaged ones, or ones of another shape than the config's.
         """
         folder = Path(folder)
-        model = cls(config or TransformerConfig.from_folder(folder))
-        for parameter in model.get_parameters():
-            parameter.set_dtype(dtype)
+        with weights_in(dtype):
+            model = cls(config or TransformerConfig.from_folder(folder))
         load_parameters(model, weights.stored_tensors(folder, weights.MODEL_STEM), source=str(folder))
         return model
 

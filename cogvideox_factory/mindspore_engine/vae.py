@@ -25,6 +25,7 @@ from cogvideox_factory.diffusion.tiles import TileAxis, tile_axes
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.mindspore_engine.border import load_parameters, to_array
 from cogvideox_factory.mindspore_engine.device import PYNATIVE, Mode
+from cogvideox_factory.mindspore_engine.linear import weights_in
 from cogvideox_factory.mindspore_engine.vae_blocks import Decoder, Encoder
 from cogvideox_factory.mindspore_engine.vae_layers import PointwiseConv, Tails
 from cogvideox_factory.mindspore_engine.vae_tiling import run_tiled
@@ -64,9 +65,8 @@ class CogVideoXVAE(nn.Cell):
             UnfitError: another model's weights, or damaged ones.
         """
         folder = Path(folder)
-        model = cls(VaeConfig.from_folder(folder), mode=mode)
-        for parameter in model.get_parameters():
-            parameter.set_dtype(dtype)
+        with weights_in(dtype):
+            model = cls(VaeConfig.from_folder(folder), mode=mode)
         load_parameters(model, weights.stored_tensors(folder, weights.MODEL_STEM), source=str(folder))
         return model
 

@@ -94,6 +94,7 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_is_trained(model, argumen
     for name in names:
         assert np.array_equal(arrays[f"{name}.lora_A.weight"], initial_down(5, name, 4, model.config.width))
         assert not arrays[f"{name}.lora_B.weight"].any()
+    assert dict(model.iterate_arrays()).keys() == cases.weights_of(cases.LORA_VARIANT).keys()
     trained = [p.name for p in model.trainable_params()]
     assert len(trained) == len(set(trained)) == len(arrays) == (3 if use_dora else 2) * len(names)
 
