@@ -10,11 +10,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "cogvideox_factory"
 FILES = sorted(PACKAGE.rglob("*.py"))
-TOWERS = {
+OWN = {
     "torch_engine/": {"torch", "transformers", "diffusers", "peft", "accelerate", "torchao"},
     "mindspore_engine/": {"mindspore", "transformers"},
 }
-FRAMEWORKS = set().union(*TOWERS.values())
+FRAMEWORKS = set().union(*OWN.values())
 ENGINES = ["torch", "mindspore"]
 ENTRIES = {"intake.py", "preparation.py", "jobs.py"} | {
     f"torch_engine/{name}.py"
@@ -50,14 +50,14 @@ def name(path: Path) -> str:
 
 def test_frameworks_stay_in_their_engine():
     for path in FILES:
-        own = next((mine for tower, mine in TOWERS.items() if name(path).startswith(tower)), set())
+        own = next((mine for engine, mine in OWN.items() if name(path).startswith(engine)), set())
         roots = {module.split(".")[0] for module in imports(path)}
         assert not roots & (FRAMEWORKS - own), f"{name(path)} imports {roots & (FRAMEWORKS - own)}"
 
 
-def test_towers_never_touch():
-    for tower, other in (("torch_engine", "mindspore_engine"), ("mindspore_engine", "torch_engine")):
-        paths = [path for path in FILES if name(path).startswith(f"{tower}/")]
+def test_engines_never_touch():
+    for engine, other in (("torch_engine", "mindspore_engine"), ("mindspore_engine", "torch_engine")):
+        paths = [path for path in FILES if name(path).startswith(f"{engine}/")]
         assert paths
         for path in paths:
             assert not any(other in module for module in imports(path)), name(path)
@@ -65,7 +65,7 @@ def test_towers_never_touch():
 
 def test_nobody_below_the_roof_imports_an_engine():
     for path in FILES:
-        if name(path).startswith((*TOWERS, "cli/")) or name(path) == "__init__.py":
+        if name(path).startswith((*OWN, "cli/")) or name(path) == "__init__.py":
             continue
         assert not any(f"{engine}_engine" in module for module in imports(path) for engine in ENGINES), name(path)
 

@@ -1,4 +1,4 @@
-"""Arrays on the ground become tensors in this tower, and back.
+"""Arrays on the ground become tensors in this engine, and back.
 
 Every dtype crosses bit for bit; bfloat16 is `ml_dtypes.bfloat16` on the ground. Weights change in place: a
 compiled graph keeps the memory it was compiled with, and would not see a parameter that was given another.

@@ -1,7 +1,7 @@
 """The machine a command runs on, Ascend or CPU: device and dtype, how functions run, and what the two do differently.
 
 Everything that only an Ascend card can verify is one named function here, listed in `docs/ascend.md`; the rest of this
-tower is the same on both. What a CPU lacks: bfloat16 arithmetic, the flash kernel, the "O2" compiler, inlined blocks.
+engine is the same on both. What a CPU lacks: bfloat16 arithmetic, the flash kernel, the "O2" compiler, inlined blocks.
 """
 
 import logging

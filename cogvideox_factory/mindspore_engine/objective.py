@@ -67,10 +67,8 @@ class Objective:
         positions = self.transformer.positions(
             latent_frames=frames, latent_height=height, latent_width=width, text_length=text_length, dtype=self.dtype
         )
-        check_transformer_input(
-            config, model_input.shape, text_length=text_length,
-            tokens=(positions.text_length, positions.num_video_tokens), has_ofs=config.ofs_embed_dim is not None,
-        )  # fmt: skip
+        tokens = positions.text_length, positions.num_video_tokens
+        check_transformer_input(config, model_input.shape, text_length=text_length, tokens=tokens)
         ofs = to_tensor(np.full(1, OFS, np.float32), self.dtype) if config.ofs_embed_dim else None
         return (
             target, model_input.astype(self.dtype), batch["prompt_embeds"].astype(self.dtype), batch["timesteps"],

@@ -29,7 +29,7 @@ from cogvideox_factory.mindspore_engine.border import load_parameters, put, to_a
 from cogvideox_factory.mindspore_engine.linear import LayerNorm, Linear, empty, weights_in
 from cogvideox_factory.mindspore_engine.positions import Positions, make_positions
 from cogvideox_factory.models import TransformerConfig
-from cogvideox_factory.network_input import check_transformer_input
+from cogvideox_factory.network_input import check_ofs, check_transformer_input
 from cogvideox_factory.tiny.layout import transformer_shapes
 
 
@@ -103,10 +103,9 @@ class CogVideoXTransformer(nn.Cell):
         Raises:
             FactoryError: positions or `ofs` that are missing or of another shape; a size the model cannot take.
         """
-        check_transformer_input(
-            self.config, latents.shape, text_length=prompt_embeds.shape[1], has_ofs=ofs is not None,
-            tokens=None if positions is None else (positions.text_length, positions.num_video_tokens),
-        )  # fmt: skip
+        tokens = None if positions is None else (positions.text_length, positions.num_video_tokens)
+        check_transformer_input(self.config, latents.shape, text_length=prompt_embeds.shape[1], tokens=tokens)
+        check_ofs(self.config, is_given=ofs is not None)
         assert positions is not None
         return self(latents, prompt_embeds, timesteps, positions.cos, positions.sin, positions.added, ofs)
 

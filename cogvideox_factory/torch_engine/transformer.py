@@ -14,7 +14,6 @@ Legend: B batch, F latent frames, C channels, H W latent height and width, N vid
 S = T + N joint tokens, D width, E size of the time embedding, P elements of a patch.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self, cast
