@@ -3,12 +3,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+MINDSPORE_VENV := .venv-mindspore
 
-.PHONY: help install demo test test-lessons faults check format bench clean
+.PHONY: help install demo test test-mindspore test-lessons faults check format bench clean
 
 help:
 	@echo "make demo     install, then run the whole factory on embedded data"
 	@echo "make test     install, then run the tests (CPU, no network)"
+	@echo "make test-mindspore  the tests of the MindSpore engine, in an environment of its own (.venv-mindspore)"
 	@echo "make test-lessons  teach the embedded models in all four ways and hold them to their scores (10 minutes)"
 	@echo "make faults   the full tier of faults made on purpose, and docs/faults.md (a quarter of an hour)"
 	@echo "make check    format, lint and type checks"
@@ -28,6 +30,17 @@ demo: install
 
 test: install
 	$(BIN)/pytest -n 2
+
+# MindSpore wants an older numpy than the rest is tested with, and its engine needs no torch.
+test-mindspore: $(MINDSPORE_VENV)/.installed
+	$(MINDSPORE_VENV)/bin/pytest -n 2 --dist loadfile tests/mindspore_engine
+
+$(MINDSPORE_VENV)/.installed: pyproject.toml constraints-mindspore.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and none was found on PATH."; exit 4; }
+	$(PYTHON) -m venv $(MINDSPORE_VENV)
+	$(MINDSPORE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-mindspore.txt
+	$(MINDSPORE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
 
 test-lessons: install
 	$(BIN)/pytest -n 2 -m "slow or not slow" tests/tiny/test_lessons.py
@@ -49,4 +62,4 @@ bench: install
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MINDSPORE_VENV) .pytest_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ models built from scratch. Sizes are latent sizes (pixels / 8) where the config'
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from math import log2
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -199,6 +200,16 @@ class VaeConfig(_Config):
     def class_name(cls) -> str:
         """Return the diffusers class."""
         return "AutoencoderKLCogVideoX"
+
+    @property
+    def spatial_scale(self) -> int:
+        """Pixels a latent covers in height and width: 8."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def num_time_levels(self) -> int:
+        """How many changes of size also change the frame count."""
+        return int(log2(self.temporal_compression_ratio))
 
     @property
     def image_scale(self) -> float:

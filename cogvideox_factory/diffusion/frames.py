@@ -27,21 +27,21 @@ _ENCODE_CHUNK = 8  # pixel frames
 _DECODE_CHUNK = 2  # latent frames
 
 
-def _chunks(count: int, size: int) -> list[tuple[int, int]]:
+def frame_batches(count: int, size: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of each batch of `size` frames, the remainder joined to the first."""
     assert count >= 1
     first = size + count % size if count >= size else count
-    edges = [0, *range(first, count + 1, size)]
-    return list(pairwise(edges))
+    return list(pairwise([0, *range(first, count + 1, size)]))
 
 
 def encode_chunks(num_frames: int) -> list[tuple[int, int]]:
     """Return the (start, stop) pixel frames of each chunk the VAE encodes, in order."""
-    return _chunks(num_frames, _ENCODE_CHUNK)
+    return frame_batches(num_frames, _ENCODE_CHUNK)
 
 
 def decode_chunks(num_latents: int) -> list[tuple[int, int]]:
     """Return the (start, stop) latent frames of each chunk the VAE decodes, in order."""
-    return _chunks(num_latents, _DECODE_CHUNK)
+    return frame_batches(num_latents, _DECODE_CHUNK)
 
 
 def num_latent_frames(num_frames: int) -> int:

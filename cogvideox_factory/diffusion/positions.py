@@ -13,6 +13,7 @@ Angles are rounded to float32 on the way, because that is what the checkpoints w
 80 in float64 differs from it in the sixth digit); sines and cosines are then taken in float64.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,60 @@ from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.models import TransformerConfig
 
 _THETA = 10_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PositionTables:
+    """Positions of one shape of video and text: S joint tokens, text first, N of them the video's."""
+
+    text_length: int
+    num_video_tokens: int
+    rotary: tuple[np.ndarray, np.ndarray] | None
+    """cos and sin, each float32 [S, 1, head_dim / 2], 1 and 0 in text rows; None for a model without."""
+    added: np.ndarray | None
+    """What is added to the video tokens, float32 [N, width]; None for nothing, or for the model's own buffer."""
+    learned: bool
+    """Whether the model adds its learned buffer."""
+
+
+def position_tables(
+    config: TransformerConfig, latent_frames: int, latent_height: int, latent_width: int, text_length: int
+) -> PositionTables:
+    """Return the positions of one video of that size, behind `text_length` text tokens. Frames count front padding.
+
+    Raises:
+        FactoryError: a size the checkpoint has no positions for, or a text length it cannot take.
+    """
+    if not 0 <= text_length <= config.max_text_seq_length:
+        raise FactoryError(
+            f"{text_length} text tokens; this checkpoint takes at most {config.max_text_seq_length}. "
+            f"Set --text.max-sequence-length {config.max_text_seq_length}."
+        )
+    shape = (config, latent_frames, latent_height, latent_width)
+    how = added_positions(*shape)
+    if how != "none" and text_length != config.max_text_seq_length:
+        raise FactoryError(
+            f"{text_length} text tokens; this checkpoint adds a position table made for exactly "
+            f"{config.max_text_seq_length}. Set --text.max-sequence-length {config.max_text_seq_length}."
+        )
+    frames, height, width = token_grid(*shape)
+    rotary = None
+    if config.use_rotary_positional_embeddings:
+        cos, sin = rotary_table(*shape)
+        rotary = _with_text(cos, text_length, 1), _with_text(sin, text_length, 0)
+    return PositionTables(
+        text_length=text_length,
+        num_video_tokens=frames * height * width,
+        rotary=rotary,
+        added=sincos_table(*shape) if how == "sincos" else None,
+        learned=how == "learned",
+    )
+
+
+def _with_text(table: np.ndarray, text_length: int, value: float) -> np.ndarray:
+    """Put rows of `value` for the text tokens before `table` [N, K / 2]: [S, 1, K / 2]."""
+    text = np.full((text_length, table.shape[1]), value, dtype=table.dtype)
+    return np.concatenate([text, table])[:, None]
 
 
 def token_grid(

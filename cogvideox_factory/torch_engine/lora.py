@@ -19,21 +19,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from cogvideox_factory import draws
 from cogvideox_factory.errors import FactoryError, nearest
 from cogvideox_factory.lora_check import check_lora
 from cogvideox_factory.lora_files import LoraFile
+from cogvideox_factory.lora_names import ATTENTION, initial_down, is_regex, match_targets
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.torch_engine.border import local, put_rows, to_array, to_tensor, whole
 from cogvideox_factory.torch_engine.lora_linear import LoraFactors, LoraLinear
-from cogvideox_factory.torch_engine.lora_targets import (
-    ATTENTION,
-    Target,
-    find_targets,
-    is_regex,
-    match_targets,
-    shapes_of,
-)
+from cogvideox_factory.torch_engine.lora_targets import Target, find_targets, shapes_of
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 
 
@@ -89,7 +82,7 @@ def add_lora(
 def initialize_lora(transformer: CogVideoXTransformer, *, seed: int, adapter_name: str = "default") -> None:
     """Give an adapter the values it starts from, over loaded weights that processes may have divided meanwhile."""
     for part in _parts(transformer, adapter_name):
-        put_rows(part.lora_A, to_tensor(_initial_down(seed, part.rows.name, part.rank, part.lora_A.shape[1])))
+        put_rows(part.lora_A, to_tensor(initial_down(seed, part.rows.name, part.rank, part.lora_A.shape[1])))
         local(part.lora_B.detach()).zero_()
     for layer in _layers(transformer):
         layer.reset_magnitudes(adapter_name)
@@ -275,13 +268,6 @@ def _attach(
     )  # fmt: skip
     layer.attach(adapter_name, target.key, part, settings)
     return part
-
-
-def _initial_down(seed: int, name: str, rank: int, in_features: int) -> np.ndarray:
-    """Draw A [rank, in_features]: peft's kaiming_uniform with a = sqrt(5), which is +-1/sqrt(in_features)."""
-    bound = in_features**-0.5
-    uniform = draws.generator(seed, "lora", name).random((rank, in_features), dtype=np.float32)
-    return (2 * uniform - 1) * np.float32(bound)
 
 
 def _require_known(transformer: CogVideoXTransformer, adapter_name: str) -> None:

@@ -1,7 +1,6 @@
 """Where tokens are, as tensors for one shape of video: rotary tables over the joint stream, and what is added to it.
 
-The tables themselves are numpy and come from `diffusion.positions`; here they get their text rows (no rotation, nothing
-added) and go to a device, once a shape.
+The tables themselves are numpy and come from `diffusion.positions`; here they go to a device, once a shape.
 
 Legend: S joint tokens (text first), N video tokens, D width, K head size.
 """
@@ -9,12 +8,10 @@ Legend: S joint tokens (text first), N video tokens, D width, K head size.
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from cogvideox_factory.diffusion.positions import added_positions, rotary_table, sincos_table, token_grid
-from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.diffusion.positions import position_tables
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.torch_engine.border import to_tensor
 from cogvideox_factory.torch_engine.sequence_parallel import Share
@@ -58,35 +55,15 @@ def make_positions(
     Raises:
         FactoryError: a size the checkpoint has no positions for, or a text length it cannot take.
     """
-    if not 0 <= text_length <= config.max_text_seq_length:
-        raise FactoryError(
-            f"{text_length} text tokens; this checkpoint takes at most {config.max_text_seq_length}. "
-            f"Set --text.max-sequence-length {config.max_text_seq_length}."
-        )
-    how = added_positions(config, latent_frames, latent_height, latent_width)
-    if how != "none" and text_length != config.max_text_seq_length:
-        raise FactoryError(
-            f"{text_length} text tokens; this checkpoint adds a position table made for exactly "
-            f"{config.max_text_seq_length}. Set --text.max-sequence-length {config.max_text_seq_length}."
-        )
-    frames, height, width = token_grid(config, latent_frames, latent_height, latent_width)
-    shape = (config, latent_frames, latent_height, latent_width)
+    tables = position_tables(config, latent_frames, latent_height, latent_width, text_length)
     # Kept tables outlive the block they were made in: an inference tensor would be refused by the next training step.
     with torch.inference_mode(False):
-        rotary = None
-        if config.use_rotary_positional_embeddings:
-            cos, sin = rotary_table(*shape)
-            rotary = (_with_text(cos, text_length, 1, device), _with_text(sin, text_length, 0, device))
         return Positions(
-            text_length=text_length,
-            num_video_tokens=frames * height * width,
-            rotary=rotary,
-            added=to_tensor(sincos_table(*shape), device, dtype) if how == "sincos" else None,
-            learned=how == "learned",
+            text_length=tables.text_length,
+            num_video_tokens=tables.num_video_tokens,
+            rotary=None
+            if tables.rotary is None
+            else (to_tensor(tables.rotary[0], device), to_tensor(tables.rotary[1], device)),
+            added=None if tables.added is None else to_tensor(tables.added, device, dtype),
+            learned=tables.learned,
         )
-
-
-def _with_text(table: np.ndarray, text_length: int, value: float, device: torch.device | str) -> Tensor:
-    """Put rows of `value` for the text tokens before `table` [N, K / 2]."""
-    text = np.full((text_length, table.shape[1]), value, dtype=table.dtype)
-    return to_tensor(np.concatenate([text, table])[:, None], device)  # [S, 1, K / 2]

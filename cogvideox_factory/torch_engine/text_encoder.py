@@ -8,17 +8,21 @@ The weights go from the files straight into the target dtype. T5-XXL's encoder i
 it in float32 first, as the original trainers did, peaks at 19 GB.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from cogvideox_factory.errors import FactoryError, MissingError, UnfitError
+from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.plan.generation import TextModel
+from cogvideox_factory.text_encoder_files import (
+    check_captions,
+    read_text_encoder_config,
+    require_text_encoder,
+    require_tokenizer,
+)
 
 # Legend: B captions, T text tokens (max_sequence_length), E embedding width
 
@@ -82,12 +86,7 @@ class TextEncoder:
         return max(0, self.count_tokens(caption) - max_sequence_length)
 
     def _token_ids(self, captions: Sequence[str], max_sequence_length: int) -> torch.Tensor:
-        if isinstance(captions, str):
-            raise FactoryError("encode takes a list of captions; put a single one in brackets: [caption].")
-        if max_sequence_length < 1:
-            raise FactoryError(f"max_sequence_length={max_sequence_length}: at least 1 token; CogVideoX uses 226.")
-        if not captions:
-            raise FactoryError("encode was given no caption; it takes at least one.")
+        check_captions(captions, max_sequence_length)
         tokens = self.tokenizer(
             list(captions),
             padding="max_length",
@@ -109,7 +108,7 @@ def text_model(model_folder: Path | str) -> TextModel:
         MissingError, UnfitError: no such folder, or not a T5 encoder's.
     """
     path = Path(model_folder) / "text_encoder" / "config.json"
-    config = _read_config(path)
+    config = read_text_encoder_config(path)
     try:
         sizes = {name: int(config[name]) for name in _T5_SIZES}
     except KeyError as error:
@@ -124,20 +123,7 @@ def load_tokenizer(model_folder: Path | str) -> Any:
         MissingError: the folder, its files or the SentencePiece libraries are not there.
         UnfitError: transformers cannot read it.
     """
-    folder = Path(model_folder) / "tokenizer"
-    _require_folder(folder, holds="the tokenizer (tokenizer_config.json with spiece.model or tokenizer.json)")
-    has_json, has_pieces = (folder / "tokenizer.json").is_file(), (folder / "spiece.model").is_file()
-    if not has_json and not has_pieces:
-        raise MissingError(
-            f"{folder} holds neither tokenizer.json nor spiece.model. Download the tokenizer/ folder again."
-        )
-    if not has_json:
-        absent = [pip for pip, module in _PIECE_LIBRARIES.items() if not _is_installed(module)]
-        if absent:
-            raise MissingError(
-                f"{folder} is a SentencePiece tokenizer; reading it needs {' and '.join(_PIECE_LIBRARIES)}. "
-                f"Install: pip install {' '.join(absent)}"
-            )
+    folder = require_tokenizer(Path(model_folder))
     from transformers import AutoTokenizer
 
     try:
@@ -149,30 +135,9 @@ def load_tokenizer(model_folder: Path | str) -> Any:
     return tokenizer
 
 
-_PIECE_LIBRARIES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package is absent too
-        return False
-
-
 def _load_model(folder: Path, *, dtype: torch.dtype) -> torch.nn.Module:
     """Load the T5 encoder of `folder` in `dtype`, refusing pickled weights and stray or missing keys."""
-    _require_folder(folder, holds="the T5 text encoder (config.json and *.safetensors)")
-    config = _read_config(folder / "config.json")
-    if config.get("model_type") != "t5":
-        raise UnfitError(
-            f"{folder / 'config.json'} says model_type={config.get('model_type')!r}; the text encoder "
-            "of CogVideoX is 't5'. Point to a CogVideoX model's root folder."
-        )
-    if not any(folder.glob("*.safetensors")):
-        raise MissingError(
-            f"{folder} holds no *.safetensors. Download the text encoder again; pickled weights (*.bin) are "
-            "not read, because loading them can run code: convert them first."
-        )
+    require_text_encoder(folder)
     from safetensors import SafetensorError
     from transformers import T5EncoderModel
 
@@ -213,20 +178,3 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bar:
             logging.enable_progress_bar()
-
-
-def _require_folder(folder: Path, *, holds: str) -> None:
-    if not folder.is_dir():
-        raise MissingError(
-            f"{folder} is missing; it holds {holds}. Point to a complete model folder in the diffusers "
-            "layout (transformer/, vae/, text_encoder/, tokenizer/, scheduler/)."
-        )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MissingError(f"{path} is missing. Download the model's text_encoder/ folder again.") from error
-    except ValueError as error:
-        raise UnfitError(f"{path} is not valid JSON: {error}. Download it again.") from error

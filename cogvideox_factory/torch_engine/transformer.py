@@ -14,7 +14,6 @@ Legend: B batch, F latent frames, C channels, H W latent height and width, N vid
 S = T + N joint tokens, D width, E size of the time embedding, P elements of a patch.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self, cast
@@ -24,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvideox_factory import draws, weights
-from cogvideox_factory.diffusion.positions import sincos_table
+from cogvideox_factory import weights
 from cogvideox_factory.errors import FactoryError, UnfitError
+from cogvideox_factory.initial_weights import initial_weight
 from cogvideox_factory.models import TransformerConfig
+from cogvideox_factory.network_input import check_ofs, check_transformer_input
 from cogvideox_factory.tensors import StoredTensor
 from cogvideox_factory.torch_engine.block import VECTORS_PER_BLOCK, Block, Modulation, split_vectors
 from cogvideox_factory.torch_engine.border import local, rows_of, to_array, to_tensor, whole
@@ -93,7 +93,11 @@ class CogVideoXTransformer(nn.Module):
         Raises:
             FactoryError: positions or `ofs` that are missing or of another shape; a size the model cannot take.
         """
-        positions = self._check(latents, prompt_embeds, positions)
+        check_transformer_input(
+            self.config, tuple(latents.shape), text_length=prompt_embeds.shape[1],
+            tokens=None if positions is None else (positions.text_length, positions.num_video_tokens),
+        )  # fmt: skip
+        assert positions is not None
         if isinstance(timesteps, Instant):
             now = timesteps
         else:
@@ -182,12 +186,7 @@ class CogVideoXTransformer(nn.Module):
     def _embed_time(self, timesteps: Tensor, ofs: Tensor | None, dtype: torch.dtype) -> Tensor:
         # Apart, because sharding wraps the public method as it does `forward`, which calls this one.
         config = self.config
-        if (ofs is None) != (config.ofs_embed_dim is None):
-            raise FactoryError(
-                "this model needs ofs (a tensor [1] of 2.0)."
-                if ofs is None
-                else "ofs given, but only CogVideoX1.5-I2V takes it; leave it out."
-            )
+        check_ofs(config, is_given=ofs is not None)
         embedding = self.time_embedding(sinusoids(timesteps, config.width, config).to(dtype))
         if self.ofs_embedding is not None and ofs is not None:
             assert config.ofs_embed_dim is not None
@@ -214,64 +213,16 @@ class CogVideoXTransformer(nn.Module):
         x = tokens.view(batch, frames // p_t, height // p, width // p, channels, p_t, p, p)
         return x.permute(0, 1, 5, 4, 2, 6, 3, 7).reshape(batch, frames, channels, height, width)
 
-    def _check(self, latents: Tensor, prompt_embeds: Tensor, positions: Positions | None) -> Positions:
-        config = self.config
-        _, frames, channels, height, width = latents.shape
-        if channels != config.in_channels:
-            kind = "image-to-video" if config.is_image_to_video else "text-to-video"
-            raise FactoryError(
-                f"latents have {channels} channels; this {kind} model takes {config.in_channels}"
-                f"{', half of them the image' if config.is_image_to_video else ''}. Check model and task."
-            )
-        if config.patch_size_t is not None and frames % config.patch_size_t:
-            raise FactoryError(
-                f"{frames} latent frames; this model cuts time into patches of {config.patch_size_t}. "
-                "Pad one in front (diffusion.frames.latent_frames_for_model), or choose e.g. 77 or 85 frames of video."
-            )
-        if positions is None:
-            raise FactoryError(
-                "positions=None: without positions this model draws noise. Pass model.positions(...) of the shape."
-            )
-        p, p_t = config.patch_size, config.patch_size_t or 1
-        tokens, text = frames // p_t * (height // p) * (width // p), prompt_embeds.shape[1]
-        if (positions.num_video_tokens, positions.text_length) != (tokens, text):
-            raise FactoryError(
-                f"positions are of {positions.text_length} text and {positions.num_video_tokens} video tokens, "
-                f"the input has {text} and {tokens}. Make them for latents {frames}x{height}x{width}."
-            )
-        return positions
-
     @torch.no_grad()
     def initialize(self, seed: int = 0) -> None:
-        """Draw all weights anew from `seed`, the same on every engine and device.
-
-        Linears are normal with variance 1 / inputs; norms are 1 and biases 0. Two exceptions: gates start at
-        1 / sqrt(2 num_layers), so that the stream keeps its size through any depth, with small shifts, scales and
-        time dependence around that; and the last projection is a fifth of its usual size, so that the first
-        predictions are near the mean, 0. Neither is zero, as they would be in DiT: a LoRA on drawn weights must have
-        something to turn.
-        """
+        """Draw all weights anew from `seed`, see `initial_weights`."""
         own = self.state_dict()
         for name, slot in diffusers_names(self.config).items():
             held = _held(own[slot.name], slot)
             if held:
                 target, rows = held
-                target.copy_(self._initial(name, slot, seed)[rows].reshape(target.shape))
-
-    def _initial(self, name: str, slot: Slot, seed: int) -> Tensor:
-        config = self.config
-        if name.endswith("pos_embedding"):
-            native = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-            table = sincos_table(config, native, config.sample_height, config.sample_width)
-            return F.pad(to_tensor(table).float(), (0, 0, config.max_text_seq_length, 0))[None]
-        if len(slot.shape) == 1:
-            values = torch.full(slot.shape, 1.0 if "norm" in name.split(".")[-2] and name.endswith("weight") else 0.0)
-            if ".linear.bias" in name and name.startswith("transformer_blocks"):  # shift, scale, gate; twice
-                values.view(2, 3, config.width)[:, 2] = (2 * config.num_layers) ** -0.5
-            return values
-        size = {"proj_out.weight": 0.2}.get(name, 0.1 if ".linear.weight" in name else 1.0)
-        drawn = draws.normal(seed, "initial weight", name, shape=slot.shape)
-        return to_tensor(drawn) * (size * math.prod(slot.shape[1:]) ** -0.5)
+                values = initial_weight(self.config, name, slot.shape, seed=seed)
+                target.copy_(to_tensor(values[rows]).reshape(target.shape))
 
     def load_arrays(self, arrays: Iterable[tuple[str, np.ndarray | StoredTensor]], *, strict: bool = True) -> None:
         """Copy arrays under their diffusers names into the model, one at a time, in the model's dtype.

@@ -13,7 +13,6 @@ then `encode` and `decode` are differentiable (and slower).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -23,14 +22,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cogvideox_factory import weights
+from cogvideox_factory.diffusion.frames import frame_batches
+from cogvideox_factory.diffusion.tiles import TileAxis, tile_axes
 from cogvideox_factory.errors import FactoryError, UnfitError
 from cogvideox_factory.models import VaeConfig
+from cogvideox_factory.network_input import check_latents, check_pixels, check_vae_config
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
-from cogvideox_factory.torch_engine.vae_blocks import Coder, Decoder, Encoder, check_config, initialize, num_time_levels
+from cogvideox_factory.torch_engine.vae_blocks import Coder, Decoder, Encoder, initialize
 from cogvideox_factory.torch_engine.vae_layers import Chunk, Kernels, Weights, pointwise
 from cogvideox_factory.torch_engine.vae_parallel import Rows, share_out
 from cogvideox_factory.torch_engine.vae_scratch import Scratch
-from cogvideox_factory.torch_engine.vae_tiling import TileAxis, run_tiled, tile_axis
+from cogvideox_factory.torch_engine.vae_tiling import run_tiled
 
 # Legend: B batch, F frames or latent frames, C latent channels, H W pixel height and width, h w latent ones.
 
@@ -43,7 +45,7 @@ class CogVideoXVAE(nn.Module):
     def __init__(self, config: VaeConfig, *, seed: int = 0) -> None:
         """Build with random weights to train from; on the meta device they stay empty."""
         super().__init__()
-        check_config(config)
+        check_vae_config(config)
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         latent = config.latent_channels
@@ -122,7 +124,7 @@ class CogVideoXVAE(nn.Module):
     @property
     def spatial_scale(self) -> int:
         """Pixels a latent covers in height and width: 8."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
+        return self.config.spatial_scale
 
     def enable_tiling(
         self,
@@ -138,12 +140,10 @@ class CogVideoXVAE(nn.Module):
         Raises:
             FactoryError: a size that is no multiple of 8, an overlap above one half.
         """
-        scale = self.spatial_scale
-        height = tile_sample_min_height or max(2, self.config.sample_height // (2 * scale)) * scale
-        width = tile_sample_min_width or max(2, self.config.sample_width // (2 * scale)) * scale
-        rows = tile_axis(height, tile_overlap_factor_height or 1 / 6, name="height", scale=scale)
-        columns = tile_axis(width, tile_overlap_factor_width or 1 / 5, name="width", scale=scale)
-        self.tiles = rows, columns
+        self.tiles = tile_axes(
+            self.config, tile_sample_min_height, tile_sample_min_width, tile_overlap_factor_height,
+            tile_overlap_factor_width,
+        )  # fmt: skip
 
     def disable_tiling(self) -> None:
         """Code frames whole."""
@@ -178,7 +178,7 @@ class CogVideoXVAE(nn.Module):
         Raises:
             FactoryError: not such a video, or height or width no multiple of 8.
         """
-        self._check(pixels, self.config.in_channels, "pixels [B, 3, F, H, W]", dim=1, multiple=self.spatial_scale)
+        check_pixels(self.config, tuple(pixels.shape), str(pixels.dtype), is_floating=pixels.is_floating_point())
         batch, _, frames, height, width = pixels.shape
         shape = (self.num_latent_frames(frames), height // self.spatial_scale, width // self.spatial_scale)
         shape = (batch, 2 * self.config.latent_channels, *shape)
@@ -192,7 +192,7 @@ class CogVideoXVAE(nn.Module):
         Raises:
             FactoryError: not such latents.
         """
-        self._check(latents, self.config.latent_channels, "latents [B, F, C, h, w]", dim=2, multiple=1)
+        check_latents(self.config, tuple(latents.shape), str(latents.dtype), is_floating=latents.is_floating_point())
         batch, frames, _, height, width = latents.shape
         shape = (self._pixel_frames(frames), height * self.spatial_scale, width * self.spatial_scale)
         shape = (batch, self.config.out_channels, *shape)
@@ -280,7 +280,7 @@ class CogVideoXVAE(nn.Module):
         total = 0
         for start, stop in frame_batches(num_frames, 4 * self.frame_batch):
             frames = stop - start
-            for _ in range(num_time_levels(self.config)):
+            for _ in range(self.config.num_time_levels):
                 frames = (frames + 1) // 2
             total += frames
         return total
@@ -289,30 +289,8 @@ class CogVideoXVAE(nn.Module):
         total = 0
         for start, stop in frame_batches(num_latents, self.frame_batch):
             single = (stop - start) % 2
-            total += single + (stop - start - single) * 2 ** num_time_levels(self.config)
+            total += single + (stop - start - single) * 2**self.config.num_time_levels
         return total
-
-    def _check(self, video: Tensor, channels: int, what: str, *, dim: int, multiple: int) -> None:
-        """Refuse what has not 5 dimensions and these `channels` at `dim`, or does not divide into latents."""
-        shape = tuple(video.shape)
-        if video.ndim != 5 or shape[dim] != channels or 0 in shape or not video.is_floating_point():
-            raise FactoryError(
-                f"expected {what} with {channels} channels, at least one frame and a floating dtype; got shape "
-                f"{shape} of {video.dtype}. uint8 frames go through pixels_from_uint8 first."
-            )
-        height, width = shape[3:]
-        if height % multiple or width % multiple:
-            nearest = [max(1, round(size / multiple)) * multiple for size in (height, width)]
-            raise FactoryError(
-                f"frames of {height}x{width} (height x width): this VAE takes multiples of {multiple}. "
-                f"Resize or crop to {nearest[0]}x{nearest[1]}."
-            )
-
-
-def frame_batches(count: int, size: int) -> list[tuple[int, int]]:
-    """Return (start, stop) of each batch of `size` frames, the remainder joined to the first."""
-    first = size + count % size if count >= size else count
-    return list(pairwise([0, *range(first, count + 1, size)]))
 
 
 def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:

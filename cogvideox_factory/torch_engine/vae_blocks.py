@@ -6,7 +6,6 @@ frame alone.
 """
 
 from dataclasses import replace
-from math import log2
 
 import numpy as np
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cogvideox_factory import draws
-from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.models import VaeConfig
 from cogvideox_factory.torch_engine import vae_conv
 from cogvideox_factory.torch_engine.vae_layers import (
@@ -202,7 +200,7 @@ class Encoder(Coder):
         for level, (before, after) in enumerate(zip((channels[0], *channels), channels)):
             stage = Stage(config, before, after, config.layers_per_block, is_decoder=False)
             if level < len(channels) - 1:
-                stage.downsamplers.append(Downsample(after, in_time=level < num_time_levels(config)))
+                stage.downsamplers.append(Downsample(after, in_time=level < config.num_time_levels))
             self.down_blocks.append(stage)
         self.mid_block = Stage(config, channels[-1], channels[-1], 2, is_decoder=False)
         self.norm_out = GroupNorm(channels[-1], config.norm_num_groups, 1e-6)
@@ -225,7 +223,7 @@ class Decoder(Coder):
         for level, (before, after) in enumerate(zip((channels[0], *channels), channels)):
             stage = Stage(config, before, after, config.layers_per_block + 1, is_decoder=True)
             if level < len(channels) - 1:
-                stage.upsamplers.append(Upsample(after, in_time=level < num_time_levels(config)))
+                stage.upsamplers.append(Upsample(after, in_time=level < config.num_time_levels))
             self.up_blocks.append(stage)
         self.norm_out = SpatialNorm(channels[-1], config.norm_num_groups, config.latent_channels)
         self.conv_out = CausalConv(channels[-1], config.out_channels)
@@ -237,11 +235,6 @@ class Decoder(Coder):
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
         """Map one chunk of latents `x` [B, F, h, w, Z] to pixels [B, T, H, W, 3]."""
         return super().forward(x, replace(chunk, latents=x))
-
-
-def num_time_levels(config: VaeConfig) -> int:
-    """Return how many changes of size also change the frame count."""
-    return int(log2(config.temporal_compression_ratio))
 
 
 def _checkpointed(stage: nn.Module, x: Tensor, chunk: Chunk) -> Tensor:
@@ -260,37 +253,6 @@ def _checkpointed(stage: nn.Module, x: Tensor, chunk: Chunk) -> Tensor:
     out, *tails = checkpoint(run, x, use_reentrant=False)
     chunk.tails.update(zip(convs, tails))
     return out
-
-
-def check_config(config: VaeConfig) -> None:
-    """Refuse a config these layers cannot build.
-
-    Raises:
-        UnfitError: other block types or activations, channels the norm groups do not divide.
-    """
-    channels, groups = config.block_out_channels, config.norm_num_groups
-    levels = len(channels)
-    if (
-        config.down_block_types != ("CogVideoXDownBlock3D",) * levels
-        or config.up_block_types != ("CogVideoXUpBlock3D",) * levels
-    ):
-        raise UnfitError(
-            f"down_block_types={config.down_block_types}, up_block_types={config.up_block_types}: this VAE has one "
-            f"CogVideoXDownBlock3D and one CogVideoXUpBlock3D for each of the {levels} block_out_channels."
-        )
-    if config.act_fn not in ("silu", "swish"):
-        raise UnfitError(f"act_fn={config.act_fn!r}: every CogVideoX VAE has 'silu', and this one knows no other.")
-    for count in channels:
-        if count % groups:
-            raise UnfitError(
-                f"block_out_channels={channels} needs each divisible by norm_num_groups={groups}; {count} is not."
-            )
-    ratio = config.temporal_compression_ratio
-    if ratio not in [2**level for level in range(levels)]:
-        raise UnfitError(
-            f"temporal_compression_ratio={ratio}: time is halved in some of the {levels - 1} changes of size, so it "
-            f"must be a power of two up to {2 ** (levels - 1)}. Use 4."
-        )
 
 
 # 1.7 undoes SiLU; with silent second convolutions every block starts as its shortcut.

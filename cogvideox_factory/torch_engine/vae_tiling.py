@@ -6,52 +6,13 @@ tile only its last rows and columns need to be kept.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
 
-from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.diffusion.tiles import TileAxis, tile_corners
 
 # Legend: B batch, F frames, C channels, H W height and width; tiles are [B, C, F, H, W].
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TileAxis:
-    """Tile size and overlap along height or width, in latents."""
-
-    size: int
-    overlap: int
-
-    @property
-    def step(self) -> int:
-        """Distance between the starts of two tiles."""
-        return self.size - self.overlap
-
-
-def tile_axis(pixels: int, overlap_factor: float, *, name: str, scale: int) -> TileAxis:
-    """Return the tiling for tiles of `pixels` that share `overlap_factor` of their size with the next one.
-
-    The overlap is cut to whole latents of `scale` pixels, at least one. Where it is whole from the start (as with
-    every published model's default) this is diffusers' tiling; where not, diffusers' output has the wrong size.
-
-    Raises:
-        FactoryError: a tile that is no multiple of `scale`, or an overlap of more than half.
-    """
-    if pixels % scale or pixels < 2 * scale:
-        nearest = max(2, round(pixels / scale)) * scale
-        raise FactoryError(
-            f"tile_sample_min_{name}={pixels} is no multiple of {scale} from {2 * scale} on; "
-            f"one latent covers {scale} pixels. Use {nearest}."
-        )
-    if not 0 < overlap_factor <= 0.5:
-        raise FactoryError(
-            f"tile_overlap_factor_{name}={overlap_factor}: a tile shares more than 0 and at most half (0.5) of itself "
-            "with the next one. Use about 0.2."
-        )
-    size = pixels // scale
-    return TileAxis(size=size, overlap=max(1, int(size * overlap_factor + 1e-6)))
 
 
 def run_tiled(
@@ -70,7 +31,7 @@ def run_tiled(
     latent covers on either side: 8 or 1.
     """
     height, width = (size // in_scale for size in video.shape[3:])
-    corners = list(product(range(0, height, rows.step), range(0, width, columns.step)))
+    corners = tile_corners(height, width, rows, columns)
     tiles = [_cut(video, top, rows.size, left, columns.size, in_scale) for top, left in corners]
     above: dict[int, Tensor] = {}
     left_edge = None

@@ -6,6 +6,7 @@ import torch
 
 from cogvideox_factory.errors import FactoryError, UnfitError
 from cogvideox_factory.lora_files import load_lora, save_lora
+from cogvideox_factory.lora_names import ATTENTION, match_targets
 from cogvideox_factory.models import PUBLISHED, tiny_facts
 from cogvideox_factory.torch_engine.lora import (
     adapter_names,
@@ -21,7 +22,7 @@ from cogvideox_factory.torch_engine.lora import (
     unmerge_lora,
 )
 from cogvideox_factory.torch_engine.lora_linear import LoraFactors, LoraLinear
-from cogvideox_factory.torch_engine.lora_targets import ATTENTION, find_targets, match_targets
+from cogvideox_factory.torch_engine.lora_targets import find_targets
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 
 TOLERANCE = 1e-5

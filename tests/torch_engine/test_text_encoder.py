@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cogvideox_factory import text_encoder_files
 from cogvideox_factory.errors import FactoryError, MissingError, UnfitError
-from cogvideox_factory.torch_engine import text_encoder as module
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder, load_tokenizer
 
 CAPTIONS = ["A red circle moves left.", "", "a slow pan, " * 30, "  two\nlines\tand   spaces "]
@@ -123,7 +123,7 @@ def _write_sentencepiece_tokenizer(folder, spm):
 def test_the_missing_library_is_named(tmp_path, monkeypatch):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "spiece.model").write_bytes(b"")
-    monkeypatch.setattr(module, "_PIECE_LIBRARIES", {"sentencepiece": "no_such_package.sentencepiece"})
+    monkeypatch.setattr(text_encoder_files, "_PIECE_LIBRARIES", {"sentencepiece": "no_such_package.sentencepiece"})
     with pytest.raises(MissingError, match="pip install sentencepiece"):
         load_tokenizer(tmp_path)
 

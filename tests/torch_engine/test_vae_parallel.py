@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from cogvideox_factory.diffusion.frames import frame_batches
 from cogvideox_factory.models import VaeConfig
-from cogvideox_factory.torch_engine.vae import CogVideoXVAE, frame_batches
+from cogvideox_factory.torch_engine.vae import CogVideoXVAE
 from cogvideox_factory.torch_engine.vae_blocks import Downsample, Upsample
 from cogvideox_factory.torch_engine.vae_layers import CausalConv, GroupNorm
 from tests.torch_engine.processes import run_in

@@ -1,0 +1,107 @@
+"""Updating weights: what happens between the gradients of micro-batches and the next forward pass.
+
+An `Update` accumulates in float32, clips by the global norm, skips a step that is not finite, and lets AdamW work on
+float32 master weights, which it writes back into the model. All state is in parameters that change in place, so both
+halves compile: `add` a micro-batch's gradients, then `step`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, mint, ops
+
+from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.mindspore_engine.border import to_array, to_tensor
+from cogvideox_factory.mindspore_engine.device import PYNATIVE, Mode
+
+
+class Update:
+    """Turn gradients of `parameters` into new weights."""
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        max_grad_norm: float,
+        decoupled: bool = True,
+        mode: Mode = PYNATIVE,
+    ) -> None:
+        """Make all state.
+
+        Args:
+            parameters: what is trained, by unique names.
+            betas: decay of the first and the second moment.
+            eps: added to the denominator.
+            weight_decay: decoupled (AdamW, Loshchilov & Hutter, arXiv 1711.05101), or added to the gradient (Adam).
+            max_grad_norm: to which the norm of all gradients together is clipped.
+            decoupled: which of the two.
+            mode: how `step` runs.
+
+        Raises:
+            FactoryError: nothing is to be trained.
+        """
+        self.trained = list(parameters)
+        if not self.trained:
+            raise FactoryError("no weight is to be trained; check train.method and lora.target_modules.")
+        self.betas, self.eps, self.weight_decay, self.decoupled = betas, eps, weight_decay, decoupled
+        self.max_grad_norm = max_grad_norm
+        self.masters = [p if p.dtype == ms.float32 else _state(p, "master", to_array(p)) for p in self.trained]
+        self.sums = [_state(p, "sum") for p in self.trained]
+        self.exp_avg = [_state(p, "exp_avg") for p in self.trained]
+        self.exp_avg_sq = [_state(p, "exp_avg_sq") for p in self.trained]
+        self.num_updates = Parameter(Tensor(np.float32(0)), name="optimizer.num_updates", requires_grad=False)
+        self.num_skipped = Parameter(Tensor(np.float32(0)), name="optimizer.num_skipped", requires_grad=False)
+        self._step: Callable[[Tensor], Tensor] = mode.compiled(self._update)
+
+    def add(self, grads: Sequence[Tensor]) -> None:
+        """Add the gradients of one micro-batch, one for each trained parameter; compiles within another function."""
+        for total, grad in zip(self.sums, grads):
+            ops.assign_add(total, grad.astype(ms.float32))
+
+    def step(self, learning_rate: float) -> Tensor:
+        """Clip, update and clear the gradients; return the global gradient norm (a device scalar).
+
+        A step whose norm is not finite leaves weights and state as they are and is counted in `num_skipped`.
+        """
+        return self._step(to_tensor(np.array(learning_rate, np.float32)))
+
+    def _update(self, learning_rate: Tensor) -> Tensor:
+        squares = self.sums[0].square().sum()
+        for total in self.sums[1:]:
+            squares = squares + total.square().sum()
+        norm = ops.sqrt(squares)
+        accepted = ops.isfinite(norm)
+        factor = mint.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
+        count = self.num_updates + accepted.astype(ms.float32)
+        beta1, beta2 = self.betas
+        first_correction = 1 - ops.pow(Tensor(beta1, ms.float32), count)
+        second_correction = 1 - ops.pow(Tensor(beta2, ms.float32), count)
+        for index in range(len(self.trained)):
+            master, first, second = self.masters[index], self.exp_avg[index], self.exp_avg_sq[index]
+            grad = self.sums[index] * factor
+            if not self.decoupled:
+                grad = grad + self.weight_decay * master
+            new_first = first + (grad - first) * (1 - beta1)
+            new_second = second * beta2 + grad.square() * (1 - beta2)
+            decayed = master * (1 - learning_rate * self.weight_decay) if self.decoupled else master
+            denominator = ops.sqrt(new_second) / ops.sqrt(second_correction) + self.eps
+            new = decayed - learning_rate / first_correction * (new_first / denominator)
+            ops.assign(first, mint.where(accepted, new_first, first))
+            ops.assign(second, mint.where(accepted, new_second, second))
+            ops.assign(master, mint.where(accepted, new, master))
+            if self.trained[index].dtype != ms.float32:
+                ops.assign(self.trained[index], master.astype(self.trained[index].dtype))
+            ops.assign(self.sums[index], ops.zeros_like(self.sums[index]))
+        ops.assign(self.num_updates, count)
+        ops.assign_add(self.num_skipped, 1 - accepted.astype(ms.float32))
+        return norm
+
+
+def _state(parameter: Parameter, kind: str, values: np.ndarray | None = None) -> Parameter:
+    """Return float32 state of a weight, zeros unless it has `values`."""
+    array = np.zeros(parameter.shape, np.float32) if values is None else values.astype(np.float32)
+    return Parameter(Tensor(array), name=f"optimizer.{kind}.{parameter.name}", requires_grad=False)
