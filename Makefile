@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 MINDSPORE_VENV := .venv-mindspore
 
-.PHONY: help install demo test test-mindspore test-lessons faults check format bench clean
+.PHONY: help install demo test test-mindspore test-slow test-lessons faults check format bench clean
 
 help:
 	@echo "make demo     install, then run the whole factory on embedded data"
 	@echo "make test     install, then run the tests (CPU, no network)"
 	@echo "make test-mindspore  the tests of the MindSpore engine, in an environment of its own (.venv-mindspore)"
+	@echo "make test-slow  the tests that take tens of seconds each (CI runs them too)"
 	@echo "make test-lessons  teach the embedded models in all four ways and hold them to their scores (10 minutes)"
 	@echo "make faults   the full tier of faults made on purpose, and docs/faults.md (a quarter of an hour)"
 	@echo "make check    format, lint and type checks"
@@ -42,8 +43,11 @@ $(MINDSPORE_VENV)/.installed: pyproject.toml constraints-mindspore.txt
 	$(MINDSPORE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
+test-slow: install
+	$(BIN)/pytest -n 2 -m slow
+
 test-lessons: install
-	$(BIN)/pytest -n 2 -m "slow or not slow" tests/tiny/test_lessons.py
+	$(BIN)/pytest -n 2 -m "slow or long" tests/tiny/test_lessons.py
 
 faults: install
 	$(BIN)/python -m tests.faults --tier full --json docs/faults.json --markdown docs/faults.md

@@ -19,7 +19,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     root = tmp_path_factory.mktemp("tiny-models")
 
     @cache
-    def build(variant: str, seed: int = 0, dtype: str = "float32") -> Path:
+    def build(variant: str, seed: int, dtype: str) -> Path:
         return build_tiny_model(root / f"{variant}-{seed}-{dtype}", variant, seed, dtype)
 
-    return build
+    return lambda variant, seed=0, dtype="float32": build(variant, seed, dtype)

@@ -300,6 +300,7 @@ print(json.dumps({"status": status, "loaded": loaded, "clips": clips, "weights":
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_give_the_tree_of_one_and_a_rerun_loads_neither_framework_nor_decoder(clips, tmp_path):
     """Real encoders in real processes, counted by what they say and by every file they open."""
     model = tmp_path / "tiny"

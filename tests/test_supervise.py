@@ -260,6 +260,7 @@ def test_a_command_line_of_the_older_trainers_is_launched_as_it_was_typed(tmp_pa
     assert "did you mean 'learning_rate'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_machines_lose_a_process_and_end_as_if_they_had_not(tiny_model, tmp_path):
     """torchrun itself, started twice on this machine, as two would; a rank of the second is killed on its way."""
     from tests.faults.makers import good_set

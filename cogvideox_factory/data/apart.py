@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import cache
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from cogvideox_factory.data.clip import Clip
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video_info import DEFAULT_LIMITS, Limits, VideoInfo
+from cogvideox_factory.metrics import say
 
 PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from cogvideox_factory.data.decoder import main; main()"
@@ -115,16 +117,23 @@ def read_condition(clip: Clip, *, draw: tuple[int, str, str]) -> np.ndarray:
     return pixels
 
 
+class _NoProcessError(Exception):
+    """None can be started."""
+
+
 class _Decoder:
     """A process that decodes, and answers one question at a time."""
 
     def __init__(self) -> None:
         self.is_good = False
         """Whether it waits for a question."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-        )  # fmt: skip
+        command = [sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path)]
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+            )
+        except OSError as error:
+            raise _NoProcessError(str(error)) from error
         assert self._process.stdout is not None
         if hasattr(fcntl, "F_SETPIPE_SZ"):  # pixels come in fewer turns
             with suppress(PermissionError):  # a user may hold only so many
@@ -203,21 +212,41 @@ _pool = _Pool()
 
 
 def _ask(path: Path, what: str, **more: Any) -> tuple[dict[str, Any], np.ndarray | None]:
-    line = json.dumps({"do": what, "path": str(path), **more}).encode() + b"\n"
+    question = {"do": what, "path": str(path), **more}
+    line = json.dumps(question).encode() + b"\n"
     while True:
-        with _pool.one() as (decoder, is_fresh):
-            answer = decoder.ask(line)
-            code = decoder.end() if answer is None else 0
+        try:
+            with _pool.one() as (decoder, is_fresh):
+                answer = decoder.ask(line)
+                code = decoder.end() if answer is None else 0
+        except _NoProcessError as error:
+            return _ask_here(question, str(error))
         if answer is not None:
             break
         if code < 0:
             raise ClipError("video.decoder_crash", f"{path.name}: {_ended_by(-code)}; convert it, or leave it out")
         if code or is_fresh:  # an idle one may have left just then
             raise RuntimeError(f"the process that decodes ended with exit code {code} at {path}")
-    said, pixels = answer
+    return _checked(*answer)
+
+
+def _checked(said: dict[str, Any], pixels: np.ndarray | None) -> tuple[dict[str, Any], np.ndarray | None]:
     if "code" in said:
         raise ClipError(said["code"], said["message"])
     return said, pixels
+
+
+def _ask_here(question: dict[str, Any], why: str) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Answer in this process, which a decoder that crashes would then end."""
+    from cogvideox_factory.data import decoder
+
+    _say_once(f"clips are decoded in this process, as none can be started for it: {why}")
+    return _checked(*decoder.answer(json.loads(json.dumps(question))))
+
+
+@cache
+def _say_once(text: str) -> None:
+    say(text)
 
 
 def _ended_by(number: int) -> str:

@@ -229,7 +229,10 @@ def _setting_behind(found: Difference, all_found: list[Difference]) -> str | Non
     if name == "video.windows" and (policy := str(old).partition(",")[0]) == str(new).partition(",")[0]:
         return "data.max_windows" if policy == "uniform" else "data.window_stride"
     if name == "video.buckets":
-        old, new = (json.loads(rule) if isinstance(rule, str) else {} for rule in (old, new))
+        try:
+            old, new = (json.loads(rule) if rule else {} for rule in (old, new))
+        except (ValueError, TypeError):  # nothing this program writes
+            return _SET_BY[name]
         match [key for key in old | new if old.get(key) != new.get(key)]:
             case ["max_buckets"]:
                 return "data.max_buckets"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from dataclasses import fields
 
 import numpy as np
@@ -136,3 +137,15 @@ def test_threads_and_forks_do_not_mix_up_answers(clips, fresh):
         os._exit(0 if not apart._pool.idle and same("0.mp4") else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert same("1.mp4")
+
+
+def test_where_no_process_can_be_started_clips_are_decoded_in_this_one(clips, fresh, monkeypatch, capsys):
+    path = clips / "0.mp4"
+    expected = apart.probe_clip(path)
+    apart._pool.end()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    found = [apart.probe_clip(path) for _ in range(2)]
+    assert all(info.pts == expected.pts and np.array_equal(info.times, expected.times) for info in found)
+    with pytest.raises(ClipError):
+        apart.probe_clip(path.with_suffix(".txt"))
+    assert capsys.readouterr().out.count("clips are decoded in this process, as none can be started for it") == 1

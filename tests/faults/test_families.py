@@ -7,10 +7,16 @@ from tests.faults.report import bound, figures, to_json, to_markdown
 from tests.faults.trial import Trial, Verdict, in_child
 
 _ELSEWHERE = ("F12",)  # `test_catalogue` does every row of it
+_SLOW = ("F1", "F3", "F18", "F19", "F20", "F21")
 
 
 @pytest.mark.parametrize(
-    "family", [f for f in FAMILIES if f.quick and f.id not in _ELSEWHERE], ids=lambda family: family.id
+    "family",
+    [
+        pytest.param(f, marks=pytest.mark.slow if f.id in _SLOW else (), id=f.id)
+        for f in FAMILIES
+        if f.quick and f.id not in _ELSEWHERE
+    ],
 )
 def test_family(family: Family):
     result = run_family(family, family.quick)

@@ -101,6 +101,7 @@ def test_shortcuts_cost_at_most_two_points_of_what_the_judge_sees(held_out, t2v,
     assert 30 < psnr < 60, "another video, but nearly the same"
 
 
+@pytest.mark.slow
 def test_image_to_video_starts_at_the_image_and_moves_as_told(held_out):
     scenes, drawn = held_out
     pipe = CogVideoXPipeline.from_pretrained("tiny-i2v", tiling=False)

@@ -12,10 +12,10 @@ from cogvideox_factory.cli import demo
 @pytest.mark.parametrize(
     ("task", "method"),
     [
-        ("t2v", "lora"),
-        pytest.param("t2v", "full", marks=pytest.mark.slow),
-        pytest.param("i2v", "lora", marks=pytest.mark.slow),
-        pytest.param("i2v", "full", marks=pytest.mark.slow),
+        pytest.param("t2v", "lora", marks=pytest.mark.slow),
+        pytest.param("t2v", "full", marks=pytest.mark.long),
+        pytest.param("i2v", "lora", marks=pytest.mark.long),
+        pytest.param("i2v", "full", marks=pytest.mark.long),
     ],
 )
 def test_a_lesson_is_learned_and_costs_little_of_what_was_known(tmp_path, task, method):

@@ -97,6 +97,7 @@ def update_of(made: CogVideoXTransformer) -> Update:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_machine_code_gives_the_same_loss_and_gradients(monkeypatch, tmp_path):
     # A process that was killed leaves half a library in the usual folder.
@@ -111,6 +112,7 @@ def test_machine_code_gives_the_same_loss_and_gradients(monkeypatch, tmp_path):
     assert counters["stats"]["unique_graphs"] == 1, "what is not trained is not compiled"
 
 
+@pytest.mark.slow
 def test_there_are_as_many_graphs_as_announced_and_a_shape_more_is_an_error():
     """Of four blocks: the first and the last have graphs of their own, those between them share one."""
     compiled, plain = (model("full", adapters=True, num_layers=4) for _ in range(2))

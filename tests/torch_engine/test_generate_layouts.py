@@ -89,7 +89,7 @@ def root(tmp_path_factory, tiny_model):
     return folder
 
 
-@pytest.mark.parametrize("size", LAYOUTS)
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_model_makes_the_same_frames_in_every_layout(root, size, tmp_path):
     results = run_in(size, make_each, root, size, folder=tmp_path)
     alone = {}

@@ -102,6 +102,7 @@ def root(tmp_path_factory, tiny_model):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", CASES)
 def test_frames_equal_one_process_and_each_file_is_written_once(root, tiny_model, size, tmp_path, capsys):
     configs = [

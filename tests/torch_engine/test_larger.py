@@ -69,9 +69,9 @@ def peak_of_a_step(config: TransformerConfig, ranks: Ranks) -> float:
 @pytest.mark.parametrize(
     ("name", "gigabytes"),
     [
-        ("10B", 25.6),
-        pytest.param("20B", 35.7, marks=pytest.mark.slow),
-        pytest.param("30B", 47.3, marks=pytest.mark.slow),
+        pytest.param("10B", 25.6, marks=pytest.mark.slow),
+        pytest.param("20B", 35.7, marks=pytest.mark.long),
+        pytest.param("30B", 47.3, marks=pytest.mark.long),
     ],
 )
 def test_memory_of_a_step_is_what_the_original_took(name, gigabytes, rank_0_of_8, record_property):

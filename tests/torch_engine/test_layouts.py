@@ -99,7 +99,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", LAYOUTS)
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_twenty_steps_go_the_way_of_one_process(folder, size, tmp_path):
     configs = [settings(folder, dir=str(tmp_path / f"many-{n}"), **case) for n, case in enumerate(LAYOUTS[size])]
     run_in(size, train_each, configs, folder=tmp_path)
@@ -116,6 +116,7 @@ RAW = [
 ]
 
 
+@pytest.mark.slow
 def test_a_sequence_encodes_each_raw_clip_once_and_goes_the_way_of_one_process(folder, tmp_path):
     watched = {"steps": 3, "batch_size": 2, "validation": {"every": 3, "num_clips": 1}}
     cases = [case | watched | ({"image_noise": True} if "task" in case else {}) for case in RAW]
@@ -187,6 +188,7 @@ def test_a_run_goes_on_with_other_processes(folder, tmp_path):
     assert_close(tmp_path / "moved", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_many_goes_on_exactly(folder, tmp_path):
     parallel = {"zero": 3, "sequence": 2}
     parts = {"dir": str(tmp_path / "parts"), "parallel": parallel}

@@ -679,6 +679,7 @@ def test_a_run_out_of_time_saves_leaves_and_goes_on_by_the_same_command(tiny_mod
     assert_same(whole, train.run(cached(tiny_model, clips, caches, tmp_path, train=options)))
 
 
+@pytest.mark.slow
 def test_a_compiled_run_goes_the_same_way(tiny_model, clips, caches, tmp_path, monkeypatch, capsys):
     """With validation and sample videos in between, which are not compiled; by the quick half of the compiler."""
     monkeypatch.setattr(train, "compile_blocks", partial(train.compile_blocks, backend="aot_eager"))
