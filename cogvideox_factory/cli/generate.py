@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from cogvideox_factory.cli.engine import load_engine
 from cogvideox_factory.cli.original import expand
 from cogvideox_factory.cli.settings import parse
 from cogvideox_factory.config import Config, Parallel
@@ -12,16 +13,14 @@ In place of a recipe give a run folder (cogvideox generate runs/mine --generate.
 learned at the size it was trained at, or --like VIDEO for the settings of a video made before. The same settings give
 the same video, on one process or on the many that torchrun starts (parallel.*), and the same command again makes only
 what is missing."""
-SECTIONS = ("task", "model", "text", "sampling", "generate", "parallel", "run")
+SECTIONS = ("task", "engine", "mindspore", "model", "text", "sampling", "generate", "parallel", "run")
 
 
 def run(argv: list[str]) -> None:
     """Parse and generate."""
     base, argv = starting_point(expand("generate", argv))
     config = parse("generate", argv, sections=SECTIONS, description=DESCRIPTION, base=base)
-    from cogvideox_factory.torch_engine import generate
-
-    generate.run(config)
+    load_engine(config, "generate", sections=SECTIONS).run(config)
 
 
 def starting_point(argv: list[str]) -> tuple[Config | None, list[str]]:

@@ -64,6 +64,8 @@ def run(argv: list[str]) -> int:
         raise FactoryError(f"{asked}; usage: {USAGE}")
     ours = expand("train", words[1:], launched=chosen.nproc * chosen.nodes)
     config = parse("train", ours, sections=train.SECTIONS, description=train.DESCRIPTION)
+    if config.engine != "torch":
+        raise FactoryError(f"engine={config.engine} runs in one process; use `cogvideox train`, or --engine torch")
     from pathlib import Path
 
     from cogvideox_factory import supervise

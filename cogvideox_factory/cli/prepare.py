@@ -5,15 +5,17 @@ import os
 
 from pydantic import BaseModel, ConfigDict
 
+from cogvideox_factory.cli.engine import load_engine, require_able
 from cogvideox_factory.cli.original import expand
 from cogvideox_factory.cli.settings import parse_with
+from cogvideox_factory.config import Config
 from cogvideox_factory.metrics import say
 
 DESCRIPTION = """Encode clips and captions once, so that training never waits for a decoder, the VAE or T5.
 Run it again after an interruption or with more clips: finished entries are kept, only what is missing is made. Several
 processes or machines that see one cache folder share the work with --prepare.shard; those that torchrun starts do so by
 themselves."""
-SECTIONS = ("task", "model", "data", "cache", "text", "run")
+SECTIONS = ("task", "engine", "mindspore", "model", "data", "cache", "text", "run")
 
 
 class Prepare(BaseModel):
@@ -36,6 +38,7 @@ class Flags(BaseModel):
 def run(argv: list[str]) -> None:
     """Parse and prepare; a framework is imported only if something is to be encoded."""
     config, ask = parse_with("prepare", expand("prepare", argv), sections=SECTIONS, description=DESCRIPTION, own=Flags)
+    require_able(config, SECTIONS)
     from cogvideox_factory import preparation
 
     shard = preparation.Shard.of_process(os.environ)
@@ -45,13 +48,11 @@ def run(argv: list[str]) -> None:
         say(f"process {shard.number} of {shard.count} that torchrun started: --prepare.shard {shard}")
     gc.disable()  # rows and entries by the thousand, none in cycles: collecting takes a tenth of a run that ends here
     try:
-        preparation.run(config, _engine, shard=shard)
+        preparation.run(config, lambda: _engine(config), shard=shard)
     finally:
         gc.enable()
 
 
-def _engine():
+def _engine(config: Config):
     gc.enable()
-    from cogvideox_factory.torch_engine.prepare import TorchEngine
-
-    return TorchEngine()
+    return load_engine(config, "prepare", sections=SECTIONS).engine_of(config)

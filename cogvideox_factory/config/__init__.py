@@ -12,11 +12,11 @@ from cogvideox_factory.config.data import Cache, Data, DataSet, Text
 from cogvideox_factory.config.generation import Generate, Sampling
 from cogvideox_factory.config.laws import problems_of
 from cogvideox_factory.config.section import Section
-from cogvideox_factory.config.start import Model, Run
+from cogvideox_factory.config.start import MindSpore, Model, Run
 from cogvideox_factory.config.training import Lora, Parallel, Train, Vae, Validation
 
-__all__ = ["Cache", "Config", "Data", "DataSet", "Generate", "Lora", "Model", "Parallel", "Run", "Sampling", "Text",
-           "Train", "Vae", "Validation"]  # fmt: skip
+__all__ = ["Cache", "Config", "Data", "DataSet", "Generate", "Lora", "MindSpore", "Model", "Parallel", "Run",
+           "Sampling", "Text", "Train", "Vae", "Validation"]  # fmt: skip
 
 
 class Config(Section):
@@ -24,6 +24,8 @@ class Config(Section):
 
     task: Literal["t2v", "i2v"] = "t2v"
     """t2v: text to video. i2v: text and a first image to video."""
+    engine: Literal["torch", "mindspore"] = "torch"
+    """What computes: PyTorch, or MindSpore (needs the extra of that name)."""
     model: Model = Model()
     data: Data = Data()
     cache: Cache = Cache()
@@ -35,6 +37,7 @@ class Config(Section):
     sampling: Sampling = Sampling()
     validation: Validation = Validation()
     generate: Generate = Generate()
+    mindspore: MindSpore = MindSpore()
     run: Run = Run()
 
     @model_validator(mode="after")

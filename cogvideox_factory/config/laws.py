@@ -1,7 +1,7 @@
 """What settings of several sections must have in common; every contradiction is told at once."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
 
 from cogvideox_factory.config.data import Data
 from cogvideox_factory.config.generation import Generate
@@ -165,8 +165,60 @@ def _problems_of_sets(data: Data, task: str) -> list[str]:
     return problems
 
 
+def lacking_in_mindspore(config: "Config", sections: Collection[str]) -> list[str]:
+    """Return one line for each setting in `sections`, those a command reads, that the MindSpore engine has not."""
+    problems = [
+        f"{section}.{field}={_spelled(value)}: the MindSpore engine has not got this; {instead}"
+        for section, field, has, instead in _LACKING
+        if section in sections and not has(value := getattr(getattr(config, section), field))
+    ]
+    if "parallel" in sections:
+        default = type(config.parallel)()
+        problems += [
+            f"parallel.{field}={_spelled(value)}: the MindSpore engine runs in one process; remove it, or use "
+            "--engine torch"
+            for field in ("sequence", "ring", "guidance", "zero", "replicas")
+            if (value := getattr(config.parallel, field)) != getattr(default, field)
+        ]
+    return problems
+
+
+def _spelled(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _is_off(value: object) -> bool:
+    return not value
+
+
+# What the MindSpore engine has not got: section, setting, whether it has a value, and what there is instead.
+_LACKING: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
+    ("train", "optimizer", lambda value: value in ("adamw", "adam"), "use adamw or adam, or --engine torch"),
+    ("train", "master_weights", lambda value: value == "float32", "use float32, or --engine torch"),
+    ("train", "optimizer_offload", _is_off, "leave it off, or use --engine torch"),
+    ("train", "activation_offload", _is_off, "leave it off, or use --engine torch"),
+    ("train", "swapped_blocks", _is_off, "use 0, or --engine torch"),
+    ("train", "checkpointing_layers", _is_off, "remove it (all layers do alike), or use --engine torch"),
+    (
+        "train", "compile", lambda value: value == "none",
+        "it is torch.compile; --mindspore.mode 0 compiles here",
+    ),
+    ("train", "async_checkpoint", _is_off, "leave it off, or use --engine torch"),
+    ("train", "spike_factor", _is_off, "remove it, or use --engine torch"),
+    ("lora", "base", lambda value: value == "model", "use model, or --engine torch"),
+    ("validation", "every", _is_off, "use 0, or --engine torch"),
+    ("run", "tf32", _is_off, "it is a format of CUDA cards; remove it"),
+    ("run", "peak_tflops", _is_off, "its log has no MFU; remove it"),
+)  # fmt: skip
+
 # Settings that would be read by nobody, and when: setting one away from its default is a mistake worth a line.
 _WITHOUT_EFFECT: tuple[tuple[Callable[["Config"], bool], str, tuple[str, ...]], ...] = (
+    (
+        lambda config: config.engine != "mindspore",
+        "engine=torch",
+        ("mindspore.mode", "mindspore.jit_level", "mindspore.amp_level"),
+    ),
+    (lambda config: config.mindspore.mode == 1, "mindspore.mode=1, which compiles nothing", ("mindspore.jit_level",)),
     (
         lambda config: config.task == "t2v",
         "task=t2v",

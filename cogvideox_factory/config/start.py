@@ -22,6 +22,19 @@ class Model(Section):
     those of `transformer`, or random ones to train from (train.method full)."""
 
 
+class MindSpore(Section):
+    """How the MindSpore engine runs; used when engine is mindspore."""
+
+    mode: Annotated[int, Field(ge=0, le=1)] = 1
+    """0: what has a gradient, the VAE and the text encoder are compiled into graphs, one a shape, which takes about a
+    second a layer on a CPU. 1 (PyNative): one operator after the other."""
+    jit_level: Literal["O0", "O1", "O2"] = "O0"
+    """How much the compiler of mode 0 may do; O2 needs an Ascend card."""
+    amp_level: Literal["O0", "O1", "O2", "O3"] | None = None
+    """O0: float32 throughout. O1, O2 (alike here): arithmetic in run.dtype over weights in float32. O3: weights in
+    run.dtype as well. Norms and softmax are always in float32. Default: O0 where run.dtype comes to float32, else O3."""
+
+
 class Run(Section):
     """On what, and from which seed."""
 

@@ -59,6 +59,11 @@ class TorchEngine:
         return _encode_clips(work, device) if work.clips or work.images else {}
 
 
+def engine_of(config: Config) -> TorchEngine:
+    """Return what `preparation.run` asks for."""
+    return TorchEngine()
+
+
 def run(config: Config) -> CacheIndex:
     """Fill the cache of the settings and return what it holds.
 
