@@ -36,7 +36,7 @@ def locked(run: Path) -> Iterator[None]:
 
 _LATER = {"weights"}
 """What the first checkpoints did not record, so nothing is held against them."""
-_FATAL = {"task", "model", "weights", "train.method", "train.master_weights", "train.optimizer", "run.dtype"}
+_FATAL = {"task", "engine", "model", "weights", "train.method", "train.master_weights", "train.optimizer", "run.dtype"}
 """Settings that decide what the state of a run is; so does every setting of `lora`."""
 
 

@@ -16,10 +16,14 @@ OWN = {
 }
 FRAMEWORKS = set().union(*OWN.values())
 ENGINES = ["torch", "mindspore"]
-ENTRIES = {"intake.py", "preparation.py", "jobs.py"} | {
-    f"torch_engine/{name}.py"
-    for name in ("prepare", "import_prepared", "start", "resume", "train", "train_vae", "generate", "replay")
-}
+ENTRIES = (
+    {"intake.py", "preparation.py", "jobs.py", "resume.py", "run_plan.py"}
+    | {
+        f"torch_engine/{name}.py"
+        for name in ("prepare", "import_prepared", "start", "train", "train_vae", "generate", "replay")
+    }
+    | {f"mindspore_engine/{name}.py" for name in ("start", "prepare", "train", "generate")}
+)
 
 
 def imports(path: Path) -> set[str]:

@@ -8,8 +8,8 @@ DESCRIPTION = """Fine-tune a CogVideoX model: train.method lora or full, task t2
 The run folder holds config.yaml, metrics.jsonl, tensorboard, checkpoint-N/, samples/ and final/. The same command
 again goes on from the newest checkpoint, bit for bit."""
 
-SECTIONS = ("task", "engine", "mindspore", "model", "data", "cache", "text", "lora", "train", "parallel", "sampling", "validation",
-            "run")  # fmt: skip
+SECTIONS = ("task", "engine", "mindspore", "model", "data", "cache", "text", "lora", "train", "parallel",
+            "sampling", "validation", "run")  # fmt: skip
 
 
 def run(argv: list[str]) -> None:

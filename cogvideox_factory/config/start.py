@@ -32,7 +32,7 @@ class MindSpore(Section):
     """How much the compiler of mode 0 may do; O2 needs an Ascend card."""
     amp_level: Literal["O0", "O1", "O2", "O3"] | None = None
     """O0: float32 throughout. O1, O2 (alike here): arithmetic in run.dtype over weights in float32. O3: weights in
-    run.dtype as well. Norms and softmax are always in float32. Default: O0 where run.dtype comes to float32, else O3."""
+    run.dtype as well. Norms and softmax are in float32. Default: O0 where run.dtype comes to float32, else O3."""
 
 
 class Run(Section):

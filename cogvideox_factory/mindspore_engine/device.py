@@ -6,6 +6,7 @@ engine is the same on both. What a CPU lacks: bfloat16 arithmetic, the flash ker
 
 import logging
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -17,6 +18,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from cogvideox_factory.errors import FactoryError, MissingError, nearest
+from cogvideox_factory.host_memory import resident_memory
 from cogvideox_factory.models import TransformerConfig, facts_for
 
 logger = logging.getLogger(__name__)
@@ -76,6 +78,68 @@ def pick_dtype(name: str, config: TransformerConfig | None = None) -> Any:
     if name == "float16" and config is not None and facts_for(config).dtype == "bfloat16":
         logger.warning("float16: this model was trained in bfloat16 and may overflow (black frames, NaN).")
     return DTYPES[name]
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return what settings call `dtype`."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Precision:
+    """What is computed in, and what weights are kept in."""
+
+    arithmetic: Any
+    weights: Any
+
+
+def pick_precision(amp_level: str | None, dtype: Any) -> Precision:
+    """Return what an amp level comes to for a run in `dtype`: O0, O1, O2, O3 or None, the one that fits.
+
+    Raises:
+        FactoryError: a level that contradicts the dtype.
+    """
+    is_half = dtype != ms.float32
+    level = amp_level or ("O3" if is_half else "O0")
+    if is_half == (level == "O0"):
+        law = "is float32 throughout" if is_half else "computes in half precision"
+        raise FactoryError(
+            f"mindspore.amp_level={level} {law}, and run.dtype comes to {dtype_name(dtype)}. "
+            f"Use --run.dtype {'float32' if is_half else 'float16 or bfloat16'}, or another level."
+        )
+    return Precision(arithmetic=dtype, weights=dtype if level == "O3" else ms.float32)
+
+
+def set_determinism(enabled: bool) -> None:
+    """Choose kernels that give the same bits every time (`enabled`); a CPU has no others."""
+    if enabled and is_ascend():
+        ms.set_deterministic(True)
+
+
+def require_alone() -> None:
+    """Refuse to be one of several processes.
+
+    Raises:
+        FactoryError: msrun or torchrun started more than one.
+    """
+    for name in ("MS_WORKER_NUM", "WORLD_SIZE"):
+        if int(os.environ.get(name, "1")) > 1:
+            raise FactoryError(
+                f"{os.environ[name]} processes were started; the MindSpore engine runs in one. Start it without msrun "
+                "or torchrun, or use --engine torch."
+            )
+
+
+def peak_memory() -> int:
+    """Return the highest number of bytes that tensors held on the card; on a CPU that this process held."""
+    return ms.runtime.max_memory_allocated() if is_ascend() else resident_memory(peak=True)
+
+
+def versions() -> dict[str, str]:
+    """Return what makes a run: our version, MindSpore's and Python's."""
+    from cogvideox_factory import __version__
+
+    return {"cogvideox_factory": __version__, "mindspore": ms.__version__, "python": platform.python_version()}
 
 
 # --- how functions run ------------------------------------------------------------------------------------------------

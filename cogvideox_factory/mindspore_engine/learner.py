@@ -1,13 +1,24 @@
-"""What learns in a run: the loss of a micro-batch, its gradients added up, and an update of the weights."""
+"""What learns in a run: the transformer, loaded and made trainable, its loss and its updates, and its export."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import mindspore as ms
 from mindspore import Tensor
 
+from cogvideox_factory import weights
+from cogvideox_factory.diffusion.schedule import alphas_cumprod
+from cogvideox_factory.lora_files import save_lora
+from cogvideox_factory.metrics import say
+from cogvideox_factory.mindspore_engine import lora
 from cogvideox_factory.mindspore_engine.device import PYNATIVE, Mode
-from cogvideox_factory.mindspore_engine.objective import Objective
+from cogvideox_factory.mindspore_engine.linear import weights_in
+from cogvideox_factory.mindspore_engine.objective import Objective, Scales
 from cogvideox_factory.mindspore_engine.optim import Update
+from cogvideox_factory.mindspore_engine.start import Plan
+from cogvideox_factory.mindspore_engine.transformer import CogVideoXTransformer
+from cogvideox_factory.models import VaeConfig
+from cogvideox_factory.publish import replace_folder
 
 
 class Learner:
@@ -36,3 +47,60 @@ class Learner:
     def step(self, learning_rate: float) -> Tensor:
         """Update the weights; return the norm of the gradient."""
         return self.update.step(learning_rate)
+
+
+def load_transformer(plan: Plan) -> CogVideoXTransformer:
+    """Load the transformer (or draw its weights), with a fresh LoRA or with all weights trainable."""
+    config, dtype = plan.config, plan.machine.precision.weights
+    if plan.is_random:
+        with weights_in(dtype):
+            transformer = CogVideoXTransformer(plan.model)
+        transformer.initialize(config.run.seed)
+    else:
+        transformer = CogVideoXTransformer.from_folder(plan.transformer_folder, config=plan.model, dtype=dtype)
+    if config.train.method == "lora":
+        targets = lora.add_lora(transformer, seed=config.run.seed, **config.lora.model_dump(exclude={"base"}))
+        say(f"LoRA rank {config.lora.rank} on {len(targets)} modules")
+    _set_checkpointing(transformer, config.train.checkpointing)
+    return transformer
+
+
+def _set_checkpointing(transformer: CogVideoXTransformer, what: str) -> None:
+    """Compute blocks again in the backward pass: none, full, or all but their attention (save_attention)."""
+    for block in transformer.transformer_blocks:
+        if what == "full":
+            block.recompute()
+        elif what == "save_attention":
+            for part in (block.norm1, block.norm2, block.ff):
+                part.recompute()
+
+
+def make_learner(plan: Plan, transformer: CogVideoXTransformer) -> Learner:
+    """Return the training step of the run's transformer."""
+    train, vae = plan.config.train, VaeConfig.from_folder(plan.folder / "vae")
+    image_scale = vae.image_scale if train.image_scale == "pipeline" else vae.scaling_factor
+    objective = Objective(
+        transformer, alphas_cumprod=alphas_cumprod(plan.scheduler), dtype=plan.machine.dtype,
+        scales=Scales(video=vae.scaling_factor, image=image_scale),
+    )  # fmt: skip
+    update = Update(
+        transformer.trainable_params(), betas=(train.beta1, train.beta2), eps=train.epsilon,
+        weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm, decoupled=train.optimizer == "adamw",
+        mode=plan.machine.mode,
+    )  # fmt: skip
+    return Learner(objective, update, num_micros=train.gradient_accumulation, mode=plan.machine.mode)
+
+
+def export(transformer: CogVideoXTransformer, run_folder: Path, *, method: str) -> None:
+    """Write `final/`: a LoRA file or a transformer folder that diffusers loads as it is.
+
+    Raises:
+        StorageError: the disk is full, read-only or failing.
+    """
+    with replace_folder(run_folder / "final") as folder:
+        if method == "lora":
+            file = folder / "pytorch_lora_weights.safetensors"
+            save_lora(file, lora.lora_arrays(transformer), **lora.lora_settings(transformer))
+        else:
+            config = transformer.config.to_dict()
+            weights.save_folder(folder / "transformer", transformer.iterate_arrays(), config=config)

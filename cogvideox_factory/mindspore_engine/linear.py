@@ -11,12 +11,14 @@ from math import prod
 from typing import Any
 
 import mindspore as ms
+import ml_dtypes
 import numpy as np
 from mindspore import Parameter, Tensor, mint, nn, ops
 
 # Legend: I O inputs and outputs of a weight
 
 
+_NUMPY = {ms.float32: np.float32, ms.float16: np.float16, ms.bfloat16: ml_dtypes.bfloat16}
 _dtype: ContextVar[Any] = ContextVar("dtype of new weights", default=ms.float32)
 
 
@@ -32,7 +34,7 @@ def weights_in(dtype: Any) -> Iterator[None]:
 
 def empty(*shape: int, requires_grad: bool = True) -> Parameter:
     """Return a parameter of zeros, to be loaded or drawn."""
-    zeros = np.zeros(shape, ms.dtype_to_nptype(_dtype.get()))
+    zeros = np.zeros(shape, _NUMPY[_dtype.get()])
     return Parameter(Tensor(zeros), requires_grad=requires_grad)
 
 

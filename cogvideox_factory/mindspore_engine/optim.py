@@ -5,14 +5,15 @@ float32 master weights, which it writes back into the model. All state is in par
 halves compile: `add` a micro-batch's gradients, then `step`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, mint, ops
 
 from cogvideox_factory.errors import FactoryError
-from cogvideox_factory.mindspore_engine.border import to_array, to_tensor
+from cogvideox_factory.mindspore_engine.border import put, to_array, to_tensor
 from cogvideox_factory.mindspore_engine.device import PYNATIVE, Mode
 
 
@@ -69,6 +70,30 @@ class Update:
         """
         return self._step(to_tensor(np.array(learning_rate, np.float32)))
 
+    def weight_norm(self) -> float:
+        """Return the norm of the trained weights (this waits for the device)."""
+        return float(sum(float(master.square().sum()) for master in self.masters)) ** 0.5
+
+    def tensors(self) -> dict[str, Parameter]:
+        """Return all state of the model's size by checkpoint name: weights and moments."""
+        state: dict[str, Parameter] = {}
+        for weight, *parts in zip(self.trained, self.masters, self.exp_avg, self.exp_avg_sq):
+            names = (f"model.{weight.name}", f"optimizer.exp_avg.{weight.name}", f"optimizer.exp_avg_sq.{weight.name}")
+            state |= dict(zip(names, parts))
+        return state
+
+    def scalars(self) -> dict[str, float]:
+        """Return the counters (this waits for the device)."""
+        return {"num_updates": float(self.num_updates), "num_skipped": float(self.num_skipped)}
+
+    def restore(self, scalars: Mapping[str, float]) -> None:
+        """Take over the counters and copy the (already loaded) masters into the model."""
+        put(self.num_updates, np.array(scalars["num_updates"], np.float32))
+        put(self.num_skipped, np.array(scalars["num_skipped"], np.float32))
+        for weight, master in zip(self.trained, self.masters):
+            if master is not weight:
+                ops.assign(weight, master.astype(weight.dtype))
+
     def _update(self, learning_rate: Tensor) -> Tensor:
         squares = self.sums[0].square().sum()
         for total in self.sums[1:]:
@@ -99,6 +124,40 @@ class Update:
         ops.assign(self.num_updates, count)
         ops.assign_add(self.num_skipped, 1 - accepted.astype(ms.float32))
         return norm
+
+
+class Ema:
+    """Exponential moving average of the trained weights, float32.
+
+    The decay warms up as (1 + n) / (10 + n), so early averages are not dominated by the starting point.
+    """
+
+    def __init__(self, update: Update, *, decay: float) -> None:
+        self.decay = decay
+        self._update = update
+        self.averages = [_state(p, "ema", to_array(master)) for p, master in zip(update.trained, update.masters)]
+
+    def update(self, *, step: int) -> None:
+        """Move the averages towards the weights after update number `step`."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        for average, master in zip(self.averages, self._update.masters):
+            ops.assign_add(average, (master - average) * weight)
+
+    def tensors(self) -> dict[str, Parameter]:
+        """Return the averages by checkpoint name."""
+        return {f"ema.{p.name}": average for p, average in zip(self._update.trained, self.averages)}
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Put the averages into the model for the duration."""
+        kept = [to_array(weight) for weight in self._update.trained]
+        try:
+            for weight, average in zip(self._update.trained, self.averages):
+                put(weight, to_array(average))
+            yield
+        finally:
+            for weight, array in zip(self._update.trained, kept):
+                put(weight, array)
 
 
 def _state(parameter: Parameter, kind: str, values: np.ndarray | None = None) -> Parameter:

@@ -9,10 +9,11 @@ from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.metrics import say
 from cogvideox_factory.plan.optimizer import optimizer_memory
+from cogvideox_factory.run_plan import num_tokens
 from cogvideox_factory.torch_engine.attention import backend_name
 from cogvideox_factory.torch_engine.optim import Update
 from cogvideox_factory.torch_engine.ranks import Ranks
-from cogvideox_factory.torch_engine.start import Plan, num_tokens
+from cogvideox_factory.torch_engine.start import Plan
 
 
 def say_arithmetic(plan: Plan, sampler: Sampler, update: Update, start: Path | None, ranks: Ranks) -> None:

@@ -13,9 +13,7 @@ the clips of a quarantine out by `train.exclude`.
 """
 
 import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +24,10 @@ from cogvideox_factory.data.sampler import Pick
 from cogvideox_factory.errors import NonFiniteError
 from cogvideox_factory.metrics import StepRows, finite_json, say
 from cogvideox_factory.publish import publish_text
-from cogvideox_factory.torch_engine.ledger import Sample, Step
+from cogvideox_factory.step_records import BadStep, Sample, too_many
 from cogvideox_factory.torch_engine.ranks import AgreedError, Ranks
 
-IN_A_ROW = 3
-OF_LATE, LATELY = 10, 1000
-"""So many bad steps within so many end a run that skips them."""
 _NAMED = 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BadStep:
-    """A step that updated nothing, why, and the samples that are to blame or may be."""
-
-    step: Step
-    reason: str
-    suspects: list[Sample]
-
-
-def bad_among(steps: Sequence[Step], *, loss_scale: float | None) -> list[BadStep]:
-    """Return the bad ones. With a `loss_scale` (float16) an overflow only halves it, until it is below 1."""
-    found = []
-    for step in steps:
-        lost = [sample for sample in step.samples if not math.isfinite(sample.loss)]
-        if lost:
-            found.append(BadStep(step=step, reason="loss.nonfinite", suspects=lost))
-        elif not math.isfinite(step.norm):
-            if loss_scale is None or loss_scale < 1:
-                found.append(BadStep(step=step, reason="gradient.nonfinite", suspects=step.samples))
-        elif step.norm > step.limit:
-            found.append(BadStep(step=step, reason="gradient.spike", suspects=step.samples))
-    return found
 
 
 class BadSteps:
@@ -182,15 +153,6 @@ class BadSteps:
         """Return the name of the newest checkpoint; it is not hashed here, but by whoever reads it."""
         steps = list_checkpoints(self.run_folder)
         return checkpoint_folder(self.run_folder, steps[-1]).name if steps else None
-
-
-def too_many(numbers: Sequence[int]) -> str | None:
-    """Return why a run that skips these bad steps (in order) must end, or None."""
-    for last in range(IN_A_ROW - 1, len(numbers)):
-        if numbers[last] - numbers[last - IN_A_ROW + 1] == IN_A_ROW - 1:
-            return f"{IN_A_ROW} in a row"
-    recent = [number for number in numbers if number > numbers[-1] - LATELY]
-    return f"{len(recent)} within {LATELY} steps" if len(recent) >= OF_LATE else None
 
 
 def _ids(picks: Sequence[Pick]) -> list[str]:

@@ -8,13 +8,13 @@ import importlib.util
 import logging
 import os
 import platform
-import resource
 import shutil
 from pathlib import Path
 
 import torch
 
 from cogvideox_factory.errors import FactoryError, MissingError, nearest
+from cogvideox_factory.host_memory import resident_memory
 from cogvideox_factory.metrics import say
 from cogvideox_factory.models import TransformerConfig, facts_for
 
@@ -138,12 +138,12 @@ def peak_memory(device: torch.device) -> int:
     """Return the highest `memory_allocated` since the start or since `reset_peak_memory`, in bytes."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
-    return _resident("VmHWM")
+    return resident_memory(peak=True)
 
 
 def host_memory() -> int:
     """Return the bytes of memory this process holds on the host now."""
-    return _resident("VmRSS")
+    return resident_memory()
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -173,14 +173,6 @@ def free_memory(device: torch.device) -> int | None:
     if not table.exists():
         return None
     line = next(line for line in table.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status")
-    if not status.exists():  # not Linux: the peak is all there is, in bytes on macOS
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 

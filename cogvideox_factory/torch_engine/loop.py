@@ -22,15 +22,16 @@ from cogvideox_factory.errors import FactoryError, NonFiniteError, UnfitError
 from cogvideox_factory.learning_rate import learning_rate
 from cogvideox_factory.metrics import MetricsLog, StepRows, duration, progress_bar, say
 from cogvideox_factory.run_folder import differences
+from cogvideox_factory.step_records import Step, Work, averages, bad_among, sample_rows
 from cogvideox_factory.stopping import StoppedError, StopRequest, stop_requests
 from cogvideox_factory.time_limit import TimeLimit
-from cogvideox_factory.torch_engine.bad_steps import BadSteps, bad_among
+from cogvideox_factory.torch_engine.bad_steps import BadSteps
 from cogvideox_factory.torch_engine.border import local
 from cogvideox_factory.torch_engine.checkpoint import load_checkpoint
 from cogvideox_factory.torch_engine.device import host_memory, peak_memory
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.exhausted import InHand
-from cogvideox_factory.torch_engine.ledger import Ledger, Step, Work, averages, sample_rows
+from cogvideox_factory.torch_engine.ledger import Ledger
 from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.ranks import Ranks

@@ -6,21 +6,18 @@ threads bring back and write what it made. The model's thread waits for none of 
 """
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from cogvideox_factory import draws, preparation
+from cogvideox_factory import preparation
 from cogvideox_factory.config import Config
-from cogvideox_factory.data import apart
 from cogvideox_factory.data.cache import CacheIndex
-from cogvideox_factory.data.manifest import Clip
 from cogvideox_factory.data.ordered import ordered_map
-from cogvideox_factory.data.reasons import ClipError, printable
-from cogvideox_factory.errors import DataError, UnfitError
-from cogvideox_factory.metrics import progress_bar, say
+from cogvideox_factory.data.reasons import ClipError
+from cogvideox_factory.entries import Failures, Job, Pixels, jobs_of, read_pixels, report_cut_captions, write_entry
+from cogvideox_factory.metrics import progress_bar
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
 from cogvideox_factory.torch_engine.device import (
@@ -75,39 +72,11 @@ def run(config: Config) -> CacheIndex:
     return index
 
 
-def report_cut_captions(encoder: TextEncoder, captions: list[str], length: int, *, strict: bool) -> None:
-    """Say which captions are longer than the model reads and how much of them is lost.
-
-    Raises:
-        DataError: there are some and `strict` is set.
-    """
-    cut = {text: count for text in captions if (count := encoder.truncated_tokens(text, length))}
-    if not cut:
-        return
-    worst = sorted(cut, key=lambda text: -cut[text])[:20]
-    lines = [f"{len(cut)} of {len(captions)} captions are longer than {length} tokens and will be cut; the longest:"]
-    lines += [f"  {cut[text]} tokens lost: {printable(text[:60])}…" for text in worst]
-    if strict:
-        raise DataError("\n".join([*lines, "Shorten them, or turn --data.strict off."]))
-    say("\n".join(lines))
-
-
-def image_variants(content: str, count: int, shape: tuple[int, ...], *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return sigma [K] and pixel noise [K, H, W, 3] of the first frame of what has this hash: index 0 is clean.
-
-    sigma = exp(N(-3, 0.5)), the augmentation the image-to-video models were trained with.
-    """
-    draw = draws.generator(seed, "image noise", content)
-    sigma = np.exp(draw.normal(-3.0, 0.5, size=count)).astype(np.float32)
-    sigma[0] = 0.0
-    return sigma, draw.standard_normal((count, *shape), dtype=np.float32)
-
-
 def _encode_captions(work: preparation.Work, device: torch.device) -> None:
     cache, captions = work.cache, work.captions
     encoder = TextEncoder.from_folder(work.folder, dtype=DTYPES[work.dtype], device=device)
     length = cache.settings.text.max_sequence_length
-    report_cut_captions(encoder, captions, length, strict=work.strict)
+    report_cut_captions(encoder.truncated_tokens, captions, length, strict=work.strict)
 
     def encoded() -> Iterator[tuple[list[str], Tensor | None]]:
         for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
@@ -127,13 +96,6 @@ def _encode_captions(work: preparation.Work, device: torch.device) -> None:
             for _ in captions[done : done + _CAPTIONS_AT_ONCE]:
                 advance()
             done += _CAPTIONS_AT_ONCE
-
-
-class _Job(NamedTuple):
-    """An entry to be made: of a clip, or of the image of its own that it starts from."""
-
-    clip: Clip
-    is_image: bool
 
 
 class _Pixels(NamedTuple):
@@ -167,11 +129,9 @@ def _encode_clips(work: preparation.Work, device: torch.device) -> dict[str, Cli
     if work.cache.settings.video.tiling:
         vae.enable_tiling()
     encoder = Encoder(vae, None, max_sequence_length=0)
-    jobs = [_Job(clip, False) for clip in work.clips] + [_Job(clip, True) for clip in work.images]
-    failed: dict[str, ClipError] = {}
-    lines: dict[str, str] = {}
+    jobs, failures = jobs_of(work), Failures(work)
 
-    def encoded() -> Iterator[tuple[_Job, Made]]:
+    def encoded() -> Iterator[tuple[Job, Made]]:
         decoded = ordered_map(lambda job: _decode(work, job), jobs, num_workers=_READERS)
         for job, pixels in zip(jobs, decoded, strict=True):
             yield job, _moments(pixels, encoder, device, job) if isinstance(pixels, _Pixels) else pixels
@@ -179,41 +139,22 @@ def _encode_clips(work: preparation.Work, device: torch.device) -> dict[str, Cli
     with progress_bar("clips and images" if work.images else "clips", len(jobs)) as advance:
         written = ordered_map(lambda made: _write(work, *made), encoded(), num_workers=_WRITERS)
         for job, error in zip(jobs, written, strict=True):
-            if error:
-                failed[work.cache.image_file(job.clip) if job.is_image else job.clip.footage] = error
-                lines[job.clip.id] = f"{job.clip.place} {job.clip.name}: {error}"
+            failures.note(job, error)
             advance()
-    for line in lines.values():
-        say(line)
-    return failed
+    failures.tell()
+    return failures.by_entry
 
 
-def _decode(work: preparation.Work, job: _Job) -> _Pixels | ClipError | None:
-    """Read a clip or its image and draw the noise of its first frame; None if another process has encoded it since."""
-    clip = job.clip
-    assert clip.path is not None
-    assert clip.spec is not None
-    if work.cache.has_image(clip) if job.is_image else work.cache.has_clip(clip):
-        return None
-    draw = work.seed, "crop", clip.footage
-    crop: Mapping[str, int] = {}
-    try:
-        if job.is_image:
-            pixels = apart.read_condition(clip, draw=draw)[None]
-        else:
-            pixels, crop = apart.read_clip(clip.path, clip.spec, draw=draw, stamp=clip.stamp)
-    except ClipError as error:
-        return error
-    sigma = noise = None
-    count = work.cache.settings.video.image_variants
-    if count and (job.is_image or not clip.image_content):
-        content = clip.image_content or "" if job.is_image else clip.footage
-        drawn = image_variants(content, count, pixels[0].shape, seed=work.seed)
-        sigma, noise = (pin(to_tensor(array)) for array in drawn)
-    return _Pixels(pin(to_tensor(pixels)), sigma, noise, crop)
+def _decode(work: preparation.Work, job: Job) -> _Pixels | ClipError | None:
+    """Read what an entry is made of into page-locked memory; None if another process has made it since."""
+    read = read_pixels(work, job)
+    if not isinstance(read, Pixels):
+        return read
+    sigma, noise = (None if array is None else pin(to_tensor(array)) for array in (read.sigma, read.noise))
+    return _Pixels(pin(to_tensor(read.frames)), sigma, noise, read.crop)
 
 
-def _moments(pixels: _Pixels, encoder: Encoder, device: torch.device, job: _Job) -> _Moments:
+def _moments(pixels: _Pixels, encoder: Encoder, device: torch.device, job: Job) -> _Moments:
     """Return what the VAE makes of a clip or an image, on the device and perhaps still in the making there."""
     frames = pixels.frames.to(device, non_blocking=True)
     made: dict[str, Tensor] = {}
@@ -229,17 +170,8 @@ def _moments(pixels: _Pixels, encoder: Encoder, device: torch.device, job: _Job)
     return _Moments(made, pixels.crop)
 
 
-def _write(work: preparation.Work, job: _Job, made: Made) -> ClipError | None:
+def _write(work: preparation.Work, job: Job, made: Made) -> ClipError | None:
     """Bring moments back from the device and write them."""
     if not isinstance(made, _Moments):
         return made
-    arrays = {name: to_array(tensor) for name, tensor in made.tensors.items()}
-    sigmas = cast(list[float], arrays.pop("image_sigmas").tolist()) if "image_sigmas" in arrays else []
-    try:
-        if job.is_image:
-            work.cache.write_image(job.clip, **arrays, image_sigmas=sigmas)
-        else:
-            work.cache.write_clip(job.clip, **arrays, image_sigmas=sigmas, crop=made.crop)
-    except UnfitError as error:
-        return ClipError("latent.nonfinite", str(error))
-    return None
+    return write_entry(work, job, {name: to_array(tensor) for name, tensor in made.tensors.items()}, made.crop)

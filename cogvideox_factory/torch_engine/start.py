@@ -1,78 +1,39 @@
 """A run before it starts: what its settings come to for this model and this machine."""
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 
-from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config
-from cogvideox_factory.data.auto_buckets import balanced_batches, step_cost
-from cogvideox_factory.data.buckets import Bucket, read_buckets
-from cogvideox_factory.data.loader import NUM_TRAIN_TIMESTEPS
+from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.errors import FactoryError
-from cogvideox_factory.models import SchedulerConfig, TransformerConfig
-from cogvideox_factory.plan.flops import training_flops
+from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.plan.memory import Training
 from cogvideox_factory.plan.peaks import find_peak
-from cogvideox_factory.shapes import ClipShape, check_task, clip_shape, num_video_tokens
+from cogvideox_factory.run_plan import RunPlan, num_tokens, read_plan
 from cogvideox_factory.torch_engine.device import device_name, pick_device, pick_dtype
 from cogvideox_factory.torch_engine.lora_targets import adapted_layers
 from cogvideox_factory.torch_engine.low_bit import require_torchao
 from cogvideox_factory.torch_engine.ranks import Layout
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(RunPlan):
     """Everything about a run that is known before a weight is loaded."""
 
-    config: Config
-    folder: Path
-    transformer_folder: Path
-    model: TransformerConfig
-    scheduler: SchedulerConfig
-    shape: ClipShape
     device: torch.device
     dtype: torch.dtype
-
-    @property
-    def run_folder(self) -> Path:
-        """Where the run writes."""
-        return Path(self.config.train.dir)
-
-    @property
-    def is_random(self) -> bool:
-        """Whether the transformer starts from random weights."""
-        return bool(self.config.model.transformer_config) and not self.config.model.transformer
-
-    @property
-    def text_length(self) -> int:
-        """Tokens of a caption."""
-        return intake.text_length(self.config, self.model)
 
 
 def make_plan(config: Config) -> Plan:
     """Read the configs of the model and check task, shape, device and text length against them."""
-    folder = weights.resolve_model(config.model.path, revision=config.model.revision)
-    transformer_folder = intake.transformer_folder(config, folder)
-    model = intake.transformer_config(config, folder)
-    check_task(config.task, model, source=str(transformer_folder))
-    scheduler = SchedulerConfig.from_folder(folder / "scheduler", filename="scheduler_config.json")
-    if scheduler.num_train_timesteps != NUM_TRAIN_TIMESTEPS:
-        raise FactoryError(
-            f"{folder / 'scheduler'}: num_train_timesteps={scheduler.num_train_timesteps}; timesteps are drawn from "
-            f"{NUM_TRAIN_TIMESTEPS}, which every CogVideoX checkpoint has. Check scheduler_config.json."
-        )
-    shape = intake.training_shape(config, model)
-    config = complete(config, model, shape)
+    given = read_plan(config)
+    config, model = given.config, given.model
     device = pick_device(config.run.device)
     _check_memory(config, model, device)
-    return Plan(
-        config=config, folder=folder, transformer_folder=transformer_folder, model=model, scheduler=scheduler,
-        shape=shape, device=device, dtype=pick_dtype(config.run.dtype, device, model),
-    )  # fmt: skip
+    known = {field.name: getattr(given, field.name) for field in fields(given)}
+    return Plan(**known, device=device, dtype=pick_dtype(config.run.dtype, device, model))
 
 
 def _check_memory(config: Config, model: TransformerConfig, device: torch.device) -> None:
@@ -107,36 +68,6 @@ def _require_accelerator(name: str, device: torch.device) -> None:
         )
 
 
-def complete(config: Config, model: TransformerConfig, shape: ClipShape) -> Config:
-    """Return the settings with every `None` that the model decides filled in."""
-    data = {
-        "num_frames": shape.num_frames,
-        "height": shape.height,
-        "width": shape.width,
-        "fps": float(shape.fps),
-    }
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update=data),
-            "text": config.text.model_copy(update={"max_sequence_length": intake.text_length(config, model)}),
-        }
-    )
-
-
-def num_tokens(plan: Plan, bucket: Bucket) -> int:
-    """Return the video tokens of one clip of a shape."""
-    shape = clip_shape(plan.model, num_frames=bucket.num_frames, height=bucket.height, width=bucket.width)
-    return num_video_tokens(plan.model, shape)
-
-
-def model_flops(plan: Plan, bucket: Bucket, *, adapter_weights: int) -> int:
-    """Return the model FLOPs of training on one clip of a shape, forward and backward."""
-    return training_flops(
-        plan.model, video_tokens=num_tokens(plan, bucket), text_length=plan.text_length,
-        method=plan.config.train.method, adapter_weights=adapter_weights,
-    )  # fmt: skip
-
-
 def peak_tflops(plan: Plan) -> tuple[float, str] | None:
     """Return what one card could do in the run's dtype, dense, and whose figure that is; None where none is known."""
     if given := plan.config.run.peak_tflops:
@@ -149,52 +80,6 @@ def peak_tflops(plan: Plan) -> tuple[float, str] | None:
         kind = "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     value = getattr(peak, kind)
     return None if value is None else (value, f"{peak.name}, {kind.replace('half', 'half precision')}, dense")
-
-
-def excluded_clips(path: str | None) -> set[str]:
-    """Return the clip ids of `train.exclude`.
-
-    Raises:
-        FactoryError: no such file, or a line that names no clip.
-    """
-    if path is None:
-        return set()
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FactoryError(f"train.exclude={path} cannot be read: {error}. Give a quarantine.jsonl.") from error
-    found = set()
-    for number, line in enumerate(lines, 1):
-        try:
-            found.add(str(json.loads(line)["clip"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise FactoryError(
-                f'train.exclude={path}, line {number}: every line is an object with a clip id, {{"clip": "…"}}.'
-            ) from error
-    return found
-
-
-def batch_sizes(plan: Plan, keys: Iterable[str]) -> dict[str, int]:
-    """Return the clips of a forward pass for each shape in use: the same number, or what the buckets say.
-
-    A bucket file states them. `auto` gives shapes that cost less than the full one so many more clips that a step
-    costs about as much.
-    """
-    config, shape = plan.config, plan.shape
-    size, used = config.train.batch_size, {Bucket.parse(key) for key in keys}
-    if config.data.buckets is None:
-        return {bucket.key: size for bucket in used}
-    if config.data.buckets != "auto":
-        listed = read_buckets(Path(config.data.buckets), seed=config.run.seed)
-        return {bucket.key: listed.batch_size(bucket) for bucket in used}
-    width = plan.model.num_attention_heads * plan.model.attention_head_dim
-
-    def cost(bucket: Bucket) -> float:
-        return step_cost(num_tokens(plan, bucket) + plan.text_length, width=width)
-
-    native = cost(Bucket(shape.num_frames, shape.height, shape.width))
-    sizes = balanced_batches({bucket: cost(bucket) for bucket in used}, batch_size=size, native_cost=native)
-    return {bucket.key: count for bucket, count in sizes.items()}
 
 
 def training_numbers(plan: Plan, sizes: Mapping[str, int], layout: Layout) -> Training:

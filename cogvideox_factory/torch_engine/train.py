@@ -6,7 +6,7 @@ four trainers; the loop itself is in `loop.py`.
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,42 +23,35 @@ from cogvideox_factory.model_card import describe_run
 from cogvideox_factory.plan import memory
 from cogvideox_factory.publish import require_room, sweep
 from cogvideox_factory.recipe import write_recipe
+from cogvideox_factory.resume import check_resume, find_start, identity, record_of, shared_files, shared_settings
 from cogvideox_factory.run_folder import check_allowed, locked
+from cogvideox_factory.run_plan import Clips, make_draws, model_flops, num_tokens, open_clips
+from cogvideox_factory.step_records import Work
 from cogvideox_factory.time_limit import TimeLimit
 from cogvideox_factory.torch_engine.announce import say_arithmetic
 from cogvideox_factory.torch_engine.bad_steps import BadSteps
 from cogvideox_factory.torch_engine.compilation import compile_blocks
-from cogvideox_factory.torch_engine.device import require_compiler, set_determinism, set_tf32, take_card
+from cogvideox_factory.torch_engine.device import (
+    device_name,
+    dtype_name,
+    require_compiler,
+    set_determinism,
+    set_tf32,
+    take_card,
+    versions,
+)
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.examine import first_not_finite
 from cogvideox_factory.torch_engine.exhausted import InHand, told
-from cogvideox_factory.torch_engine.feed import Frozen, load_frozen, make_draws, make_samples, open_source
+from cogvideox_factory.torch_engine.feed import Frozen, load_frozen, make_samples
 from cogvideox_factory.torch_engine.learner import export, load_transformer, make_objective, make_update
-from cogvideox_factory.torch_engine.ledger import Ledger, Work
+from cogvideox_factory.torch_engine.ledger import Ledger
 from cogvideox_factory.torch_engine.loop import Loop, state_tensors
 from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.optim import Ema, Update
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks, joined, num_processes
-from cogvideox_factory.torch_engine.resume import (
-    check_resume,
-    digest_of,
-    find_start,
-    identity,
-    record_of,
-    shared_files,
-    shared_settings,
-)
 from cogvideox_factory.torch_engine.saving import Saver
-from cogvideox_factory.torch_engine.start import (
-    Plan,
-    batch_sizes,
-    excluded_clips,
-    make_plan,
-    model_flops,
-    num_tokens,
-    peak_tflops,
-    training_numbers,
-)
+from cogvideox_factory.torch_engine.start import Plan, make_plan, peak_tflops, training_numbers
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.torch_engine.watch import Watch, to_device
 from cogvideox_factory.tracker import Tracker
@@ -104,33 +97,24 @@ def _make_tracker(plan: Plan) -> Tracker | None:
 
 def _run(plan: Plan, ranks: Ranks, tracker: Tracker | None, started: float) -> Path:
     config = plan.config
-    ranks.require_agreement(shared_settings(config))
+    ranks.require_agreement(shared_settings(config, versions()))
     set_tf32(config.run.tf32, plan.device)
-    source, described, set_weights = open_source(plan)
-    sizes = batch_sizes(plan, source.buckets.values())
-    if config.data.buckets:  # which clips a step has depends on these too
-        described = digest_of(sorted(source.buckets), described, sorted(source.buckets.items()), sorted(sizes.items()))
-    if set_weights:
-        parts = sorted(source.sets.items()), sorted(set_weights.items())
-        described = digest_of(sorted(source.sets), described, *parts)
-    excluded = excluded_clips(config.train.exclude) & set(source.buckets)
-    if config.train.exclude:
-        say(f"{len(excluded)} clips are left out by {config.train.exclude}")
-    if excluded:
-        described = digest_of(sorted(set(source.buckets) - excluded), described)
-    ranks.require_agreement(shared_files(plan, described))
-    wanted = identity(plan, described)
+    clips = open_clips(plan, dtype_name(plan.dtype))
+    ranks.require_agreement(shared_files(plan, clips.described))
+    wanted = identity(plan, clips.described, dtype_name(plan.dtype))
     ranks.from_lead(lambda: check_allowed(config.train.allow_change, wanted))
     with ExitStack() as stack:
         ranks.from_lead(lambda: stack.enter_context(locked(plan.run_folder)))
         start = ranks.from_lead(lambda: find_start(plan))
         changes = ranks.from_lead(lambda: check_resume(plan, start, wanted)) if start else []
-        record = record_of(plan, ranks, wanted, changes) | {"data_counts": source.counts}
-        numbers, in_hand = training_numbers(plan, sizes, ranks.layout), InHand("before the first step")
+        layout = {"device": device_name(plan.device), **asdict(ranks.layout)}
+        record = record_of(plan, wanted, changes, versions=versions(), layout=layout)
+        record |= {"data_counts": clips.source.counts}
+        numbers, in_hand = training_numbers(plan, clips.sizes, ranks.layout), InHand("before the first step")
         accelerator = plan.device.type != "cpu"
         with told(plan.device, in_hand, lambda: memory.savings(numbers, accelerator=accelerator)):
             say(memory.in_words(memory.need(numbers)))
-            data = _make_data(plan, source, sizes, set_weights, excluded, ranks)
+            data = _make_data(plan, clips, ranks)
             _train(plan, data, ranks, in_hand, tracker, start=start, record=record, started=started)
     return plan.run_folder
 
@@ -147,20 +131,17 @@ class _Data:
     """Clips that are watched and not trained on."""
 
 
-def _make_data(
-    plan: Plan, source: CacheSource | RawSource, sizes: dict[str, int], set_weights: dict[str, float],
-    excluded: set[str], ranks: Ranks,
-) -> _Data:  # fmt: skip
-    config = plan.config
-    train_ids, held_ids = sorted(set(source.buckets) - excluded), []
+def _make_data(plan: Plan, clips: Clips, ranks: Ranks) -> _Data:
+    config, source = plan.config, clips.source
+    train_ids, held_ids = sorted(set(source.buckets) - clips.excluded), []
     if config.validation.every:
         train_ids, held_ids = hold_out(train_ids, config.validation.num_clips)
-        if unseen := len(source.buckets) - len(excluded) - len(train_ids) - len(held_ids):
+        if unseen := len(source.buckets) - len(clips.excluded) - len(train_ids) - len(held_ids):
             say(f"{unseen} other windows of the {len(held_ids)} clips held out are not trained on either")
     num_micros = config.train.gradient_accumulation
     sampler = Sampler(
-        train_ids, batch_size={key: size * num_micros for key, size in sizes.items()},
-        seed=config.run.seed, buckets=source.buckets, sets=source.sets, weights=set_weights,
+        train_ids, batch_size={key: size * num_micros for key, size in clips.sizes.items()},
+        seed=config.run.seed, buckets=source.buckets, sets=source.sets, weights=clips.set_weights,
     )  # fmt: skip
     draws = make_draws(plan)
     loader = Loader(

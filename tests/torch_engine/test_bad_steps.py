@@ -10,10 +10,9 @@ from cogvideox_factory.cli import main
 from cogvideox_factory.data.loader import CacheSource
 from cogvideox_factory.errors import FactoryError, NonFiniteError
 from cogvideox_factory.recipe import check, read_recipe, write_recipe
+from cogvideox_factory.step_records import Sample, Step, bad_among, too_many
 from cogvideox_factory.torch_engine import loop, prepare, spikes, train
-from cogvideox_factory.torch_engine.bad_steps import bad_among, too_many
 from cogvideox_factory.torch_engine.feed_forward import FeedForward
-from cogvideox_factory.torch_engine.ledger import Sample, Step
 from tests.clips import draw_clips
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.runs import assert_same, losses, weights_of
@@ -157,7 +156,7 @@ def test_a_replayed_batch_is_the_batch_of_its_step(tiny_model, folder, tmp_path,
 
 def test_spikes_are_skipped_and_a_resumed_run_skips_the_same(tiny_model, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(spikes, "LEAST", 3)
-    monkeypatch.setattr("cogvideox_factory.torch_engine.bad_steps.IN_A_ROW", 99)
+    monkeypatch.setattr("cogvideox_factory.step_records.IN_A_ROW", 99)
     bad = clip_ids(folder)[4]
     original, original_step = loop.Objective.__call__, loop.Loop._step
 

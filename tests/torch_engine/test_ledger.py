@@ -7,7 +7,8 @@ import torch
 
 from cogvideox_factory.data.loader import Draws
 from cogvideox_factory.data.sampler import Sampler
-from cogvideox_factory.torch_engine.ledger import Ledger, Sample, Step, Work, averages, sample_rows
+from cogvideox_factory.step_records import Sample, Step, Work, averages, sample_rows
+from cogvideox_factory.torch_engine.ledger import Ledger
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks
 
 CLIPS = [f"clip-{index}" for index in range(12)]

@@ -12,8 +12,9 @@ from cogvideox_factory.data.loader import Draws
 from cogvideox_factory.data.sampler import Pick
 from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.recipe import check
+from cogvideox_factory.run_plan import open_source
 from cogvideox_factory.tiny.world import random_scene, render
-from cogvideox_factory.torch_engine import feed, prepare, train
+from cogvideox_factory.torch_engine import prepare, train
 from cogvideox_factory.torch_engine.start import make_plan
 from tests.clips import draw_clips
 from tests.torch_engine.runs import losses, weights_of
@@ -124,8 +125,8 @@ def test_a_smart_crop_is_the_same_raw_and_cached_and_another_cache_than_a_centre
     config = settings(tiny_model, clips, cache=tmp_path / "cache", data={"crop": "smart"})
     index = prepare.run(config)
     plan = make_plan(settings(tiny_model, clips, data={"crop": "smart"}))
-    source = feed.open_source(plan)[0]
-    again = feed.open_source(plan)[0]
+    source = open_source(plan, "float32")[0]
+    again = open_source(plan, "float32")[0]
     for clip in index.clips:
         draws = Draws(seed=1)
         one, other = (s.sample(Pick(clip.id, 0), draws)["pixels"] for s in (source, again))

@@ -4,9 +4,9 @@ A run is known by its `identity`: every setting that a number depends on, and di
 """
 
 import hashlib
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cogvideox_factory import weights
 from cogvideox_factory.checkpoints import (
@@ -21,9 +21,9 @@ from cogvideox_factory.config import Config
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import say
 from cogvideox_factory.run_folder import differences, require_same
-from cogvideox_factory.torch_engine.device import device_name, dtype_name, versions
-from cogvideox_factory.torch_engine.ranks import Ranks
-from cogvideox_factory.torch_engine.start import Plan
+
+if TYPE_CHECKING:
+    from cogvideox_factory.run_plan import RunPlan
 
 # Settings that may change between the start of a run and its resumption, because no number depends on them.
 _FREE = {
@@ -49,7 +49,7 @@ _FREE = {
 }
 
 
-def find_start(plan: Plan) -> Path | None:
+def find_start(plan: "RunPlan") -> Path | None:
     """Return the checkpoint to go on from, or None to start fresh; checkpoints that lie after it are set aside.
 
     Raises:
@@ -80,8 +80,8 @@ def find_start(plan: Plan) -> Path | None:
     return start
 
 
-def identity(plan: Plan, described: str) -> dict[str, Any]:
-    """Return the settings a resumed run must share with the run it goes on with."""
+def identity(plan: "RunPlan", described: str, dtype: str) -> dict[str, Any]:
+    """Return the settings a resumed run, in `dtype`, must share with the run it goes on with."""
     config = plan.config
     train = {f"train.{k}": v for k, v in config.train.model_dump(exclude=_FREE).items()}
     adapters = {f"lora.{k}": v for k, v in config.lora.model_dump().items()} if config.train.method == "lora" else {}
@@ -93,13 +93,21 @@ def identity(plan: Plan, described: str) -> dict[str, Any]:
     return {
         "task": config.task, "model": digest_of([start, *(_listing(part) for part in parts)]),
         "weights": digest_of([weights.sample_digest(folder) for folder in loaded]),
-        "run.seed": config.run.seed, "run.dtype": dtype_name(plan.dtype), "run.tf32": config.run.tf32,
+        "run.seed": config.run.seed, "run.dtype": dtype, "run.tf32": config.run.tf32,
         "data": described,
         "data.flip_probability": config.data.flip_probability, "data.vae_tiling": config.data.vae_tiling,
         "text.max_sequence_length": plan.text_length,
         "validation.num_clips": config.validation.num_clips if config.validation.every else 0, **train, **adapters,
+        **_engine(config),
         **({} if config.train.schedule == "constant" else {"train.steps": config.train.steps}),
     }  # fmt: skip
+
+
+def _engine(config: Config) -> dict[str, Any]:
+    """Return what computes, where it is not PyTorch: runs of before there was a choice said nothing."""
+    if config.engine == "torch":
+        return {}
+    return {"engine": config.engine} | {f"mindspore.{k}": v for k, v in config.mindspore.model_dump().items()}
 
 
 # Where things lie and what they are done on, which may differ from machine to machine.
@@ -109,13 +117,13 @@ _LOCAL = {
 }  # fmt: skip
 
 
-def shared_settings(config: Config) -> dict[str, Any]:
+def shared_settings(config: Config, versions: Mapping[str, str]) -> dict[str, Any]:
     """Return {section.setting: value} of all that every process of a run must have alike, and what computes it."""
     settings = {key: value for key, value in _flat(config.model_dump(mode="json")).items() if key not in _LOCAL}
-    return {name: version for name, version in versions().items() if name != "python"} | settings
+    return {name: version for name, version in versions.items() if name != "python"} | settings
 
 
-def shared_files(plan: Plan, described: str) -> dict[str, Any]:
+def shared_files(plan: "RunPlan", described: str) -> dict[str, Any]:
     """Return what the data and the model are that a process finds, for a comparison with the others'."""
     drawn = plan.is_random
     return {
@@ -126,16 +134,19 @@ def shared_files(plan: Plan, described: str) -> dict[str, Any]:
     }
 
 
-def record_of(plan: Plan, ranks: Ranks, wanted: dict[str, Any], changes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what every checkpoint of a run says of it."""
+def record_of(
+    plan: "RunPlan", wanted: dict[str, Any], changes: list[dict[str, Any]], *, versions: Mapping[str, str],
+    layout: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Return what every checkpoint of a run says of it; `layout` is the device and how processes divide the work."""
     return {
-        "identity": wanted, "changes": changes, "seed": plan.config.run.seed, "versions": versions(),
-        "layout": {"device": device_name(plan.device), **asdict(ranks.layout)},
+        "identity": wanted, "changes": changes, "seed": plan.config.run.seed,
+        "versions": dict(versions), "layout": dict(layout),
         "settings": plan.config.model_dump(mode="json"),
     }  # fmt: skip
 
 
-def check_resume(plan: Plan, start: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+def check_resume(plan: "RunPlan", start: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
     """Say what differs from the run that `start` is of, and return all changes that run has been through.
 
     Raises:

@@ -1,0 +1,76 @@
+"""A run before it starts: what its settings come to for this model and this machine."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import mindspore as ms
+
+from cogvideox_factory.config import Config
+from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.mindspore_engine.device import (
+    Kind,
+    Mode,
+    Precision,
+    dtype_name,
+    pick_device,
+    pick_dtype,
+    pick_precision,
+    require_alone,
+    set_determinism,
+)
+from cogvideox_factory.models import TransformerConfig
+from cogvideox_factory.run_plan import RunPlan, read_plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What settings come to on this machine."""
+
+    device: Kind
+    precision: Precision
+    mode: Mode
+
+    @property
+    def dtype(self) -> Any:
+        """What is computed in."""
+        return self.precision.arithmetic
+
+    @property
+    def dtype_name(self) -> str:
+        """What settings call it."""
+        return dtype_name(self.dtype)
+
+
+def take_machine(config: Config, model: TransformerConfig) -> Machine:
+    """Make this process use the device of the settings and return what they come to there.
+
+    Raises:
+        FactoryError, MissingError: a device, dtype or mode that is not here, or several processes.
+    """
+    require_alone()
+    device = pick_device(config.run.device)
+    set_determinism(config.run.deterministic)
+    settings = config.mindspore
+    precision = pick_precision(settings.amp_level, pick_dtype(config.run.dtype, model))
+    return Machine(
+        device=device, precision=precision, mode=Mode(graph=settings.mode == 0, jit_level=settings.jit_level)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(RunPlan):
+    """Everything about a run that is known before a weight is loaded."""
+
+    machine: Machine
+
+
+def make_plan(config: Config) -> Plan:
+    """Read the configs of the model and check task, shape, device and text length against them."""
+    given = read_plan(config)
+    machine = take_machine(given.config, given.model)
+    if machine.dtype == ms.float16:
+        raise FactoryError(
+            "run.dtype=float16: gradients vanish in float16 without a scaled loss, which the MindSpore engine has not "
+            "got. Train in float32, or in bfloat16 on an Ascend card."
+        )
+    return Plan(**{field.name: getattr(given, field.name) for field in fields(given)}, machine=machine)

@@ -1,0 +1,156 @@
+"""`train`: a cache or raw clips to a run folder with a LoRA or a fine-tuned transformer.
+
+`run` reads as the recipe does: check, load, resume, loop, export. The loop itself is in `loop.py`.
+"""
+
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from cogvideox_factory.checkpoints import list_checkpoints
+from cogvideox_factory.config import Config
+from cogvideox_factory.data.buckets import Bucket
+from cogvideox_factory.data.loader import Loader, RawSource
+from cogvideox_factory.data.sampler import Sampler
+from cogvideox_factory.entries import report_cut_captions
+from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.metrics import say
+from cogvideox_factory.mindspore_engine.device import versions
+from cogvideox_factory.mindspore_engine.encode import Encoder
+from cogvideox_factory.mindspore_engine.learner import Learner, export, load_transformer, make_learner
+from cogvideox_factory.mindspore_engine.loop import Loop, state_tensors
+from cogvideox_factory.mindspore_engine.optim import Ema
+from cogvideox_factory.mindspore_engine.start import Plan, make_plan
+from cogvideox_factory.mindspore_engine.text_encoder import TextEncoder
+from cogvideox_factory.mindspore_engine.transformer import CogVideoXTransformer
+from cogvideox_factory.mindspore_engine.vae import CogVideoXVAE
+from cogvideox_factory.publish import require_room, sweep
+from cogvideox_factory.recipe import write_recipe
+from cogvideox_factory.resume import check_resume, find_start, identity, record_of
+from cogvideox_factory.run_folder import check_allowed, locked
+from cogvideox_factory.run_plan import Clips, make_draws, model_flops, num_tokens, open_clips
+from cogvideox_factory.step_records import Work
+from cogvideox_factory.time_limit import TimeLimit
+from cogvideox_factory.tracker import Tracker
+
+
+def run(config: Config) -> Path:
+    """Train as the settings say and return the run folder.
+
+    Raises:
+        FactoryError: settings, data, model, cache, checkpoint or disk unfit, all before the first step.
+        NonFiniteError: the loss or a gradient became NaN or Inf.
+        StoppedError: stopped by a signal after a checkpoint was saved.
+    """
+    if not config.cache.dir and not config.data_sets:
+        raise FactoryError("train on what? give --cache.dir FOLDER (prepared) or --data.root FOLDER (raw clips)")
+    started = time.monotonic()
+    plan = make_plan(config)
+    tracker = _make_tracker(plan)
+    clips = open_clips(plan, plan.machine.dtype_name)
+    wanted = identity(plan, clips.described, plan.machine.dtype_name)
+    check_allowed(plan.config.train.allow_change, wanted)
+    with locked(plan.run_folder):
+        start = find_start(plan)
+        changes = check_resume(plan, start, wanted) if start else []
+        layout = {"device": plan.machine.device}
+        record = record_of(plan, wanted, changes, versions=versions(), layout=layout)
+        _train(plan, clips, tracker, start=start, record=record, started=started)
+    return plan.run_folder
+
+
+def _make_tracker(plan: Plan) -> Tracker | None:
+    train = plan.config.train
+    if train.tracker == "none":
+        return None
+    settings = plan.config.model_dump(mode="json")
+    return Tracker(train.tracker, project=train.tracker_project, folder=plan.run_folder, settings=settings)
+
+
+def _train(
+    plan: Plan, clips: Clips, tracker: Tracker | None, *, start: Path | None, record: dict[str, Any], started: float
+) -> None:
+    encoder = _load_encoder(plan, clips)
+    transformer = load_transformer(plan)
+    loop = _make_loop(plan, clips, encoder, transformer, tracker, record=record, started=started)
+    _make_ready(plan, _num_bytes(loop.learner, loop.ema))
+    machine = plan.machine
+    how = f"graphs at {machine.mode.jit_level}" if machine.mode.graph else "PyNative"
+    say(f"MindSpore on {machine.device}, {machine.dtype_name}, {how}; {loop.sampler.epochs(1):.3g} epochs a step")
+    if tracker:
+        tracker.start()
+    loop.run(start)
+    with loop.ema.in_model() if loop.ema else nullcontext():
+        export(transformer, plan.run_folder, method=plan.config.train.method)
+    say(f"final weights in {plan.run_folder / 'final'}")
+
+
+def _load_encoder(plan: Plan, clips: Clips) -> Encoder | None:
+    """Load what encodes raw clips, and encode all text that fits, so that T5 is gone before the transformer comes."""
+    if not isinstance(clips.source, RawSource):
+        return None
+    machine, config = plan.machine, plan.config
+    text_encoder = TextEncoder.from_folder(plan.folder, dtype=machine.dtype, mode=machine.mode)
+    captions = clips.source.captions
+    report_cut_captions(text_encoder.truncated_tokens, captions, plan.text_length, strict=config.data.strict)
+    vae = CogVideoXVAE.from_folder(plan.folder / "vae", dtype=machine.dtype, mode=machine.mode)
+    if config.data.vae_tiling:
+        vae.enable_tiling()
+    encoder = Encoder(vae, text_encoder, max_sequence_length=plan.text_length)
+    encoder.remember(captions)
+    return encoder
+
+
+def _make_loop(
+    plan: Plan, clips: Clips, encoder: Encoder | None, transformer: CogVideoXTransformer, tracker: Tracker | None,
+    *, record: dict[str, Any], started: float,
+) -> Loop:  # fmt: skip
+    train, source = plan.config.train, clips.source
+    num_micros = train.gradient_accumulation
+    sampler = Sampler(
+        sorted(set(source.buckets) - clips.excluded),
+        batch_size={key: size * num_micros for key, size in clips.sizes.items()}, seed=plan.config.run.seed,
+        buckets=source.buckets, sets=source.sets, weights=clips.set_weights,
+    )  # fmt: skip
+    draws = make_draws(plan)
+    learner = make_learner(plan, transformer)
+    ema = Ema(learner.update, decay=train.ema_decay) if train.ema_decay else None
+    return Loop(
+        learner=learner, ema=ema, sampler=sampler, draws=draws, encoder=encoder, run_folder=plan.run_folder,
+        loader=Loader(source, sampler, draws, num_micros=num_micros, num_workers=train.num_workers),
+        num_steps=train.steps, num_micros=num_micros,
+        rate={
+            "peak": train.learning_rate, "schedule": train.schedule, "num_steps": train.steps,
+            "warmup_steps": train.warmup_steps, "num_cycles": train.num_cycles, "power": train.power,
+        },
+        log_every=train.log_every, save_every=train.save_every, keep=train.keep_checkpoints, record=record,
+        limit=TimeLimit(train.time_limit_minutes, save_bytes=_num_bytes(learner, ema), started=started),
+        on_bad_step=train.on_bad_step,
+        work=_make_work(plan, list(sampler.batch_sizes), learner), log_samples=train.log_samples, tracker=tracker,
+        hang_seconds=plan.config.parallel.hang_seconds, compiled=plan.machine.mode.graph,
+    )  # fmt: skip
+
+
+def _make_work(plan: Plan, keys: list[str], learner: Learner) -> Work:
+    """Return what a sample of each shape costs."""
+    is_lora = plan.config.train.method == "lora"
+    weights = sum(p.size for p in learner.update.trained if p.ndim == 2) if is_lora else 0
+    return Work(
+        tokens={key: num_tokens(plan, Bucket.parse(key)) + plan.text_length for key in keys},
+        flops={key: model_flops(plan, Bucket.parse(key), adapter_weights=weights) for key in keys},
+        num_cards=1, peak_tflops=None,
+    )  # fmt: skip
+
+
+def _num_bytes(learner: Learner, ema: Ema | None) -> int:
+    """Return the bytes of a checkpoint's tensors."""
+    return sum(p.size * p.itemsize for p in state_tensors(learner.update, ema).values())
+
+
+def _make_ready(plan: Plan, state_bytes: int) -> None:
+    sweep(plan.run_folder)  # half a checkpoint of a run that was killed takes room too
+    # Those that are there have theirs already; the next one always needs its own, before the oldest goes.
+    missing = max(1, plan.config.train.keep_checkpoints + 1 - len(list_checkpoints(plan.run_folder)))
+    require_room(plan.run_folder, missing * state_bytes, what=f"{missing} more checkpoint(s) of this run")
+    write_recipe(plan.run_folder / "config.yaml", plan.config)
