@@ -134,7 +134,7 @@ def make_records(
         return {str(file): digest(file) for file in files if file is not None}
 
     loras = [resolve_lora(path) for path in config.generate.lora]
-    common = config.model_dump(include={"task", "model", "text", "sampling"})
+    common = config.model_dump(include={"task", "model", "text", "sampling"} | _engine(config))
     common["sampling"]["tiling"] = tiling
     ask = config.generate.model_dump(exclude={*_OF_A_BATCH, *_OF_THE_MACHINE})
     ask |= {"num_frames": shape.num_frames, "height": shape.height, "width": shape.width, "fps": float(shape.fps)}
@@ -165,6 +165,11 @@ def _digests_of_folders(config: Config) -> dict[str, str]:
     if name is None:
         return {}
     return {name: sample_digest(resolve_transformer(name, has_config=config.model.transformer_config is None))}
+
+
+def _engine(config: Config) -> set[str]:
+    """Return the sections that say what computes, where it is not PyTorch: older records say nothing of it."""
+    return set() if config.engine == "torch" else {"engine", config.engine}
 
 
 def left_to_make(

@@ -17,7 +17,7 @@ OWN = {
 FRAMEWORKS = set().union(*OWN.values())
 ENGINES = ["torch", "mindspore"]
 ENTRIES = (
-    {"intake.py", "preparation.py", "jobs.py", "resume.py", "run_plan.py"}
+    {"intake.py", "preparation.py", "jobs.py", "resume.py", "run_plan.py", "videos.py"}
     | {
         f"torch_engine/{name}.py"
         for name in ("prepare", "import_prepared", "start", "train", "train_vae", "generate", "replay")

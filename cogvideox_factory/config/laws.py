@@ -207,6 +207,12 @@ _LACKING: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("train", "spike_factor", _is_off, "remove it, or use --engine torch"),
     ("lora", "base", lambda value: value == "model", "use model, or --engine torch"),
     ("validation", "every", _is_off, "use 0, or --engine torch"),
+    ("generate", "prompt_cache", _is_off, "remove it, or use --engine torch"),
+    ("generate", "base", lambda value: value == "model", "use model, or --engine torch"),
+    ("generate", "offload", lambda value: value in ("auto", "none"), "leave it at auto, or use --engine torch"),
+    ("generate", "compile", lambda value: value == "none", "it is torch.compile; --mindspore.mode 0 compiles here"),
+    ("generate", "first_block_cache", _is_off, "use 0, or --engine torch"),
+    ("generate", "tea_cache", _is_off, "use 0, or --engine torch"),
     ("run", "tf32", _is_off, "it is a format of CUDA cards; remove it"),
     ("run", "peak_tflops", _is_off, "its log has no MFU; remove it"),
 )  # fmt: skip

@@ -11,19 +11,16 @@ import torch
 
 from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config, Parallel
-from cogvideox_factory.data.export import export_to_video, require_codec
-from cogvideox_factory.data.image import read_image
-from cogvideox_factory.data.reasons import ClipError
-from cogvideox_factory.data.video import ClipSpec, probe, read_clip
+from cogvideox_factory.data.export import require_codec
 from cogvideox_factory.diffusion.samplers import guidance_scales
-from cogvideox_factory.errors import DataError, FactoryError
-from cogvideox_factory.jobs import Job, left_to_make, make_records, plan_jobs, to_note
+from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.jobs import Job, left_to_make, make_records, plan_jobs
 from cogvideox_factory.lora_files import LoraFile, load_lora, resolve_lora
 from cogvideox_factory.metrics import duration, progress_bar, say, speaking
 from cogvideox_factory.models import TransformerConfig, VaeConfig
 from cogvideox_factory.plan.fitting import report, savings, settle
 from cogvideox_factory.plan.generation import Generation
-from cogvideox_factory.publish import publish_text, require_room
+from cogvideox_factory.publish import require_room
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.attention import backend_name
@@ -41,12 +38,13 @@ from cogvideox_factory.torch_engine.device import (
 from cogvideox_factory.torch_engine.exhausted import InHand, told
 from cogvideox_factory.torch_engine.loading import Keeping, load_pipeline
 from cogvideox_factory.torch_engine.low_bit import require_torchao
-from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline, first_step
+from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
 from cogvideox_factory.torch_engine.prompts import encode_prompts
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks, joined, num_processes
 from cogvideox_factory.torch_engine.reuse import Reuse
 from cogvideox_factory.torch_engine.text_encoder import text_model
 from cogvideox_factory.torch_engine.turns import MODES
+from cogvideox_factory.videos import finished_frames, model_input, num_steps, read_source, write_video
 
 Left = list[tuple[Job, dict[str, Any]]]
 """Videos that are not there yet, each with its record."""
@@ -135,13 +133,13 @@ def _make_all(
         )
     started = time.monotonic()
     share = share_of(len(left), ranks)
-    with progress_bar("denoising", len(share) * _num_steps(config)) as advance:
+    with progress_bar("denoising", len(share) * num_steps(config)) as advance:
         for index, writes in share:
             job, record = left[index]
             in_hand.what = f"while making {job.path.name}"
             frames = _make(config, pipe, job, shape, embeds[1 + index : 2 + index], embeds[:1], advance)
             if writes:
-                _write(config, job, record, frames, shape)
+                write_video(config, job, record, frames, shape)
     ranks.agree(None)  # nobody leaves while another's group is at work
     named = ", ".join(str(job.path) for job, _ in left[:3])
     rest = f" and {len(left) - 3} more in {left[0][0].path.parent}" if len(left) > 3 else ""
@@ -218,15 +216,10 @@ def _plan(
         if first.suffix == ".mp4":
             require_codec(first, ask.codec, shape.height, shape.width)
         for job in {(job.image, job.video): job for job, _ in left}.values():
-            _read_source(job, config, shape)
+            read_source(job, config, shape)
         frame_bytes = shape.num_frames * shape.height * shape.width * (3 if ask.format in ("png", "npy") else 1)
         require_room(left[0][0].path.parent, len(left) * frame_bytes, what="the videos")
     return [job.path for job in jobs], left
-
-
-def _num_steps(config: Config) -> int:
-    steps, ask = config.sampling.steps, config.generate
-    return steps - first_step(steps, ask.strength) if ask.video else steps
 
 
 def _numbers(
@@ -307,26 +300,6 @@ def _guidance(config: Config) -> list[float]:
     )  # fmt: skip
 
 
-def _read_source(job: Job, config: Config, shape: ClipShape) -> np.ndarray | None:
-    """Return what the video is made from: an image, or the frames of a video, at the size asked for; None if nothing.
-
-    Raises:
-        DataError: it cannot be read, or has too few frames.
-    """
-    if job.image is not None:
-        return read_image(job.image, shape.height, shape.width)
-    if job.video is None:
-        return None
-    try:
-        info = probe(job.video)
-        whole = max(1, int(info.duration_seconds * shape.fps + 1e-6))
-        num_frames = whole if config.generate.extend else shape.num_frames
-        spec = ClipSpec(num_frames=num_frames, height=shape.height, width=shape.width, fps=shape.fps)
-        return read_clip(job.video, spec, info=info).pixels
-    except ClipError as error:
-        raise DataError(f"{job.video}: {error}. Ask for fewer --generate.num-frames, or give another video.") from error
-
-
 def _make(
     config: Config,
     pipe: CogVideoXPipeline,
@@ -337,13 +310,12 @@ def _make(
     advance: Callable[[], None],
 ) -> np.ndarray:
     """Return the frames of a video, uint8 [F, H, W, 3], made together with the other processes of it."""
-    ask, extends = config.generate, bool(config.generate.extend)
-    source = _read_source(job, config, shape)
+    ask = config.generate
+    source = read_source(job, config, shape)
     frames = pipe(
         prompt_embeds=prompt_embeds,
         negative_prompt_embeds=negative_embeds,
-        image=None if source is None or ask.video else source[-1] if extends else source,
-        video=source if ask.video else None,
+        **model_input(config, source),
         strength=ask.strength,
         height=shape.height,
         width=shape.width,
@@ -360,19 +332,5 @@ def _make(
         progress=lambda step: advance(),
     )[0][0]
     if ask.first_block_cache or ask.tea_cache:
-        say(f"{job.path.name}: {pipe.num_reused} of {_num_steps(config)} steps took over what the blocks did before")
-    if len(frames) != shape.num_frames:
-        say(
-            f"{job.path.name}: {shape.num_frames} frames asked, the VAE decodes {len(frames)}; "
-            f"the last {len(frames) - shape.num_frames} are cut (8k+1 comes out as asked)"
-        )
-    frames = frames[: shape.num_frames]
-    if extends and source is not None:
-        frames = np.concatenate([source, frames[1:]])  # the first is the frame it starts from
-    return frames
-
-
-def _write(config: Config, job: Job, record: dict[str, Any], frames: np.ndarray, shape: ClipShape) -> None:
-    note = to_note(record)
-    publish_text(job.record_path, note)
-    export_to_video(frames, job.path, fps=shape.fps, codec=config.generate.codec, note=note)
+        say(f"{job.path.name}: {pipe.num_reused} of {num_steps(config)} steps took over what the blocks did before")
+    return finished_frames(config, job, frames, source, shape)

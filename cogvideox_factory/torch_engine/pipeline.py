@@ -42,6 +42,7 @@ from cogvideox_factory.torch_engine.vae import (
     sample_posterior,
     uint8_from_pixels,
 )
+from cogvideox_factory.videos import first_step
 
 
 class Videos(NamedTuple):
@@ -306,18 +307,3 @@ class CogVideoXPipeline:
                 if given
                 else "this is an image-to-video model; give an image (image=path)"
             )
-
-
-def first_step(num_inference_steps: int, strength: float) -> int:
-    """Return the step at which video-to-video of `strength` begins.
-
-    Raises:
-        FactoryError: so little strength that no step is left.
-    """
-    taken = min(int(num_inference_steps * strength), num_inference_steps)
-    if taken < 1:
-        raise FactoryError(
-            f"strength={strength:g} of {num_inference_steps} steps leaves none; use a strength of "
-            f"{1 / num_inference_steps:.3g} or more, or more steps."
-        )
-    return num_inference_steps - taken
