@@ -48,7 +48,6 @@ class Update:
         self.trained = list(parameters)
         if not self.trained:
             raise FactoryError("no weight is to be trained; check train.method and lora.target_modules.")
-        self.betas, self.eps, self.weight_decay, self.decoupled = betas, eps, weight_decay, decoupled
         self.max_grad_norm = max_grad_norm
         self.masters = [p if p.dtype == ms.float32 else _state(p, "master", to_array(p)) for p in self.trained]
         self.sums = [_state(p, "sum") for p in self.trained]
@@ -56,12 +55,17 @@ class Update:
         self.exp_avg_sq = [_state(p, "exp_avg_sq") for p in self.trained]
         self.num_updates = Parameter(Tensor(np.float32(0)), name="optimizer.num_updates", requires_grad=False)
         self.num_skipped = Parameter(Tensor(np.float32(0)), name="optimizer.num_skipped", requires_grad=False)
+        self._trained, self._masters, self._sums, self._exp_avg, self._exp_avg_sq = map(
+            ms.ParameterTuple, (self.trained, self.masters, self.sums, self.exp_avg, self.exp_avg_sq)
+        )
+        self._has_copies = any(master is not weight for weight, master in zip(self.trained, self.masters))
+        decays = (weight_decay, 0.0) if decoupled else (0.0, weight_decay)
+        self._numbers = tuple(to_tensor(np.array(x, np.float32)) for x in (*betas, eps, *decays))
         self._step: Callable[[Tensor], Tensor] = mode.compiled(self._update)
 
     def add(self, grads: Sequence[Tensor]) -> None:
         """Add the gradients of one micro-batch, one for each trained parameter; compiles within another function."""
-        for total, grad in zip(self.sums, grads):
-            ops.assign_add(total, grad.astype(ms.float32))
+        _map(_added, self._sums, grads)
 
     def step(self, learning_rate: float) -> Tensor:
         """Clip, update and clear the gradients; return the global gradient norm (a device scalar).
@@ -95,35 +99,62 @@ class Update:
                 ops.assign(weight, master.astype(weight.dtype))
 
     def _update(self, learning_rate: Tensor) -> Tensor:
-        squares = self.sums[0].square().sum()
-        for total in self.sums[1:]:
-            squares = squares + total.square().sum()
-        norm = ops.sqrt(squares)
+        norm = ops.sqrt(ops.addn(_map(_squared, self._sums)))
         accepted = ops.isfinite(norm)
         factor = mint.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
         count = self.num_updates + accepted.astype(ms.float32)
-        beta1, beta2 = self.betas
-        first_correction = 1 - ops.pow(Tensor(beta1, ms.float32), count)
-        second_correction = 1 - ops.pow(Tensor(beta2, ms.float32), count)
-        for index in range(len(self.trained)):
-            master, first, second = self.masters[index], self.exp_avg[index], self.exp_avg_sq[index]
-            grad = self.sums[index] * factor
-            if not self.decoupled:
-                grad = grad + self.weight_decay * master
-            new_first = first + (grad - first) * (1 - beta1)
-            new_second = second * beta2 + grad.square() * (1 - beta2)
-            decayed = master * (1 - learning_rate * self.weight_decay) if self.decoupled else master
-            denominator = ops.sqrt(new_second) / ops.sqrt(second_correction) + self.eps
-            new = decayed - learning_rate / first_correction * (new_first / denominator)
-            ops.assign(first, mint.where(accepted, new_first, first))
-            ops.assign(second, mint.where(accepted, new_second, second))
-            ops.assign(master, mint.where(accepted, new, master))
-            if self.trained[index].dtype != ms.float32:
-                ops.assign(self.trained[index], master.astype(self.trained[index].dtype))
-            ops.assign(self.sums[index], ops.zeros_like(self.sums[index]))
+        beta1, beta2, eps, decay, grad_decay = self._numbers
+        update_one = ops.partial(  # one by one: a graph cannot unpack into this
+            _updated, beta1, beta2, eps, decay, grad_decay, learning_rate, factor, 1 - ops.pow(beta1, count),
+            1 - ops.pow(beta2, count), accepted,
+        )  # fmt: skip
+        _map(update_one, self._masters, self._exp_avg, self._exp_avg_sq, self._sums)
+        if self._has_copies:
+            _map(_copied, self._trained, self._masters)
         ops.assign(self.num_updates, count)
         ops.assign_add(self.num_skipped, 1 - accepted.astype(ms.float32))
         return norm
+
+
+# What is done to each weight. A graph of a Python loop over hundreds of weights would be too deep to compile; a map is
+# flat.
+_map = ops.HyperMap()
+_added = ops.MultitypeFuncGraph("added")
+_squared = ops.MultitypeFuncGraph("squared")
+_updated = ops.MultitypeFuncGraph("updated")
+_copied = ops.MultitypeFuncGraph("copied")
+
+
+@_added.register("Tensor", "Tensor")
+def _add(total: Tensor, grad: Tensor) -> Tensor:
+    return ops.assign_add(total, grad.astype(ms.float32))
+
+
+@_squared.register("Tensor")
+def _square(total: Tensor) -> Tensor:
+    return total.square().sum()
+
+
+@_updated.register(*["Tensor"] * 14)
+def _update_one(
+    beta1: Tensor, beta2: Tensor, eps: Tensor, decay: Tensor, grad_decay: Tensor, learning_rate: Tensor,
+    factor: Tensor, first_correction: Tensor, second_correction: Tensor, accepted: Tensor,
+    master: Tensor, first: Tensor, second: Tensor, total: Tensor,
+) -> Tensor:  # fmt: skip
+    grad = total * factor + grad_decay * master
+    new_first = first + (grad - first) * (1 - beta1)
+    new_second = second * beta2 + grad.square() * (1 - beta2)
+    denominator = ops.sqrt(new_second) / ops.sqrt(second_correction) + eps
+    new = master * (1 - learning_rate * decay) - learning_rate / first_correction * (new_first / denominator)
+    ops.assign(first, mint.where(accepted, new_first, first))
+    ops.assign(second, mint.where(accepted, new_second, second))
+    ops.assign(master, mint.where(accepted, new, master))
+    return ops.assign(total, ops.zeros_like(total))
+
+
+@_copied.register("Tensor", "Tensor")
+def _copy(weight: Tensor, master: Tensor) -> Tensor:
+    return ops.assign(weight, master.astype(weight.dtype))
 
 
 class Ema:

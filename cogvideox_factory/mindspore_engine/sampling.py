@@ -31,8 +31,8 @@ def denoise(
     """Turn noise `latents` [B, F, C, H, W] into clean latents, float32.
 
     `prompt_embeds` and `negative_embeds` [B, S, E] set the model's dtype; `guidance` has one scale a step: a
-    step with 1 predicts once, the others need `negative_embeds`. `image_latents` [B, F, C, H, W] are concatenated on channels.
-    `step_noise(i)` returns the noise of step i for a stochastic sampler.
+    step with 1 predicts once, the others need `negative_embeds`. `image_latents` [B, F, C, H, W] are concatenated on
+    channels. `step_noise(i)` returns the noise of step i for a stochastic sampler.
     """
     dtype = prompt_embeds.dtype
     both = None if negative_embeds is None else ops.concat((negative_embeds, prompt_embeds))  # [2B, S, E]
