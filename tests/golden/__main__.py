@@ -1,12 +1,16 @@
 """Write the golden files with the PyTorch engine: `python -m tests.golden`."""
 
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from cogvideox_factory.diffusion.schedule import alphas_cumprod
 from cogvideox_factory.tensors import save_tensors
+from cogvideox_factory.torch_engine import generate, prepare, train
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
 from cogvideox_factory.torch_engine.layout import diffusers_names
 from cogvideox_factory.torch_engine.lora import add_lora, load_lora_into, lora_arrays
@@ -16,7 +20,7 @@ from cogvideox_factory.torch_engine.optim import Update
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
-from tests.golden import FOLDER, cases, record
+from tests.golden import FOLDER, cases, record, runs
 
 
 def transformer_of(case: str) -> CogVideoXTransformer:
@@ -131,9 +135,38 @@ def trainings() -> dict[str, np.ndarray]:
     return made
 
 
+def encoded() -> dict[str, np.ndarray]:
+    """A sample of every entry that this engine prepares."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare.run(runs.to_encode("i2v full", Path(folder)))
+        return runs.entries_of(Path(folder) / "encoded")
+
+
+def losses() -> dict[str, np.ndarray]:
+    """Fifty steps of each run; what the LoRA learned is written beside."""
+    made = {}
+    for case in runs.RUNS:
+        with tempfile.TemporaryDirectory() as folder:
+            run_folder = train.run(runs.recipe(case, Path(folder)))
+            made[case] = runs.losses(run_folder)
+            if case.endswith("lora"):
+                shutil.copy(run_folder / "final" / "pytorch_lora_weights.safetensors", runs.LORAS["torch"])
+    return made
+
+
+def videos() -> dict[str, np.ndarray]:
+    """A sample of the pixels of each video."""
+    made = {}
+    for case in runs.VIDEOS:
+        with tempfile.TemporaryDirectory() as folder:
+            made[case] = runs.seen(generate.run(runs.video_request(case, Path(folder)))[0])
+    return made
+
+
 def main() -> None:
     files: dict[str, Callable[[], dict[str, np.ndarray]]] = {
         "transformer": transformers, "vae": vaes, "text_encoder": texts, "lora": loras, "training": trainings,
+        "encoded": encoded, "losses": losses, "videos": videos,
     }  # fmt: skip
     for name, make in files.items():
         save_tensors(FOLDER / f"{name}.safetensors", make())

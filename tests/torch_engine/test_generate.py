@@ -204,7 +204,7 @@ def test_one_image_for_all_prompts_or_one_each(tiny_model, tmp_path, monkeypatch
     variant = "cogvideox1.5-5b-i2v"
     reads = []
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "read_image", lambda *args: reads.append(args) or read_image(*args))
+        patch.setattr("cogvideox_factory.videos.read_image", lambda *args: reads.append(args) or read_image(*args))
         shared = generate.run(
             settings(tiny_model, tmp_path, variant=variant, prompt=["a", "b"], image=[str(images[0])])
         )

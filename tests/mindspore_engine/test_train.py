@@ -1,0 +1,167 @@
+"""Runs: against the other engine's, resumed, compiled, from raw clips, and what is refused."""
+
+import pytest
+
+pytest.importorskip("mindspore", reason="the MindSpore engine has an environment of its own: make test-mindspore")
+
+import json
+import math
+from importlib.util import find_spec
+
+import numpy as np
+from mindspore import ops
+from safetensors.numpy import load_file
+
+from cogvideox_factory.checkpoints import checkpoint_folder
+from cogvideox_factory.cli import main
+from cogvideox_factory.errors import FactoryError, NonFiniteError, UnfitError
+from cogvideox_factory.mindspore_engine import train
+from cogvideox_factory.mindspore_engine.learner import Learner
+from cogvideox_factory.mindspore_engine.transformer import CogVideoXTransformer
+from cogvideox_factory.weights import load_folder
+from tests.golden import golden, runs
+
+CURVES = 1e-4
+"""Of two engines over fifty steps; seen are 3e-7 with LoRA and 3e-6 with all weights."""
+SHORT = {"schedule": "constant", "warmup_steps": 0, "steps": 4}
+
+
+def run(case, folder, name="run", **more):
+    more["train"] = SHORT | {"dir": str(folder / name)} | more.get("train", {})
+    return train.run(runs.recipe(case, folder, engine="mindspore", **more))
+
+
+@pytest.mark.parametrize("case", runs.RUNS)
+def test_fifty_steps_are_those_of_the_other_engine(case, tmp_path):
+    """The same recipe, cache and seed; the curves themselves differ from step to step by a thousand times as much."""
+    folder = train.run(runs.recipe(case, tmp_path, engine="mindspore"))
+    found, expected = runs.losses(folder), golden("losses")[case]
+    assert len(found) == len(expected) == runs.NUM_STEPS
+    assert np.abs(np.diff(expected)).mean() > 100 * CURVES
+    assert np.abs(found - expected).max() <= CURVES
+    if case == "t2v lora":
+        ours = load_file(folder / "final" / "pytorch_lora_weights.safetensors")
+        theirs = load_file(runs.LORAS["torch"])
+        assert ours.keys() == theirs.keys()
+        for name, array in theirs.items():
+            assert np.abs(ours[name] - array).max() <= 1e-3 * np.abs(array).max(), name
+    else:
+        final = CogVideoXTransformer.from_folder(folder / "final" / "transformer")
+        assert load_folder(folder / "final" / "transformer").keys() == dict(final.iterate_arrays()).keys()
+
+
+@pytest.mark.parametrize("case", runs.RUNS)
+def test_a_run_that_is_resumed_is_the_same_to_the_bit(case, tmp_path):
+    more = {"save_every": 2, "ema_decay": 0.5, "keep_checkpoints": 9}
+    whole = run(case, tmp_path, train=more)
+    parted = run(case, tmp_path, "parted", train={"resume": str(checkpoint_folder(whole, 2))} | more)
+    assert runs.losses(parted).tolist() == runs.losses(whole)[2:].tolist()
+    for step in (4,):
+        one, other = (checkpoint_folder(part, step) / "shard-00001.safetensors" for part in (whole, parted))
+        assert one.read_bytes() == other.read_bytes()
+    for file in (whole / "final").rglob("*.safetensors"):
+        assert file.read_bytes() == (parted / file.relative_to(whole)).read_bytes(), file
+    with pytest.raises(UnfitError, match=r"train\.learning_rate"):
+        run(case, tmp_path, train={"steps": 6, "learning_rate": 0.5} | more)
+
+
+def test_averages_are_what_is_exported(tmp_path):
+    plain, averaged = run("t2v lora", tmp_path), run("t2v lora", tmp_path, "averaged", train={"ema_decay": 0.9})
+    assert runs.losses(plain).tolist() == runs.losses(averaged).tolist()
+    one, other = (load_file(f / "final" / "pytorch_lora_weights.safetensors") for f in (plain, averaged))
+    assert all(0 < np.abs(one[n] - other[n]).max() < 0.1 for n in one if "lora_B" in n)
+
+
+def test_a_graph_and_computing_again_change_rounding_only(tmp_path):
+    plain = runs.losses(run("t2v lora", tmp_path, train={"steps": 3}))
+    for name, more in {
+        "again": {"train": {"steps": 3, "checkpointing": "full"}},
+        "graph": {
+            "train": {"steps": 3, "checkpointing": "save_attention"},
+            "mindspore": {"mode": 0, "jit_level": "O1"},
+        },
+    }.items():
+        np.testing.assert_allclose(runs.losses(run("t2v lora", tmp_path, name, **more)), plain, rtol=0, atol=1e-5)
+
+
+def test_raw_clips_are_what_is_prepared(tmp_path):
+    """Up to the rounding to bfloat16 of what a cache keeps."""
+    from cogvideox_factory.mindspore_engine import prepare
+
+    encoded = runs.to_encode("t2v lora", tmp_path, engine="mindspore")
+    prepare.run(encoded)
+    cached = runs.losses(run("t2v lora", tmp_path, "cached", train={"steps": 2}, cache={"dir": encoded.cache.dir}))
+    raw = runs.losses(run("t2v lora", tmp_path, "raw", train={"steps": 2}, cache={"dir": None}))
+    np.testing.assert_allclose(raw, cached, rtol=2e-2)
+    assert not np.array_equal(raw, cached)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_its_clips_are_named(tmp_path, monkeypatch):
+    micro, calls = Learner.micro, []
+
+    def broken(self, batch):
+        calls.append(1)
+        losses = micro(self, batch)
+        if len(calls) != 3:  # the first of two in the second step
+            return losses
+        self.update.add([ops.full_like(p, math.nan) for p in self.update.trained])
+        return losses * math.nan
+
+    monkeypatch.setattr(Learner, "micro", broken)
+    folder = run("t2v lora", tmp_path)
+    rows = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["reason"]) for row in rows] == [(2, "loss.nonfinite")] * 2
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["skipped"] == 1
+    calls.clear()
+    with pytest.raises(NonFiniteError, match=r"step 2.*on_bad_step=stop"):
+        run("t2v lora", tmp_path, "stopped", train={"on_bad_step": "stop"})
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--train.optimizer", "came"], "train.optimizer=came: the MindSpore engine has not got this; use adamw"),
+        (["--parallel.zero", "3"], "parallel.zero=3: the MindSpore engine runs in one process"),
+        (["--validation.every", "5"], "validation.every=5"),
+        (["--train.compile", "default"], "--mindspore.mode 0 compiles here"),
+        (["--mindspore.jit-level", "O1"], "mindspore.jit_level has no effect with mindspore.mode=1"),
+        (["--engine", "torch", "--mindspore.mode", "0"], "mindspore.mode has no effect with engine=torch"),
+    ],
+)
+def test_what_it_has_not_got_is_refused_by_name_before_anything_loads(words, told, capsys):
+    assert main(["train", "--engine", "mindspore", "--model.path", "/nowhere", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_all_that_is_lacking_is_told_at_once(capsys):
+    assert main(["train", "--engine", "mindspore", "--train.optimizer", "prodigy", "--parallel.sequence", "2"]) == 2
+    told = capsys.readouterr().err
+    assert "train.optimizer=prodigy" in told
+    assert "parallel.sequence=2" in told
+
+
+@pytest.mark.skipif(find_spec("torch") is not None, reason="torch is installed here")
+def test_an_engine_that_is_not_installed_is_told_with_the_way_out(capsys):
+    assert main(["train", "--model.path", "tiny-t2v", "--cache.dir", "x"]) == 4
+    assert "engine=torch: torch is not installed here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"run": {"dtype": "bfloat16"}}, "no bfloat16 arithmetic on a CPU"),
+        ({"run": {"dtype": "float16"}}, "gradients vanish in float16"),
+        ({"mindspore": {"amp_level": "O2"}}, r"amp_level=O2 computes in half precision.*float32"),
+        ({"mindspore": {"mode": 0, "jit_level": "O2"}}, "a CPU has none"),
+    ],
+)
+def test_a_precision_or_level_that_cannot_be_is_refused(more, told, tmp_path):
+    with pytest.raises(FactoryError, match=told):
+        run("t2v lora", tmp_path, **more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_of_a_launcher_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("MS_WORKER_NUM", "2")
+    with pytest.raises(FactoryError, match="2 processes were started; the MindSpore engine runs in one"):
+        run("t2v lora", tmp_path)
