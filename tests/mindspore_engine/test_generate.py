@@ -34,9 +34,7 @@ def test_frames_are_those_of_the_other_engine(case, tmp_path):
 
 
 def test_so_they_are_in_graphs_with_the_lora_merged(tmp_path):
-    found = frames_of(
-        "t2v ddim lora", tmp_path, mindspore={"mode": 0}, generate={"merge_lora": True}, sampling={"tiling": False}
-    )
+    found = frames_of("t2v ddim lora", tmp_path, mindspore={"mode": 0}, generate={"merge_lora": True})
     assert apart(found, golden("videos")["t2v ddim lora"]) <= FRAMES
 
 

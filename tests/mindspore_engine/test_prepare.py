@@ -34,9 +34,9 @@ def test_a_finished_cache_is_not_encoded_again_and_a_strangers_is_refused(tmp_pa
     prepare.run(config)
     monkeypatch.setattr(CogVideoXVAE, "encode", lambda *given: pytest.fail("encoded again"))
     prepare.run(config)
-    longer = config.model_copy(update={"text": config.text.model_copy(update={"max_sequence_length": 15})})
-    with pytest.raises(UnfitError, match=r"max_sequence_length"):
-        train.run(longer)
+    other = config.model_copy(update={"data": config.data.model_copy(update={"height": 48})})
+    with pytest.raises(UnfitError, match=r"height"):
+        train.run(other)
 
 
 def test_an_amp_level_is_for_training(tmp_path, capsys):

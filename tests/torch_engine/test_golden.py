@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from cogvideox_factory.torch_engine import generate, prepare, train
 from tests.golden import __main__ as writer
-from tests.golden import difference, golden
+from tests.golden import difference, golden, runs
 
 
 def test_ten_steps_of_training_are_what_this_engine_does():
@@ -35,3 +36,33 @@ def test_golden_files_are_what_this_engine_computes(name, make):
         rows = zip(found[key].reshape(-1, records.shape[-1]), records.reshape(-1, records.shape[-1]))
         floor = 1e-3 * float(records.reshape(-1, records.shape[-1])[:, 1].max())
         assert max(difference(ours, theirs, floor=floor) for ours, theirs in rows) <= 5e-5, key
+
+
+def test_fifty_steps_are_what_this_engine_does(tmp_path):
+    """The curves the other engine is held to, the quick one of them."""
+    found = runs.losses(train.run(runs.recipe("t2v lora", tmp_path)))
+    np.testing.assert_allclose(found, golden("losses")["t2v lora"], rtol=0, atol=2e-5)
+
+
+def test_entries_of_a_cache_are_what_this_engine_makes(tmp_path):
+    prepare.run(runs.to_encode("i2v full", tmp_path))
+    found, expected = runs.entries_of(tmp_path / "encoded"), golden("encoded")
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert (np.abs(found[name] - values) <= 2.0**-7 * np.maximum(np.abs(values), 1e-3)).all(), name
+
+
+@pytest.mark.parametrize("case", runs.VIDEOS)
+def test_frames_are_what_this_engine_makes(case, tmp_path):
+    (path,) = generate.run(runs.video_request(case, tmp_path))
+    assert np.abs(runs.seen(path).astype(int) - golden("videos")[case].astype(int)).max() <= 1
+
+
+def test_a_lora_of_the_other_engine_makes_the_frames_it_made_there(tmp_path):
+    expected = golden("by_mindspore")["video"].astype(int)
+    ask = runs.video_request("t2v ddim lora", tmp_path, generate={"lora": [str(runs.LORAS["mindspore"])]})
+    assert np.abs(runs.seen(generate.run(ask)[0]).astype(int) - expected).max() <= 2
+    without = runs.video_request(
+        "t2v ddim lora", tmp_path, generate={"lora": [], "lora_weight": [], "out": str(tmp_path / "without.npy")}
+    )
+    assert np.abs(runs.seen(generate.run(without)[0]).astype(int) - expected).max() > 10
