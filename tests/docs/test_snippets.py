@@ -11,6 +11,7 @@ import yaml
 
 from cogvideox_factory import supervise
 from cogvideox_factory.cli import COMMANDS, main
+from cogvideox_factory.cli.engine import require_able
 from cogvideox_factory.config import Config
 from tests.docs.conftest import small
 from tests.docs.snippets import (
@@ -65,12 +66,20 @@ def carry_out(words: list[str], folder: Path) -> None:
         assert words == ["source", ".venv/bin/activate"], f"what is {words}?"
 
 
+def load_torch(config: Config, module: str, *, sections: tuple[str, ...]):
+    """Refuse what the engine asked for would refuse, and take the one that is here."""
+    require_able(config, sections)
+    return importlib.import_module(f"cogvideox_factory.torch_engine.{module}")
+
+
 @pytest.mark.parametrize("block", [block for block in SHELL if block.reason], ids=str)
 def test_commands_for_other_machines_are_read(block, in_workshop, monkeypatch):
     """Their settings are checked as on the machine they are for; only the work is not done."""
     for name in ("train", "generate"):
         module = importlib.import_module(f"cogvideox_factory.torch_engine.{name}")
         monkeypatch.setattr(module, "run", lambda config: None)
+    for name in ("train", "generate", "prepare"):
+        monkeypatch.setattr(f"cogvideox_factory.cli.{name}.load_engine", load_torch)
     monkeypatch.setattr(supervise.Supervisor, "run", lambda self: 0)
     (in_workshop / "runs").mkdir(exist_ok=True)
     if block.text.startswith("#!"):
