@@ -10,6 +10,8 @@ from cogvideox_factory.data.loader import NUM_TRAIN_TIMESTEPS
 NUM_BINS = 4
 """Equal parts of the schedule; validation has a timestep in each."""
 
+# One draw in each quarter of the schedule; the mean over them stands for the whole range.
+TIMESTEPS = (125, 375, 625, 875)
 IN_A_ROW = 3
 OF_LATE, LATELY = 10, 1000
 """So many bad steps within so many end a run that skips them."""

@@ -38,11 +38,19 @@ class Learner:
             update.add(grads)
             return values[1]
 
+        def losses(*arguments):
+            return objective.losses(*arguments)
+
+        self._losses = mode.compiled(losses, of=objective.transformer)
         self._micro = mode.compiled(micro, of=objective.transformer)
 
     def micro(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Add the gradients of one micro-batch; return the loss of each of its samples, float32 [B]."""
         return self._micro(*self.objective.arguments(batch))
+
+    def losses(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of each sample, float32 [B], and learn nothing."""
+        return self._losses(*self.objective.arguments(batch))
 
     def step(self, learning_rate: float) -> Tensor:
         """Update the weights; return the norm of the gradient."""

@@ -26,6 +26,7 @@ from cogvideox_factory.mindspore_engine.device import peak_memory
 from cogvideox_factory.mindspore_engine.encode import Encoder
 from cogvideox_factory.mindspore_engine.learner import Learner
 from cogvideox_factory.mindspore_engine.optim import Ema, Update
+from cogvideox_factory.mindspore_engine.watch import Watch
 from cogvideox_factory.run_folder import differences
 from cogvideox_factory.step_records import BadStep, Sample, Step, Work, averages, bad_among, sample_rows, too_many
 from cogvideox_factory.stopping import StoppedError, stop_requests
@@ -64,6 +65,7 @@ class Loop:
     log_samples: int
     """Samples whose loss is written down with a line, at most."""
     tracker: Tracker | None
+    watch: Watch
     hang_seconds: float
     """Without a step after which the run ends (0: never)."""
     compiled: bool
@@ -86,6 +88,8 @@ class Loop:
         try:
             bar = progress_bar("training", self.num_steps, done=first, lines=False)
             with stop_requests() as stop, Watchdog(self.hang_seconds) as watchdog, bar as advance:
+                if not start and self.watch.every:
+                    self._look(0, log)
                 self._restart_clocks(first)
                 for step in range(first + 1, self.num_steps + 1):
                     compiles = self._compiles(step)
@@ -95,7 +99,7 @@ class Loop:
                     advance()
                     last = step == self.num_steps
                     saves = step % self.save_every == 0 or last
-                    is_up = self.limit.is_up(step, saves=saves + 1)
+                    is_up = self.limit.is_up(step, saves=saves + 1, looks=self.watch.is_due(step, self.num_steps))
                     asked = stop.name or ("train.time_limit_minutes" if is_up else None)
                     saves = saves or asked is not None
                     if step % self.log_every == 0 or saves or step == 1:
@@ -109,6 +113,9 @@ class Loop:
                         raise StoppedError(
                             f"stopped by {asked} after step {step}; {folder} is saved. The same command goes on."
                         )
+                    if self.watch.is_due(step, self.num_steps):
+                        with watchdog.pause():
+                            self._look(step, log)
         finally:
             for file in (log, samples, quarantine):
                 file.close()
@@ -122,8 +129,7 @@ class Loop:
     def _step(self, step: int, batches: Iterator[dict[str, Any]]) -> None:
         losses = []
         for _ in range(self.num_micros):
-            batch = to_tensors({key: value for key, value in next(batches).items() if key not in _GROUND_ONLY})
-            losses.append(self.learner.micro(self.encoder.batch(batch) if self.encoder else batch))
+            losses.append(self.learner.micro(make_ready(next(batches), self.encoder)))
         norm = self.learner.step(learning_rate(step, **self.rate))
         if self.ema:
             self.ema.update(step=step)
@@ -222,6 +228,12 @@ class Loop:
             self.limit.spent("save", time.monotonic() - began)
         self._restart_clocks(step)
 
+    def _look(self, step: int, log: MetricsLog) -> None:
+        began = time.monotonic()
+        self.watch.look(step, log, self.ema.in_model() if self.ema else nullcontext())
+        self.limit.spent("look", time.monotonic() - began)
+        self._restart_clocks(step)
+
     def _restore(self, folder: Path) -> int:
         state = load_checkpoint(folder, state_tensors(self.learner.update, self.ema))
         self.learner.update.restore(state["scalars"])
@@ -259,3 +271,9 @@ def _require_sound(steps: Sequence[Step], weight_norm: float) -> None:
 def state_tensors(update: Update, ema: Ema | None) -> dict[str, Parameter]:
     """Return the tensors of a checkpoint by name."""
     return update.tensors() | (ema.tensors() if ema else {})
+
+
+def make_ready(batch: dict[str, Any], encoder: Encoder | None) -> dict[str, Any]:
+    """Return a batch of the ground as tensors, raw clips encoded."""
+    tensors = to_tensors({key: value for key, value in batch.items() if key not in _GROUND_ONLY})
+    return encoder.batch(tensors) if encoder else tensors

@@ -12,19 +12,20 @@ from cogvideox_factory.checkpoints import list_checkpoints
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.loader import Loader, RawSource
-from cogvideox_factory.data.sampler import Sampler
+from cogvideox_factory.data.sampler import Sampler, hold_out
 from cogvideox_factory.entries import report_cut_captions
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import say
 from cogvideox_factory.mindspore_engine.device import versions
 from cogvideox_factory.mindspore_engine.encode import Encoder
 from cogvideox_factory.mindspore_engine.learner import Learner, export, load_transformer, make_learner
-from cogvideox_factory.mindspore_engine.loop import Loop, state_tensors
+from cogvideox_factory.mindspore_engine.loop import Loop, make_ready, state_tensors
 from cogvideox_factory.mindspore_engine.optim import Ema
 from cogvideox_factory.mindspore_engine.start import Plan, make_plan
 from cogvideox_factory.mindspore_engine.text_encoder import TextEncoder
 from cogvideox_factory.mindspore_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.mindspore_engine.vae import CogVideoXVAE
+from cogvideox_factory.mindspore_engine.watch import Watch
 from cogvideox_factory.publish import require_room, sweep
 from cogvideox_factory.recipe import write_recipe
 from cogvideox_factory.resume import check_resume, find_start, identity, record_of
@@ -108,8 +109,11 @@ def _make_loop(
 ) -> Loop:  # fmt: skip
     train, source = plan.config.train, clips.source
     num_micros = train.gradient_accumulation
+    train_ids, held_ids = sorted(set(source.buckets) - clips.excluded), []
+    if plan.config.validation.every:
+        train_ids, held_ids = hold_out(train_ids, plan.config.validation.num_clips)
     sampler = Sampler(
-        sorted(set(source.buckets) - clips.excluded),
+        train_ids,
         batch_size={key: size * num_micros for key, size in clips.sizes.items()}, seed=plan.config.run.seed,
         buckets=source.buckets, sets=source.sets, weights=clips.set_weights,
     )  # fmt: skip
@@ -128,6 +132,10 @@ def _make_loop(
         limit=TimeLimit(train.time_limit_minutes, save_bytes=_num_bytes(learner, ema), started=started),
         on_bad_step=train.on_bad_step,
         work=_make_work(plan, list(sampler.batch_sizes), learner), log_samples=train.log_samples, tracker=tracker,
+        watch=Watch(
+            every=plan.config.validation.every, source=source, clip_ids=held_ids, draws=make_draws(plan, quiet=True),
+            learner=learner, ready=lambda batch: make_ready(batch, encoder),
+        ),
         hang_seconds=plan.config.parallel.hang_seconds, compiled=plan.machine.mode.graph,
     )  # fmt: skip
 

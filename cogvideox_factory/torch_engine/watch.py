@@ -24,6 +24,7 @@ from cogvideox_factory.data.sampler import Pick
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import MetricsLog, say
 from cogvideox_factory.shapes import ClipShape
+from cogvideox_factory.step_records import TIMESTEPS
 from cogvideox_factory.torch_engine.border import to_tensor
 from cogvideox_factory.torch_engine.device import pin
 from cogvideox_factory.torch_engine.encode import Encoder
@@ -32,8 +33,6 @@ from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
 from cogvideox_factory.torch_engine.ranks import AgreedError, Ranks
 
-# One draw in each quarter of the schedule; the mean over them stands for the whole range.
-TIMESTEPS = (125, 375, 625, 875)
 MAX_FAILED = 3
 
 _GROUND_ONLY = ("caption_keep", "flipped")  # already acted upon

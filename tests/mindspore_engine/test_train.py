@@ -84,6 +84,21 @@ def test_a_graph_and_computing_again_change_rounding_only(tmp_path):
         np.testing.assert_allclose(runs.losses(run("t2v lora", tmp_path, name, **more)), plain, rtol=0, atol=1e-5)
 
 
+def test_the_loss_on_held_out_clips_moves_only_with_the_weights(tmp_path):
+    curves = {}
+    for rate in (0.0, 1e-2):
+        train_settings = {"learning_rate": rate, "batch_size": 1, "ema_decay": 0.5}
+        more = {"train": train_settings, "validation": {"every": 2, "num_clips": 1}}
+        rows = (run("t2v lora", tmp_path, f"{rate}", **more) / "metrics.jsonl").read_text().splitlines()
+        found = [json.loads(row) for row in rows if "validation_loss" in row]
+        assert [row["step"] for row in found] == [0, 2, 4]
+        assert all(f"validation_loss_t{t}" in found[0] for t in (125, 375, 625, 875))
+        curves[rate] = [row["validation_loss"] for row in found]
+    assert len(set(curves[0.0])) == 1
+    assert len(set(curves[1e-2])) == 3
+    assert curves[0.0][0] == curves[1e-2][0]
+
+
 def test_raw_clips_are_what_is_prepared(tmp_path):
     """Up to the rounding to bfloat16 of what a cache keeps."""
     from cogvideox_factory.mindspore_engine import prepare
@@ -122,7 +137,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_clips_are_named(tmp_path, 
     [
         (["--train.optimizer", "came"], "train.optimizer=came: the MindSpore engine has not got this; use adamw"),
         (["--parallel.zero", "3"], "parallel.zero=3: the MindSpore engine runs in one process"),
-        (["--validation.every", "5"], "validation.every=5"),
+        (["--validation.every", "5", "--validation.prompts", "x"], "validation.prompts="),
         (["--train.compile", "default"], "--mindspore.mode 0 compiles here"),
         (["--mindspore.jit-level", "O1"], "mindspore.jit_level has no effect with mindspore.mode=1"),
         (["--engine", "torch", "--mindspore.mode", "0"], "mindspore.mode has no effect with engine=torch"),
