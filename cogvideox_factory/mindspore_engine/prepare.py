@@ -23,7 +23,6 @@ from cogvideox_factory.mindspore_engine.device import (
     dtype_name,
     pick_device,
     pick_dtype,
-    require_alone,
     set_determinism,
 )
 from cogvideox_factory.mindspore_engine.encode import Encoder
@@ -47,7 +46,6 @@ class MindSporeEngine:
 
     def encode(self, work: preparation.Work) -> dict[str, ClipError]:
         """Write the entries of `work`; return what went wrong, as `preparation.Engine.encode`."""
-        require_alone()
         pick_device(work.device)
         set_determinism(work.deterministic)
         mode, dtype = Mode(graph=self._graph, jit_level=self._jit_level), pick_dtype(work.dtype)
