@@ -1,6 +1,6 @@
 # Sourced by the scripts beside it: which program runs, in how many processes.
 #   launch train --original text-to-video-sft ...
-# PYTHON names another interpreter. Above 8 cards every node runs the script, with its own NODE_RANK.
+# PYTHON names another interpreter, ENGINE=mindspore the other engine. Above 8 cards every node runs the script, with its own NODE_RANK.
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 RECIPES="$SCRIPT_DIR/../recipes"
@@ -8,6 +8,7 @@ PYTHON="${PYTHON:-python}"
 IS_STOP_ASKED=0
 
 launch() {
+  [[ -z "${ENGINE:-}" ]] || set -- "$@" --engine "$ENGINE"
   local command=("$PYTHON" -m cogvideox_factory "$@")
   local per_node=$((NUM_NPUS < 8 ? NUM_NPUS : 8)) num_nodes=$(((NUM_NPUS + 7) / 8))
   local node=(--node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-127.0.0.1}")

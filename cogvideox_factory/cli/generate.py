@@ -6,6 +6,7 @@ from cogvideox_factory.cli.engine import load_engine
 from cogvideox_factory.cli.original import expand
 from cogvideox_factory.cli.settings import parse
 from cogvideox_factory.config import Config, Parallel
+from cogvideox_factory.config.start import MindSpore
 from cogvideox_factory.errors import FactoryError
 
 DESCRIPTION = """Make one video a prompt, with the model as published, with LoRAs, or with a transformer you trained.
@@ -38,7 +39,10 @@ def starting_point(argv: list[str]) -> tuple[Config | None, list[str]]:
     if "--like" in argv:
         raise FactoryError("--like VIDEO takes the place of a recipe, so it comes first, and other settings after it")
     if argv and not argv[0].startswith("-") and Path(argv[0]).is_dir():
-        return settings_of_run(Path(argv[0])), argv[1:]
+        base = settings_of_run(Path(argv[0]))
+        if "--engine" in argv or any(word.startswith("--engine=") for word in argv):
+            base = base.model_copy(update={"mindspore": MindSpore()})  # of the engine that trained
+        return base, argv[1:]
     return None, argv
 
 

@@ -175,6 +175,9 @@ def choose_arithmetic(given: Given) -> None:
     modes = Modes(**{name: value for name, value in known.items() if value is not None})
     if modes.mindspore_mode not in (0, 1):
         raise FactoryError(f"--mindspore_mode {modes.mindspore_mode}: give 0 (graph) or 1 (PyNative)")
+    if given.engine == "mindspore":
+        _hand_modes_through(given, modes)
+        return
     for setting, value in dtype_settings(modes, given["mixed_precision"] or "no").items():
         given.set(setting, value)
     if given["mixed_precision"] != "fp16":
@@ -189,6 +192,21 @@ def choose_arithmetic(given: Given) -> None:
         given.say_inert(("jit_level",), "it belongs to graph mode (mindspore_mode 0)")
     elif "mindspore_mode" in given.typed:
         given.say(f"--mindspore_mode 0 --jit_level {modes.jit_level}: {row.here}")
+
+
+def _hand_modes_through(given: Given, modes: Modes) -> None:
+    """The MindSpore engine knows these words."""
+    precision = given["mixed_precision"] or "no"
+    given.set("run.dtype", {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}[precision])
+    given.set("mindspore.mode", modes.mindspore_mode)
+    if modes.mindspore_mode == 0:
+        given.set("mindspore.jit_level", modes.jit_level)
+    else:
+        given.say_inert(("jit_level",), "it belongs to graph mode (mindspore_mode 0)")
+    if precision == "fp16":
+        given.set("mindspore.amp_level", modes.amp_level)
+    else:
+        given.say_inert(("amp_level",), "it counts with mixed_precision fp16 only (as with theirs)")
 
 
 def choose_validation(given: Given) -> None:

@@ -90,6 +90,8 @@ class Given:
     typed: dict[str, Any]
     ours: frozenset[str] = frozenset()
     """Settings of ours that stand on the same command line; what is typed there counts."""
+    engine: str = "torch"
+    """Which is to run."""
     num_processes: int = 1
     rank: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
@@ -123,8 +125,12 @@ class Given:
                 self.say(f"--{name}: no effect, {why}")
 
 
+_UNDOTTED = ("task", "engine")
+"""Settings of ours that belong to no section."""
+
+
 def read_flags(words: list[str], script: Script) -> tuple[dict[str, Any], list[str]]:
-    """Return what is typed of a script's flags, and the words of flags of ours among them (those with a dot).
+    """Return what is typed of a script's flags, and the words of flags of ours among them.
 
     The last of two equal flags counts, as it did. An empty word counts as a flag that is not there.
 
@@ -143,7 +149,7 @@ def read_flags(words: list[str], script: Script) -> tuple[dict[str, Any], list[s
         while not equals and place < len(words) and not words[place].startswith("--"):
             values.append(words[place])
             place += 1
-        if "." in name or name == "task":
+        if "." in name or name in _UNDOTTED:
             ours += [word] if equals else [word, *values]
             continue
         flag = script.find(name)

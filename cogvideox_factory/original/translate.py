@@ -68,8 +68,8 @@ def translate(script: Script, words: list[str], *, origin: str, num_processes: i
     """
     typed, ours = read_flags(words, script)
     given = Given(
-        script=script, origin=origin, typed=typed, ours=frozenset(map(_setting_of, ours)), num_processes=num_processes,
-        rank=rank,
+        script=script, origin=origin, typed=typed, ours=frozenset(map(_setting_of, ours)), engine=_engine(ours),
+        num_processes=num_processes, rank=rank,
     )  # fmt: skip
     if script.task:
         given.set("task", script.task)
@@ -86,6 +86,14 @@ def translate(script: Script, words: list[str], *, origin: str, num_processes: i
         given.set("train.caption_dropout", 0.0)
     _say_ways(given)
     return Translation(settings=given.settings, said=given.said, ours=ours)
+
+
+def _engine(ours: list[str]) -> str:
+    """Return the engine that words of ours name."""
+    for word, after in zip(ours, [*ours[1:], ""], strict=True):
+        if _setting_of(word) == "engine":
+            return word.partition("=")[2] or after
+    return "torch"
 
 
 def _has_effect(flag: Flag, given: Given) -> bool:

@@ -462,3 +462,21 @@ def test_the_page_has_the_tables_as_the_code_has_them():
     assert update(text) == text, "run: python -m cogvideox_factory.original docs/original.md"
     for flag in (*MINDSPORE_TRAINING.split(), *PYTORCH_PREPARATION.split(), *INFERENCE.split()):
         assert flag in text
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("--mindspore_mode 0 --jit_level O1", {"mindspore.mode": 0, "mindspore.jit_level": "O1"}),
+        ("--mindspore_mode 1 --jit_level O1", {"mindspore.mode": 1}),
+        ("--mixed_precision fp16 --amp_level O3", {"mindspore.mode": 1, "mindspore.amp_level": "O3"}),
+        ("--mixed_precision bf16 --amp_level O3", {"mindspore.mode": 1, "run.dtype": "bfloat16"}),
+    ],
+)
+@pytest.mark.parametrize("engine", ["--engine mindspore", "--engine=mindspore"])
+def test_modes_are_handed_through_to_the_engine_that_knows_them(words, settings, engine, tmp_path):
+    given = f"--pretrained_model_name_or_path M --data_root {tmp_path}"
+    found = translate(SCRIPTS[T2V], f"{given} {words} {engine}".split(), origin="mindspore").settings
+    assert {name: found[name] for name in settings} == settings
+    assert {name for name in found if name.startswith("mindspore.")} == {n for n in settings if n[0] == "m"}
+    assert "train.compile" not in found
