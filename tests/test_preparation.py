@@ -217,7 +217,7 @@ def test_the_last_shard_lists_the_clips(clips, model, tmp_path, capsys):
 
 def test_processes_of_torchrun_share_the_work_without_being_told(clips, model, tmp_path, capsys, monkeypatch):
     engine, done = ZeroEngine(), []
-    monkeypatch.setattr(prepare, "_engine", engine)
+    monkeypatch.setattr(prepare, "_engine", lambda config: engine)
     words = ["--model.path", str(model), "--data.root", str(clips), "--run.device", "cpu"]
     words += ["--cache.dir", str(tmp_path / "cache")]
     monkeypatch.setenv("WORLD_SIZE", "3")

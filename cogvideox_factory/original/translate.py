@@ -1,6 +1,7 @@
 """A command line of theirs, turned into settings of ours, with a line for everything that has no effect."""
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from cogvideox_factory.errors import FactoryError, nearest
@@ -90,7 +91,7 @@ def translate(script: Script, words: list[str], *, origin: str, num_processes: i
 
 def _engine(ours: list[str]) -> str:
     """Return the engine that words of ours name."""
-    for word, after in zip(ours, [*ours[1:], ""], strict=True):
+    for word, after in zip_longest(ours, ours[1:], fillvalue=""):
         if _setting_of(word) == "engine":
             return word.partition("=")[2] or after
     return "torch"

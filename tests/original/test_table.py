@@ -474,8 +474,9 @@ def test_the_page_has_the_tables_as_the_code_has_them():
     ],
 )
 @pytest.mark.parametrize("engine", ["--engine mindspore", "--engine=mindspore"])
-def test_modes_are_handed_through_to_the_engine_that_knows_them(words, settings, engine, tmp_path):
-    given = f"--pretrained_model_name_or_path M --data_root {tmp_path}"
+def test_modes_are_handed_through_to_the_engine_that_knows_them(words, settings, engine, old_clips):
+    lists = "--caption_column prompt.txt --video_column videos.txt --max_train_steps 2"
+    given = f"--pretrained_model_name_or_path M --data_root {old_clips} {lists}"
     found = translate(SCRIPTS[T2V], f"{given} {words} {engine}".split(), origin="mindspore").settings
     assert {name: found[name] for name in settings} == settings
     assert {name for name in found if name.startswith("mindspore.")} == {n for n in settings if n[0] == "m"}

@@ -15,8 +15,8 @@ from cogvideox_factory.data.cache import read_index
 from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.errors import FactoryError, UnfitError
 from cogvideox_factory.recipe import check
-from cogvideox_factory.torch_engine import feed, train
-from cogvideox_factory.torch_engine.start import make_plan
+from cogvideox_factory.run_plan import open_source, read_plan
+from cogvideox_factory.torch_engine import train
 from cogvideox_factory.weights import resolve_model
 from tests.clips import draw_clips
 from tests.test_preparation import ZeroEngine, flip_a_byte, never
@@ -94,7 +94,7 @@ def prepared(clips, tmp_path_factory):
 def refused(config):
     """Return the settings that a run is refused for, as the message names them."""
     try:
-        feed.open_source(make_plan(config))
+        open_source(read_plan(config), "float32")
     except UnfitError as error:
         lines = [line for line in str(error).splitlines() if "this run: " in line]
         return {named[1] if (named := re.search(r"\(([\w.]+)\)$", line)) else line.split()[0] for line in lines}
