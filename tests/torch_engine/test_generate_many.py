@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cogvideox_factory import videos
 from cogvideox_factory.cli.generate import settings_of_run
 from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.diffusion.samplers import guidance_scales
@@ -73,7 +74,7 @@ def generate_each(configs):
 
 def generate_and_watch(config):
     written, exchanged = [], []
-    export, exchange = generate.export_to_video, sampling._exchanged
+    export, exchange = videos.export_to_video, sampling._exchanged
 
     def keep_frames(frames, path, **options):
         written.append(str(path))
@@ -86,7 +87,7 @@ def generate_and_watch(config):
         return exchange(v, halves)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "export_to_video", keep_frames)
+        patch.setattr(videos, "export_to_video", keep_frames)
         patch.setattr(sampling, "_exchanged", counted)
         paths = generate.run(config)
     return [str(path) for path in paths], written, len(exchanged)
