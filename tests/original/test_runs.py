@@ -64,11 +64,11 @@ def settings_of(words: list[str], *, num_processes: int) -> Config:
 
 
 @pytest.fixture(scope="module")
-def prepared(old_clips, tiny_model, tmp_path_factory) -> Path:
+def prepared(readme_clips, tiny_model, tmp_path_factory) -> Path:
     """A cache, by `prepare_dataset.sh`."""
     folder = tmp_path_factory.mktemp("prepared") / "preprocessed-dataset"
     done = script(
-        "prepare_dataset.sh", NUM_NPUS=1, MODEL_NAME_OR_PATH=tiny_model("cogvideox1.5-5b"), DATA_ROOT=old_clips,
+        "prepare_dataset.sh", NUM_NPUS=1, MODEL_NAME_OR_PATH=tiny_model("cogvideox1.5-5b"), DATA_ROOT=readme_clips,
         OUTPUT_DIR=folder, **SIZE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
