@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,30 @@ def match_targets(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
             )
         matched |= hits
     return [name for name in names if name in matched]
+
+
+def new_adapter(
+    layers: Sequence[str],
+    *,
+    rank: int,
+    alpha: float,
+    use_rslora: bool,
+    use_dora: bool,
+    target_modules: Sequence[str],
+) -> tuple[list[str], float, dict[str, Any]]:
+    """Return which of `layers` get an adapter, how its update is scaled, and its settings as a file records them.
+
+    Raises:
+        FactoryError: a rank or alpha that makes no sense, or as `match_targets`.
+    """
+    if rank < 1 or alpha <= 0:
+        raise FactoryError(f"rank={rank}, alpha={alpha:g}: rank is at least 1 and alpha above 0; 64 and 64 are usual.")
+    names = match_targets(layers, target_modules)
+    settings = {
+        "rank": rank, "alpha": alpha, "alpha_pattern": {}, "use_rslora": use_rslora, "use_dora": use_dora,
+        "target_modules": names if any(map(is_regex, target_modules)) else list(target_modules),
+    }  # fmt: skip
+    return names, alpha / (rank**0.5 if use_rslora else rank), settings
 
 
 def is_regex(pattern: str) -> bool:

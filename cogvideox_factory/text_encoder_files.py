@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cogvideox_factory.errors import FactoryError, MissingError, UnfitError
 
 _PIECE_LIBRARIES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
@@ -23,6 +25,33 @@ def check_captions(captions: Sequence[str], max_sequence_length: int) -> None:
         raise FactoryError(f"max_sequence_length={max_sequence_length}: at least 1 token; CogVideoX uses 226.")
     if not captions:
         raise FactoryError("encode was given no caption; it takes at least one.")
+
+
+class Tokens:
+    """Captions as a tokenizer of transformers cuts them; a text encoder is one of these."""
+
+    tokenizer: Any
+
+    def count_tokens(self, caption: str) -> int:
+        """Return how many tokens `caption` needs, the end-of-text token included."""
+        return len(self.tokenizer(caption, truncation=False).input_ids)
+
+    def truncated_tokens(self, caption: str, max_sequence_length: int) -> int:
+        """Return how many tokens of `caption` do not fit into `max_sequence_length`; 0 when all do."""
+        return max(0, self.count_tokens(caption) - max_sequence_length)
+
+    def token_ids(self, captions: Sequence[str], max_sequence_length: int) -> np.ndarray:
+        """Return the ids [B, T] of `captions`, padded and cut to T = `max_sequence_length`.
+
+        Raises:
+            FactoryError: as `check_captions`.
+        """
+        check_captions(captions, max_sequence_length)
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", max_length=max_sequence_length, truncation=True,
+            add_special_tokens=True, return_tensors="np",
+        )  # fmt: skip
+        return tokens.input_ids
 
 
 def require_tokenizer(model_folder: Path) -> Path:

@@ -1,19 +1,24 @@
 """A video in the making, but for the model: how many steps it takes, what it is made from, and how it is written."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 
 from cogvideox_factory.config import Config
-from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.export import export_to_video, require_codec
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.data.video import ClipSpec, probe, read_clip
 from cogvideox_factory.errors import DataError, FactoryError
-from cogvideox_factory.jobs import Job, to_note
+from cogvideox_factory.jobs import Job, left_to_make, make_records, to_note
 from cogvideox_factory.metrics import say
-from cogvideox_factory.publish import publish_text
+from cogvideox_factory.publish import publish_text, require_room
 from cogvideox_factory.shapes import ClipShape
+
+Left = list[tuple[Job, dict[str, Any]]]
+"""Videos that are not there yet, each with its record."""
 
 
 def first_step(num_inference_steps: int, strength: float) -> int:
@@ -55,6 +60,46 @@ def read_source(job: Job, config: Config, shape: ClipShape) -> np.ndarray | None
         return read_clip(job.video, spec, info=info).pixels
     except ClipError as error:
         raise DataError(f"{job.video}: {error}. Ask for fewer --generate.num-frames, or give another video.") from error
+
+
+def open_jobs(
+    config: Config,
+    jobs: Sequence[Job],
+    shape: ClipShape,
+    *,
+    device: str,
+    dtype: str,
+    tiling: bool,
+    versions: Mapping[str, str],
+) -> tuple[list[Path], Left]:
+    """Return the paths of all videos, and those left to make with their records; all they need is checked.
+
+    Args:
+        config: settings of `generate`.
+        jobs: of all videos.
+        shape: of each.
+        device: kind of the one at work, for the records, as are the others.
+        dtype: of the model.
+        tiling: whether pictures are decoded in tiles.
+        versions: of the libraries.
+
+    Raises:
+        MissingError: the codec cannot be written here.
+        DataError: an image or video to start from that cannot be read.
+        StorageError: no room, or something else has the name of a video.
+    """
+    ask = config.generate
+    records = make_records(jobs, config, shape, device=device, dtype=dtype, tiling=tiling, versions=versions)
+    left = left_to_make(jobs, records, overwrite=ask.overwrite, any_tiling=config.sampling.tiling == "auto")
+    if left:
+        first = left[0][0].path
+        if first.suffix == ".mp4":
+            require_codec(first, ask.codec, shape.height, shape.width)
+        for job in {(job.image, job.video): job for job, _ in left}.values():
+            read_source(job, config, shape)
+        frame_bytes = shape.num_frames * shape.height * shape.width * (3 if ask.format in ("png", "npy") else 1)
+        require_room(first.parent, len(left) * frame_bytes, what="the videos")
+    return [job.path for job in jobs], left
 
 
 class ModelInput(TypedDict):

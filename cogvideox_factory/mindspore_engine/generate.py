@@ -3,16 +3,14 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from mindspore import Tensor
 
 from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config
-from cogvideox_factory.data.export import require_codec
 from cogvideox_factory.errors import FactoryError
-from cogvideox_factory.jobs import Job, left_to_make, make_records, plan_jobs
+from cogvideox_factory.jobs import Job, plan_jobs
 from cogvideox_factory.lora_check import check_lora
 from cogvideox_factory.lora_files import load_lora, resolve_lora
 from cogvideox_factory.metrics import duration, progress_bar, say
@@ -22,13 +20,9 @@ from cogvideox_factory.mindspore_engine.pipeline import CogVideoXPipeline
 from cogvideox_factory.mindspore_engine.start import Machine, take_machine
 from cogvideox_factory.mindspore_engine.text_encoder import TextEncoder
 from cogvideox_factory.models import TransformerConfig
-from cogvideox_factory.publish import require_room
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.tiny.layout import transformer_shapes
-from cogvideox_factory.videos import finished_frames, model_input, num_steps, read_source, write_video
-
-Left = list[tuple[Job, dict[str, Any]]]
-"""Videos that are not there yet, each with its record."""
+from cogvideox_factory.videos import Left, finished_frames, model_input, num_steps, open_jobs, read_source, write_video
 
 
 def run(config: Config) -> list[Path]:
@@ -67,20 +61,10 @@ def _plan(
     layers = {name.removesuffix(".weight"): s for name, s in transformer_shapes(transformer).items() if len(s) == 2}
     for path in ask.lora:
         check_lora(load_lora(resolve_lora(path)), layers)
-    records = make_records(
-        jobs, config, shape, device=machine.device, dtype=machine.dtype_name, tiling=_tiles(config, machine),
+    return open_jobs(
+        config, jobs, shape, device=machine.device, dtype=machine.dtype_name, tiling=_tiles(config, machine),
         versions=versions(),
     )  # fmt: skip
-    left = left_to_make(jobs, records, overwrite=ask.overwrite, any_tiling=config.sampling.tiling == "auto")
-    if left:
-        first = left[0][0].path
-        if first.suffix == ".mp4":
-            require_codec(first, ask.codec, shape.height, shape.width)
-        for job in {(job.image, job.video): job for job, _ in left}.values():
-            read_source(job, config, shape)
-        frame_bytes = shape.num_frames * shape.height * shape.width * (3 if ask.format in ("png", "npy") else 1)
-        require_room(left[0][0].path.parent, len(left) * frame_bytes, what="the videos")
-    return [job.path for job in jobs], left
 
 
 def _encode(

@@ -21,7 +21,7 @@ from mindspore import Parameter, nn
 from cogvideox_factory.errors import FactoryError, nearest
 from cogvideox_factory.lora_check import check_lora
 from cogvideox_factory.lora_files import LoraFile
-from cogvideox_factory.lora_names import ATTENTION, initial_down, is_regex, match_targets
+from cogvideox_factory.lora_names import ATTENTION, initial_down, new_adapter
 from cogvideox_factory.mindspore_engine.border import put, to_array
 from cogvideox_factory.mindspore_engine.linear import Linear
 from cogvideox_factory.mindspore_engine.lora_linear import LoraFactors, LoraLinear
@@ -66,17 +66,12 @@ def add_lora(
     Raises:
         FactoryError: a pattern that matches no linear layer, a rank below 1, or a name in use.
     """
-    if rank < 1 or alpha <= 0:
-        raise FactoryError(f"rank={rank}, alpha={alpha:g}: rank is at least 1 and alpha above 0; 64 and 64 are usual.")
     targets = find_targets(transformer)
-    names = match_targets(list(targets), target_modules)
+    names, scale, settings = new_adapter(
+        list(targets), rank=rank, alpha=alpha, use_rslora=use_rslora, use_dora=use_dora, target_modules=target_modules
+    )
     _require_new(transformer, adapter_name)
     _freeze(transformer)
-    scale = alpha / (rank**0.5 if use_rslora else rank)
-    settings = {
-        "rank": rank, "alpha": alpha, "alpha_pattern": {}, "use_rslora": use_rslora, "use_dora": use_dora,
-        "target_modules": names if any(map(is_regex, target_modules)) else list(target_modules),
-    }  # fmt: skip
     for name in names:
         layer = _adapted(transformer, name, targets[name])
         part = layer.attach(adapter_name, rank=rank, scale=scale, settings=settings)

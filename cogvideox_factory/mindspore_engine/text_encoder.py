@@ -23,13 +23,13 @@ from cogvideox_factory.mindspore_engine.border import load_parameters, to_tensor
 from cogvideox_factory.mindspore_engine.device import PYNATIVE, Mode
 from cogvideox_factory.mindspore_engine.linear import weights_in
 from cogvideox_factory.mindspore_engine.t5 import T5Encoder
-from cogvideox_factory.text_encoder_files import check_captions, require_text_encoder, require_tokenizer
+from cogvideox_factory.text_encoder_files import Tokens, require_text_encoder, require_tokenizer
 
 _TIED = "encoder.embed_tokens.weight"
 """The embedding under its second name, in files of older versions of transformers."""
 
 
-class TextEncoder:
+class TextEncoder(Tokens):
     """A T5 encoder with its tokenizer, frozen."""
 
     def __init__(self, model: T5Encoder, tokenizer: Any, *, mode: Mode = PYNATIVE) -> None:
@@ -70,28 +70,8 @@ class TextEncoder:
 
         What is cut is counted by `truncated_tokens`.
         """
-        ids = self._token_ids(captions, max_sequence_length)  # [B, T]
+        ids = self.token_ids(captions, max_sequence_length).astype(np.int32)  # [B, T]
         return self._encode(to_tensor(ids), self._buckets(max_sequence_length))
-
-    def count_tokens(self, caption: str) -> int:
-        """Return how many tokens `caption` needs, the end-of-text token included."""
-        return len(self.tokenizer(caption, truncation=False).input_ids)
-
-    def truncated_tokens(self, caption: str, max_sequence_length: int) -> int:
-        """Return how many tokens of `caption` do not fit into `max_sequence_length`; 0 when all do."""
-        return max(0, self.count_tokens(caption) - max_sequence_length)
-
-    def _token_ids(self, captions: Sequence[str], max_sequence_length: int) -> np.ndarray:
-        check_captions(captions, max_sequence_length)
-        tokens = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=max_sequence_length,
-            truncation=True,
-            add_special_tokens=True,
-            return_tensors="np",
-        )
-        return tokens.input_ids.astype(np.int32)
 
 
 def load_tokenizer(model_folder: Path | str) -> Any:

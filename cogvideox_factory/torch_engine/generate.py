@@ -4,23 +4,20 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config, Parallel
-from cogvideox_factory.data.export import require_codec
 from cogvideox_factory.diffusion.samplers import guidance_scales
 from cogvideox_factory.errors import FactoryError
-from cogvideox_factory.jobs import Job, left_to_make, make_records, plan_jobs
+from cogvideox_factory.jobs import Job, plan_jobs
 from cogvideox_factory.lora_files import LoraFile, load_lora, resolve_lora
 from cogvideox_factory.metrics import duration, progress_bar, say, speaking
 from cogvideox_factory.models import TransformerConfig, VaeConfig
 from cogvideox_factory.plan.fitting import report, savings, settle
 from cogvideox_factory.plan.generation import Generation
-from cogvideox_factory.publish import require_room
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.attention import backend_name
@@ -44,10 +41,7 @@ from cogvideox_factory.torch_engine.ranks import Layout, Ranks, joined, num_proc
 from cogvideox_factory.torch_engine.reuse import Reuse
 from cogvideox_factory.torch_engine.text_encoder import text_model
 from cogvideox_factory.torch_engine.turns import MODES
-from cogvideox_factory.videos import finished_frames, model_input, num_steps, read_source, write_video
-
-Left = list[tuple[Job, dict[str, Any]]]
-"""Videos that are not there yet, each with its record."""
+from cogvideox_factory.videos import Left, finished_frames, model_input, num_steps, open_jobs, read_source, write_video
 
 
 def run(config: Config) -> list[Path]:
@@ -206,20 +200,9 @@ def _plan(
         )
     for path in ask.lora:
         lora.check_fit(load_lora(resolve_lora(path)), transformer)
-    records = make_records(
-        jobs, config, shape, device=device.type, dtype=dtype_name(dtype), tiling=tiling,
-        versions=versions(),
-    )  # fmt: skip
-    left = left_to_make(jobs, records, overwrite=ask.overwrite, any_tiling=config.sampling.tiling == "auto")
-    if left:
-        first = left[0][0].path
-        if first.suffix == ".mp4":
-            require_codec(first, ask.codec, shape.height, shape.width)
-        for job in {(job.image, job.video): job for job, _ in left}.values():
-            read_source(job, config, shape)
-        frame_bytes = shape.num_frames * shape.height * shape.width * (3 if ask.format in ("png", "npy") else 1)
-        require_room(left[0][0].path.parent, len(left) * frame_bytes, what="the videos")
-    return [job.path for job in jobs], left
+    return open_jobs(
+        config, jobs, shape, device=device.type, dtype=dtype_name(dtype), tiling=tiling, versions=versions()
+    )
 
 
 def _numbers(

@@ -18,7 +18,7 @@ import torch
 from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.plan.generation import TextModel
 from cogvideox_factory.text_encoder_files import (
-    check_captions,
+    Tokens,
     read_text_encoder_config,
     require_text_encoder,
     require_tokenizer,
@@ -27,7 +27,7 @@ from cogvideox_factory.text_encoder_files import (
 # Legend: B captions, T text tokens (max_sequence_length), E embedding width
 
 
-class TextEncoder:
+class TextEncoder(Tokens):
     """A T5 encoder with its tokenizer, frozen and in evaluation mode."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any) -> None:
@@ -73,29 +73,9 @@ class TextEncoder:
         The same numbers as diffusers' CogVideoX pipelines feed their transformer. What is cut is counted by
         `truncated_tokens`.
         """
-        ids = self._token_ids(captions, max_sequence_length)  # [B, T]
+        ids = torch.from_numpy(self.token_ids(captions, max_sequence_length))  # [B, T]
         output = self.model(ids.to(self.device), return_dict=False)
         return output[0].to(self.dtype)  # [B, T, E]
-
-    def count_tokens(self, caption: str) -> int:
-        """Return how many tokens `caption` needs, the end-of-text token included."""
-        return len(self.tokenizer(caption, truncation=False).input_ids)
-
-    def truncated_tokens(self, caption: str, max_sequence_length: int) -> int:
-        """Return how many tokens of `caption` do not fit into `max_sequence_length`; 0 when all do."""
-        return max(0, self.count_tokens(caption) - max_sequence_length)
-
-    def _token_ids(self, captions: Sequence[str], max_sequence_length: int) -> torch.Tensor:
-        check_captions(captions, max_sequence_length)
-        tokens = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=max_sequence_length,
-            truncation=True,
-            add_special_tokens=True,
-            return_tensors="pt",
-        )
-        return tokens.input_ids
 
 
 _T5_SIZES = ("vocab_size", "d_model", "d_kv", "num_heads", "d_ff", "num_layers")
