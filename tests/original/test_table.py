@@ -296,7 +296,7 @@ REFUSES = [
     (T2V, "--ignore_learned_positional_embeddings", "480 x 720"),
     (T2V, "--use_4bit", "--use_8bit is"),
     (T2V, "--optimizer prodigy --use_8bit", "there for adamw"),
-    (T2V, "--push_to_hub", "upload final/"),
+    (T2V, "--push_to_hub", "cogvideox export RUN --push-to-hub NAME"),
     (T2V, "--report_to comet_ml", "metrics.jsonl are written in any case"),
     (T2V, "--report_to wandb,trackio", "give one of"),
     (T2V, "--validation_prompt x", "give --validation_steps"),

@@ -65,6 +65,13 @@ def fits(device_bytes: int, gib: int) -> bool:
     return device_bytes <= Machine.of("any", memory_gib=gib).memory
 
 
+def test_every_published_model_has_a_recipe_of_each_method():
+    """The task is the model's."""
+    there = {(config.model.path.lower(), config.train.method) for config in map(read_recipe, RECIPES)}
+    wanted = {(str(facts.hub_id).lower(), method) for facts in PUBLISHED.values() for method in ("lora", "full")}
+    assert wanted <= there, f"no recipe for {wanted - there}"
+
+
 @each
 def test_a_recipe_needs_the_memory_it_names_and_its_cards_have_it(path):
     found, (_, size) = MEMORY.search(path.read_text()), cards_of(path)
