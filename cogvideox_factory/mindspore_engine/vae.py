@@ -20,9 +20,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from cogvideox_factory import weights
+from cogvideox_factory.diffusion.coding import Coding
 from cogvideox_factory.diffusion.frames import frame_batches
-from cogvideox_factory.diffusion.tiles import TileAxis, tile_axes
-from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.mindspore_engine.border import load_parameters, to_array
 from cogvideox_factory.mindspore_engine.device import PYNATIVE, Mode
 from cogvideox_factory.mindspore_engine.linear import weights_in
@@ -37,7 +36,7 @@ from cogvideox_factory.network_input import check_latents, check_pixels, check_v
 Coder = Callable[[Tensor, Tails], tuple[Tensor, Tails]]
 
 
-class CogVideoXVAE(nn.Cell):
+class CogVideoXVAE(Coding, nn.Cell):
     """Frozen encoder and decoder with the options of a run: tiling, slicing, frame batches."""
 
     def __init__(self, config: VaeConfig, *, mode: Mode = PYNATIVE) -> None:
@@ -48,9 +47,6 @@ class CogVideoXVAE(nn.Cell):
         latent = config.latent_channels
         self.quant_conv = PointwiseConv(2 * latent, 2 * latent) if config.use_quant_conv else None
         self.post_quant_conv = PointwiseConv(latent, latent) if config.use_post_quant_conv else None
-        self.use_slicing = False
-        self.tiles: tuple[TileAxis, TileAxis] | None = None
-        self.frame_batch = 2
         self._encode_batch = mode.compiled(self._encoded)
         self._decode_batch = mode.compiled(self._decoded)
         for parameter in self.get_parameters():
@@ -82,50 +78,6 @@ class CogVideoXVAE(nn.Cell):
     def dtype(self) -> Any:
         """Dtype of the weights and of what is computed."""
         return self.encoder.conv_in.conv.weight.dtype
-
-    def enable_tiling(
-        self,
-        tile_sample_min_height: int | None = None,
-        tile_sample_min_width: int | None = None,
-        tile_overlap_factor_height: float | None = None,
-        tile_overlap_factor_width: float | None = None,
-    ) -> None:
-        """Code frames larger than a tile tile by tile; sizes in pixels, overlaps as fractions of a tile.
-
-        Defaults are diffusers': half of the config's sample size, sharing 1/6 of its height and 1/5 of its width.
-
-        Raises:
-            FactoryError: a size that is no multiple of 8, an overlap above one half.
-        """
-        self.tiles = tile_axes(
-            self.config, tile_sample_min_height, tile_sample_min_width, tile_overlap_factor_height,
-            tile_overlap_factor_width,
-        )  # fmt: skip
-
-    def disable_tiling(self) -> None:
-        """Code frames whole."""
-        self.tiles = None
-
-    def enable_slicing(self) -> None:
-        """Code the videos of a batch one after the other: less memory, the same numbers."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        """Code the videos of a batch together."""
-        self.use_slicing = False
-
-    def set_frame_batch(self, latent_frames: int) -> None:
-        """Code `latent_frames` (and 4 times as many frames) at once; the weights were trained with 2.
-
-        More are faster on a large device and need more memory. Group norm then averages over more frames, so the
-        result differs a little from diffusers'.
-
-        Raises:
-            FactoryError: an odd number; only the first frame batch may hold a single frame of its own.
-        """
-        if latent_frames < 2 or latent_frames % 2:
-            raise FactoryError(f"frame batch of {latent_frames} latents: it must be even and at least 2. Use 2 or 4.")
-        self.frame_batch = latent_frames
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and logvar [B, F', C, h, w] of `pixels` [B, 3, F, H, W] in [-1, 1].

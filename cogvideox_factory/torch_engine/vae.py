@@ -22,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cogvideox_factory import weights
+from cogvideox_factory.diffusion.coding import Coding
 from cogvideox_factory.diffusion.frames import frame_batches
-from cogvideox_factory.diffusion.tiles import TileAxis, tile_axes
-from cogvideox_factory.errors import FactoryError, UnfitError
+from cogvideox_factory.diffusion.tiles import TileAxis
+from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.models import VaeConfig
 from cogvideox_factory.network_input import check_latents, check_pixels, check_vae_config
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
@@ -39,7 +40,7 @@ from cogvideox_factory.torch_engine.vae_tiling import run_tiled
 STEM = "diffusion_pytorch_model"
 
 
-class CogVideoXVAE(nn.Module):
+class CogVideoXVAE(Coding, nn.Module):
     """Encoder and decoder with the options of a run: tiling, slicing, frame batches, checkpointing."""
 
     def __init__(self, config: VaeConfig, *, seed: int = 0) -> None:
@@ -53,9 +54,6 @@ class CogVideoXVAE(nn.Module):
         self.post_quant_conv = Weights(latent, latent, 1, 1, 1) if config.use_post_quant_conv else None
         self.checkpointing = False
         """Recompute each stage in the backward pass; has no effect where autograd needs no graph."""
-        self.use_slicing = False
-        self.tiles: tuple[TileAxis, TileAxis] | None = None
-        self.frame_batch = 2
         self.group: dist.ProcessGroup | None = None
         """Processes that share the work (see `vae_parallel`); each codes the same videos and gets all of the result."""
         if not self.encoder.conv_in.conv.weight.is_meta:
@@ -125,50 +123,6 @@ class CogVideoXVAE(nn.Module):
     def spatial_scale(self) -> int:
         """Pixels a latent covers in height and width: 8."""
         return self.config.spatial_scale
-
-    def enable_tiling(
-        self,
-        tile_sample_min_height: int | None = None,
-        tile_sample_min_width: int | None = None,
-        tile_overlap_factor_height: float | None = None,
-        tile_overlap_factor_width: float | None = None,
-    ) -> None:
-        """Code frames larger than a tile tile by tile; sizes in pixels, overlaps as fractions of a tile.
-
-        Defaults are diffusers': half of the config's sample size, sharing 1/6 of its height and 1/5 of its width.
-
-        Raises:
-            FactoryError: a size that is no multiple of 8, an overlap above one half.
-        """
-        self.tiles = tile_axes(
-            self.config, tile_sample_min_height, tile_sample_min_width, tile_overlap_factor_height,
-            tile_overlap_factor_width,
-        )  # fmt: skip
-
-    def disable_tiling(self) -> None:
-        """Code frames whole."""
-        self.tiles = None
-
-    def enable_slicing(self) -> None:
-        """Code the videos of a batch one after the other: less memory, the same numbers."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        """Code the videos of a batch together."""
-        self.use_slicing = False
-
-    def set_frame_batch(self, latent_frames: int) -> None:
-        """Code `latent_frames` (and 4 times as many frames) at once; the weights were trained with 2.
-
-        More are faster on a large device and need more memory. Group norm then averages over more frames, so the
-        result differs a little from diffusers'.
-
-        Raises:
-            FactoryError: an odd number; only the first frame batch may hold a single frame of its own.
-        """
-        if latent_frames < 2 or latent_frames % 2:
-            raise FactoryError(f"frame batch of {latent_frames} latents: it must be even and at least 2. Use 2 or 4.")
-        self.frame_batch = latent_frames
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and logvar [B, F', C, h, w] of `pixels` [B, 3, F, H, W] in [-1, 1].
