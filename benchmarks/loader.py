@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.interleave import Ratio, interleave
 from benchmarks.pt_files import PtFiles
-from cogvideox_factory.data.cache import Cache, CacheIndex
+from cogvideox_factory.data.cache import Cache
+from cogvideox_factory.data.cache_index import CacheIndex
 from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings
 from cogvideox_factory.data.loader import CacheSource, Draws, Loader
 from cogvideox_factory.data.manifest import Clip, Manifest

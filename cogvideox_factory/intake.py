@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox_factory.config import Config
-from cogvideox_factory.data.cache import CacheIndex
+from cogvideox_factory.data.cache_index import CacheIndex
 from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings, hash_folder, sha256_file
 from cogvideox_factory.data.manifest import Manifest
 from cogvideox_factory.data.memo import Memo

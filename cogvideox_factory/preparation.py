@@ -17,7 +17,8 @@ from typing import Protocol, Self
 
 from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config
-from cogvideox_factory.data.cache import Cache, CacheIndex, recorded_dtype, text_hash
+from cogvideox_factory.data.cache import Cache
+from cogvideox_factory.data.cache_index import CacheIndex, recorded_dtype, text_hash
 from cogvideox_factory.data.manifest import Clip, Manifest
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.reasons import ClipError

@@ -12,7 +12,7 @@ from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.auto_buckets import balanced_batches, step_cost
 from cogvideox_factory.data.buckets import Bucket, read_buckets
-from cogvideox_factory.data.cache import is_imported, open_cache, recorded_dtype
+from cogvideox_factory.data.cache_index import is_imported, open_cache, recorded_dtype
 from cogvideox_factory.data.loader import NUM_TRAIN_TIMESTEPS, CacheSource, Draws, RawSource
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.errors import FactoryError

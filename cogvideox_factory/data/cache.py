@@ -14,13 +14,9 @@ be stopped, repeated and run side by side; `cache.json` and `clips.jsonl` are wr
 what is there.
 """
 
-import fcntl
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +24,15 @@ import ml_dtypes
 import numpy as np
 
 from cogvideox_factory.data.buckets import Bucket
-from cogvideox_factory.data.entry import Header, read_entry, read_header, write_entry
-from cogvideox_factory.data.fingerprint import CacheSettings, entry_key, fingerprint, require_match
+from cogvideox_factory.data.cache_index import CacheIndex, belongs, locked, read_unlocked, seal, text_hash
+from cogvideox_factory.data.entry import Header, read_header, write_entry
+from cogvideox_factory.data.fingerprint import CacheSettings, entry_key, fingerprint
 from cogvideox_factory.data.manifest import Clip, Manifest
-from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.reasons import PENDING
 from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.publish import publish_text
 
 EMPTY_CAPTION = ""
-_PARTS = ("clip", "text", "image")
 Stamp = tuple[int, int, int] | None
 """Inode, size and time of the last write of an entry, which changes none of them."""
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -231,7 +226,7 @@ class Cache:
         Raises:
             UnfitError: a usable clip of the manifest has no entry.
         """
-        with _lock(self.folder, exclusive=True):
+        with locked(self.folder, exclusive=True):
             rows = [self._row(clip) for clip in manifest.clips]
             text = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
             text = text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair becomes its JSON escape
@@ -246,10 +241,10 @@ class Cache:
             }
             if imported is not None:
                 described["imported"] = dict(imported)
-            described["checksum"] = _seal(described)
+            described["checksum"] = seal(described)
             _publish_changed(self.folder / "clips.jsonl", text)
             _publish_changed(self.folder / "cache.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n")
-            return _read_index(self.folder, "cogvideox prepare")
+            return read_unlocked(self.folder, "cogvideox prepare")
 
     def _row(self, clip: Clip) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -277,172 +272,6 @@ class Cache:
         }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CachedClip:
-    """One usable clip of a cache."""
-
-    id: str
-    name: str
-    caption: str
-    bucket: str
-    """Frames x height x width, of the clip as it was encoded."""
-    clip_file: Path
-    text_file: Path
-    image_file: Path | None
-    """Entry of an image of its own, where it has one."""
-    set: str
-    """Its data set, where several are mixed."""
-    shapes: dict[str, tuple[int, ...]]
-    """Of `mean` and, for image-to-video, `image_mean` (their log-variances alike) and `prompt_embeds`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheIndex:
-    """What a finished cache holds."""
-
-    folder: Path
-    recorded: dict[str, Any]
-    """The parsed `cache.json`."""
-    clips: list[CachedClip]
-    empty_file: Path
-    """Embedding of the empty caption."""
-    rows: list[dict[str, Any]]
-    """The parsed `clips.jsonl`."""
-
-
-def open_cache(
-    folder: Path,
-    wanted: CacheSettings | None = None,
-    *,
-    command: str = "cogvideox prepare",
-    num_workers: int = 4,
-) -> CacheIndex:
-    """Read a finished cache and check that every entry it lists is there, whole and the one that was listed.
-
-    Args:
-        folder: the cache.
-        wanted: refuse a cache made with other settings; None takes any.
-        command: what the user types to make the cache, for messages.
-        num_workers: threads that look at entries.
-
-    Raises:
-        UnfitError: no cache, one that was not finished, another's, or a damaged one.
-    """
-    folder = Path(folder)
-    index = read_index(folder, command=command)
-    if wanted is not None:
-        require_match(folder, index.recorded, wanted, command=command)
-    problems = _problems(index, full=False, num_workers=num_workers)
-    if problems:
-        shown = "\n  ".join(problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else []))
-        raise UnfitError(f"the cache {folder} has {len(problems)} bad entries; run `{command}` again:\n  {shown}")
-    return index
-
-
-def read_index(folder: Path, *, command: str = "cogvideox prepare") -> CacheIndex:
-    """Read what a finished cache lists, without a look at its entries.
-
-    Raises:
-        UnfitError: no cache, one that was not finished, or a damaged list.
-    """
-    with _lock(folder, exclusive=False):
-        return _read_index(folder, command)
-
-
-def is_imported(folder: Path) -> bool:
-    """Tell whether a finished cache was made elsewhere and imported.
-
-    Raises:
-        UnfitError: a damaged `cache.json`.
-    """
-    path = Path(folder) / "cache.json"
-    return path.is_file() and bool(_read_json(path, "cogvideox import-prepared").get("imported"))
-
-
-def recorded_dtype(folder: Path) -> str | None:
-    """Return the arithmetic a cache's encoders ran in, or None where there is no finished cache.
-
-    Raises:
-        UnfitError: a damaged `cache.json`.
-    """
-    path = Path(folder) / "cache.json"
-    if not path.is_file():
-        return None
-    return _read_json(path, "cogvideox prepare").get("video", {}).get("settings", {}).get("dtype")
-
-
-def verify_cache(folder: Path, *, num_workers: int = 4) -> list[str]:
-    """Read every listed entry whole and compare its checksum; return one line a bad entry.
-
-    Raises:
-        UnfitError: there is no finished cache.
-    """
-    return _problems(read_index(Path(folder)), full=True, num_workers=num_workers)
-
-
-def _problems(index: CacheIndex, *, full: bool, num_workers: int) -> list[str]:
-    used = [row for row in index.rows if "clip" in row]
-    listed = {row[part]["file"]: row[part]["checksum"] for row in used for part in _PARTS if part in row}
-    empty = index.recorded["empty_caption"]
-    listed[empty["file"]] = empty["checksum"]
-    check = _Check(index.folder, full=full)
-    return [problem for problem in ordered_map(check, listed.items(), num_workers=num_workers) if problem]
-
-
-class _Check:
-    def __init__(self, folder: Path, *, full: bool) -> None:
-        self.folder, self.full = folder, full
-
-    def __call__(self, item: tuple[str, str]) -> str | None:
-        file, checksum = item
-        path = self.folder / file
-        try:
-            header = read_entry(path, verify=True)[1] if self.full else read_header(path)
-        except UnfitError as error:
-            return str(error)
-        if header.checksum != checksum or not belongs(header, file):
-            return f"{path} is not the entry that was listed: its checksum differs. Remove it and prepare again."
-        return None
-
-
-def _read_json(path: Path, command: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise UnfitError(f"{path.parent} is no finished cache: {path.name} is not there. Run `{command}` first.")
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(described, dict)
-    except (ValueError, AssertionError) as error:
-        raise UnfitError(f"{path} is damaged ({error}). Run `{command}` again.") from error
-    if described.get("checksum") != _seal(described):
-        raise UnfitError(f"{path} is damaged: its checksum differs. Run `{command}` again.")
-    return described
-
-
-def _seal(described: Mapping[str, Any]) -> str:
-    """Return the checksum of all that `cache.json` says besides it; how it is laid out does not matter."""
-    return text_hash(json.dumps({k: v for k, v in described.items() if k != "checksum"}, sort_keys=True))
-
-
-def _read_rows(folder: Path, described: dict[str, Any], command: str) -> list[dict[str, Any]]:
-    path = folder / "clips.jsonl"
-    text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
-    if text_hash(text) != described.get("clips", {}).get("sha256"):
-        raise UnfitError(f"{path} does not belong to cache.json: prepare was interrupted. Run `{command}` again.")
-    return [json.loads(line) for line in text.split("\n") if line]
-
-
-def _read_index(folder: Path, command: str) -> CacheIndex:
-    described = _read_json(folder / "cache.json", command)
-    rows = _read_rows(folder, described, command)
-    return CacheIndex(
-        folder=folder,
-        recorded=described,
-        clips=[_cached(folder, row) for row in rows if "clip" in row],
-        empty_file=folder / described["empty_caption"]["file"],
-        rows=rows,
-    )
-
-
 def _publish_changed(path: Path, text: str) -> None:
     """Write `text` unless it stands there already."""
     try:
@@ -461,23 +290,6 @@ def _stamp(path: Path | str) -> Stamp:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def belongs(header: Header, file: str) -> bool:
-    """Tell whether an entry's own words lead to the name it has."""
-    content, made_with = (header.metadata.get(key, "") for key in ("content", "fingerprint"))
-    return entry_key(made_with, content) == Path(file).stem
-
-
-def _cached(folder: Path, row: dict[str, Any]) -> CachedClip:
-    shapes = {name: shape for part in _PARTS if part in row for name, shape in row[part]["shapes"].items()}
-    return CachedClip(
-        id=row["id"], name=row["name"], caption=row["caption"], bucket=row["bucket"],
-        clip_file=folder / row["clip"]["file"], text_file=folder / row["text"]["file"],
-        image_file=folder / row["image"]["file"] if "image" in row else None,
-        set=row.get("set", ""),
-        shapes={name: tuple(shape) for name, shape in shapes.items()},
-    )  # fmt: skip
-
-
 def _image_content(clip: Clip, settings: CacheSettings) -> str:
     assert clip.image_content is not None, f"{clip.name} has no image of its own"
     return text_hash(f"{clip.image_content} {clip.footage if settings.video.crop == 'random' else ''}")
@@ -487,25 +299,5 @@ def _entry_file(kind: str, key: str) -> str:
     return f"{kind}/{key[:2]}/{key}.safetensors"
 
 
-def text_hash(text: str) -> str:
-    """Return the SHA-256 that names a caption."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _lists(shapes: dict[str, tuple[int, ...]]) -> dict[str, list[int]]:
     return {name: list(shape) for name, shape in sorted(shapes.items())}
-
-
-@contextmanager
-def _lock(folder: Path, *, exclusive: bool) -> Iterator[None]:
-    """Keep cache.json and clips.jsonl together for readers; the system drops a dead process's lock."""
-    path = folder / ".lock"
-    if exclusive:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    if not path.exists():  # no cache, or a copy of one that nobody writes to
-        yield
-        return
-    with path.open("r") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-        yield

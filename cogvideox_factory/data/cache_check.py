@@ -24,7 +24,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from cogvideox_factory.data.cache import EMPTY_CAPTION, CacheIndex, belongs, read_index, text_hash
+from cogvideox_factory.data.cache import EMPTY_CAPTION
+from cogvideox_factory.data.cache_index import CacheIndex, belongs, read_index, text_hash
 from cogvideox_factory.data.clip import window_of
 from cogvideox_factory.data.entry import Header, read_entry
 from cogvideox_factory.data.ordered import ordered_map

@@ -33,7 +33,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cogvideox_factory.data.buckets import Bucket
-from cogvideox_factory.data.cache import CachedClip, CacheIndex
+from cogvideox_factory.data.cache_index import CachedClip, CacheIndex
 from cogvideox_factory.data.condition import read_condition
 from cogvideox_factory.data.entry import read_entry
 from cogvideox_factory.data.manifest import Clip

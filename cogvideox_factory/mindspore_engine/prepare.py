@@ -11,7 +11,7 @@ import numpy as np
 
 from cogvideox_factory import preparation
 from cogvideox_factory.config import Config
-from cogvideox_factory.data.cache import CacheIndex
+from cogvideox_factory.data.cache_index import CacheIndex
 from cogvideox_factory.data.ordered import ordered_map
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.entries import Failures, Job, Pixels, jobs_of, read_pixels, report_cut_captions, write_entry

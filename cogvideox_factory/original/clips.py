@@ -8,7 +8,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from cogvideox_factory.data.cache import read_index
+from cogvideox_factory.data.cache_index import read_index
 from cogvideox_factory.data.fingerprint import UNKNOWN
 from cogvideox_factory.data.mixture import Part, read_parts
 from cogvideox_factory.errors import FactoryError, UnfitError

@@ -20,7 +20,8 @@ import torch
 from cogvideox_factory import intake, weights
 from cogvideox_factory.config import Config, Data
 from cogvideox_factory.data.buckets import Bucket, read_buckets
-from cogvideox_factory.data.cache import EMPTY_CAPTION, Cache, CacheIndex
+from cogvideox_factory.data.cache import EMPTY_CAPTION, Cache
+from cogvideox_factory.data.cache_index import CacheIndex
 from cogvideox_factory.data.manifest import Clip, Manifest, Source
 from cogvideox_factory.data.originals import Originals, Wanted, facts_of
 from cogvideox_factory.data.paths import PathResolver

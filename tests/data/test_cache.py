@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cogvideox_factory.data.cache import Cache, open_cache, verify_cache
+from cogvideox_factory.data.cache import Cache
+from cogvideox_factory.data.cache_index import open_cache, verify_cache
 from cogvideox_factory.data.entry import read_entry
 from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings
 from cogvideox_factory.data.manifest import read_manifest

@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cogvideox_factory.data.cache import Cache, open_cache
+from cogvideox_factory.data.cache import Cache
 from cogvideox_factory.data.cache_check import audit_cache
+from cogvideox_factory.data.cache_index import open_cache
 from cogvideox_factory.data.clean_list import write_clean_list
 from cogvideox_factory.data.condition import read_condition
 from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings

@@ -12,8 +12,9 @@ from unittest import mock
 import numpy as np
 
 from cogvideox_factory import draws
-from cogvideox_factory.data.cache import Cache, open_cache
+from cogvideox_factory.data.cache import Cache
 from cogvideox_factory.data.cache_check import DAMAGED, FOREIGN, MISSING, OK, ORPHAN, audit_cache, set_aside
+from cogvideox_factory.data.cache_index import open_cache
 from cogvideox_factory.data.entry import read_entry
 from cogvideox_factory.data.fingerprint import CacheSettings, TextSettings, VideoSettings
 from cogvideox_factory.data.manifest import Manifest, read_manifest

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cogvideox_factory import draws
 from cogvideox_factory.config import Config
-from cogvideox_factory.data.cache import open_cache
 from cogvideox_factory.data.cache_check import DAMAGED, audit_cache
+from cogvideox_factory.data.cache_index import open_cache
 from cogvideox_factory.data.entry import read_entry
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.run_folder import locked

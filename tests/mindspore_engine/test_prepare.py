@@ -7,7 +7,7 @@ pytest.importorskip("mindspore", reason="the MindSpore engine has an environment
 import numpy as np
 
 from cogvideox_factory.cli import main
-from cogvideox_factory.data.cache import verify_cache
+from cogvideox_factory.data.cache_index import verify_cache
 from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.mindspore_engine import prepare, train
 from cogvideox_factory.mindspore_engine.vae import CogVideoXVAE

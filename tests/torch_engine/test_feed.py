@@ -11,7 +11,7 @@ import pytest
 from cogvideox_factory import preparation
 from cogvideox_factory.config import Config
 from cogvideox_factory.data import memo as memo_module
-from cogvideox_factory.data.cache import read_index
+from cogvideox_factory.data.cache_index import read_index
 from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.errors import FactoryError, UnfitError
 from cogvideox_factory.recipe import check

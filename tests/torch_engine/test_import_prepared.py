@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from cogvideox_factory import intake
 from cogvideox_factory.data import clip as naming
-from cogvideox_factory.data.cache import open_cache, verify_cache
+from cogvideox_factory.data.cache_index import open_cache, verify_cache
 from cogvideox_factory.data.entry import read_entry
 from cogvideox_factory.data.timing import ClipSpec
 from cogvideox_factory.data.video import read_clip
