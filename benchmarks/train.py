@@ -1,16 +1,17 @@
-"""`cpu.train.mid_sft` and `cpu.train.mid_lora`: one training step against a diffusers (+ peft) loop.
+"""`cpu.train.mid_sft*` and `cpu.train.mid_lora*`: one training step against a diffusers (+ peft) loop.
 
-4 layers of width 768, 1350 video + 226 text tokens, batch 1, float32, AdamW, gradient checkpointing on in both. The
-baseline does what the originals' trainers do: scheduler arithmetic, the weighted x0 loss, clipping, AdamW.
+4 layers of width 768, 1350 video + 226 text tokens, batch 1, AdamW, gradient checkpointing on in both. The baseline
+does what the originals' trainers do: scheduler arithmetic, the weighted x0 loss, clipping, AdamW; rows in bfloat16, the
+dtype of real runs, have it under autocast: over float32 weights, or over a base in bfloat16 with float32 adapters.
 """
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 
 from benchmarks.interleave import Ratio, interleave
@@ -64,7 +65,9 @@ def rotary() -> tuple[torch.Tensor, torch.Tensor]:
     return cos, sin
 
 
-def their_step(model: CogVideoXTransformer3DModel, data: dict[str, torch.Tensor]) -> Callable[[], float]:
+def their_step(
+    model: CogVideoXTransformer3DModel, data: dict[str, torch.Tensor], dtype: torch.dtype
+) -> Callable[[], float]:
     """Return one step of a diffusers loop."""
     scheduler = CogVideoXDPMScheduler.from_config(SchedulerConfig().to_dict())
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -76,10 +79,11 @@ def their_step(model: CogVideoXTransformer3DModel, data: dict[str, torch.Tensor]
     def step() -> float:
         latents = (data["mean"] + torch.exp(0.5 * data["logvar"]) * data["posterior_noise"]) * 0.7
         noisy = scheduler.add_noise(latents, data["noise"], data["timesteps"])
-        output = model(
-            hidden_states=noisy, encoder_hidden_states=data["prompt_embeds"], timestep=data["timesteps"],
-            image_rotary_emb=tables, return_dict=False,
-        )[0]  # fmt: skip
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            output = model(
+                hidden_states=noisy.to(dtype), encoder_hidden_states=data["prompt_embeds"].to(dtype),
+                timestep=data["timesteps"], image_rotary_emb=tables, return_dict=False,
+            )[0].float()  # fmt: skip
         prediction = scheduler.get_velocity(output, noisy, data["timesteps"])
         weights = 1 / (1 - scheduler.alphas_cumprod[data["timesteps"]])
         loss = (weights[:, None, None, None, None] * (prediction - latents) ** 2).flatten(1).mean(1).mean()
@@ -92,15 +96,15 @@ def their_step(model: CogVideoXTransformer3DModel, data: dict[str, torch.Tensor]
     return step
 
 
-def our_step(model: CogVideoXTransformer, data: dict[str, torch.Tensor]) -> Callable[[], float]:
+def our_step(model: CogVideoXTransformer, data: dict[str, torch.Tensor], dtype: torch.dtype) -> Callable[[], float]:
     """Return one step of the factory's loop."""
     model.set_checkpointing("save_attention")
     objective = Objective(
         model.train(), alphas_cumprod=alphas_cumprod(SchedulerConfig()), scales=Scales(video=0.7, image=0.7),
-        device=CPU, dtype=torch.float32,
+        device=CPU, dtype=dtype,
     )  # fmt: skip
     update = Update(
-        model.named_parameters(), dtype=torch.float32, device=CPU, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-4,
+        model.named_parameters(), dtype=dtype, device=CPU, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-4,
         max_grad_norm=1.0, stochastic_bf16=False, seed=0,
     )  # fmt: skip
 
@@ -113,25 +117,31 @@ def our_step(model: CogVideoXTransformer, data: dict[str, torch.Tensor]) -> Call
     return step
 
 
-def run() -> list[Ratio]:
-    """Return both ratios; losses are compared first."""
+def pairs(method: str, dtype: torch.dtype) -> tuple[Callable[[], float], Callable[[], float]]:
+    """Return one step of theirs and of ours, on the same weights and data."""
     theirs, ours = models()
+    if method == "lora":
+        theirs.requires_grad_(False).to(dtype)
+        theirs.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=TARGETS, init_lora_weights=True))
+        cast_training_params(theirs)
+        ours.to(dtype)
+        lora.add_lora(ours, rank=64, alpha=64, target_modules=TARGETS, seed=0)
+    else:
+        ours.to(dtype)
     data = batch()
-    their_lora, our_lora = copy.deepcopy(theirs), copy.deepcopy(ours)
-    their_lora.requires_grad_(False)
-    their_lora.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=TARGETS, init_lora_weights=True))
-    lora.add_lora(our_lora, rank=64, alpha=64, target_modules=TARGETS, seed=0)
-    ratios = []
-    for name, baseline, candidate in (
-        ("cpu.train.mid_sft", their_step(theirs, data), our_step(ours, data)),
-        ("cpu.train.mid_lora", their_step(their_lora, data), our_step(our_lora, data)),
-    ):
-        for _ in range(2):
-            a, b = baseline(), candidate()
-            assert abs(a - b) < 1e-4 * abs(a), (name, a, b)
-        ratios.append(
-            interleave(
-                name, baseline, candidate, target=1.4, num_rounds=5, note="f32, checkpointing on", with_ceiling=True
-            )
-        )
-    return ratios
+    return their_step(theirs, data, dtype), our_step(ours, data, dtype)
+
+
+def run() -> Iterator[Ratio]:
+    """Yield all ratios; losses are compared first."""
+    for dtype, suffix, near in ((torch.float32, "", 1e-4), (torch.bfloat16, ".bf16", 2e-2)):
+        for method, row in (("full", "mid_sft"), ("lora", "mid_lora")):
+            name = f"cpu.train.{row}{suffix}"
+            baseline, candidate = pairs(method, dtype)
+            for _ in range(2):
+                a, b = baseline(), candidate()
+                assert abs(a - b) < near * abs(a), (name, a, b)
+            yield interleave(
+                name, baseline, candidate, target=1.4, num_rounds=5,
+                note=f"{'bf16' if suffix else 'f32'}, checkpointing on", with_ceiling=True,
+            )  # fmt: skip

@@ -5,9 +5,9 @@ is not arithmetic. Ours is `train` itself, from a cache that `prepare` made, wit
 the first and the last step; only the checkpoint at the end is left out, on both sides. The baseline is written as the
 older trainers are: `Accelerator`, a `DataLoader` over `.pt` files of moments and embeddings, the scheduler's
 `add_noise` and `get_velocity`, rotary tables and the weighted loss made at each step, clipping, a learning rate
-scheduler, `.item()` at each step. Left out, in its favour: progress bar, trackers, and the norms of all gradients some
-of them fetch one by one. Both read with no thread or process of their own. One torch thread, because two on shapes
-this small mostly wait for one another.
+scheduler, `.item()` at each step. Progress bar and trackers are left out, in its favour. The family's older trainers
+also fetch the norm of each gradient, before and after clipping; rows named `lean` leave that out as well. Both read
+with no thread or process of their own. One torch thread, because two on shapes this small mostly wait for one another.
 """
 
 import json
@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,7 +103,8 @@ def their_files(folder: Path, loop: Loop) -> PtFiles:
 class TheirTrainer:
     """A training loop as the older scripts have it."""
 
-    def __init__(self, config: Config, data: Dataset) -> None:
+    def __init__(self, config: Config, data: Dataset, *, lean: bool) -> None:
+        self.lean = lean
         settings, folder = config.train, Path(config.model.path)
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=1)
         self.scheduler = CogVideoXDPMScheduler.from_pretrained(folder, subfolder="scheduler")
@@ -162,11 +164,19 @@ class TheirTrainer:
         loss = torch.mean((weights * (prediction - latents) ** 2).reshape(len(latents), -1), dim=1).mean()
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
+            if not self.lean:
+                self._gradient_norm()
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            if not self.lean:
+                self._gradient_norm()
         self.optimizer.step()
         self.rates.step()
         self.optimizer.zero_grad()
         return loss.detach().item()
+
+    def _gradient_norm(self) -> float:
+        """Return the norm of all gradients, each fetched by itself."""
+        return sum(p.grad.detach().norm(2).item() ** 2 for p in self.model.parameters() if p.grad is not None) ** 0.5
 
     def _rotary(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         config = self.accelerator.unwrap_model(self.model).config
@@ -192,10 +202,10 @@ def require_equal_losses(loop: Loop, theirs: TheirTrainer) -> None:
         assert abs(ours - other) < 2e-4 * abs(other), f"step {step}: losses {ours:.6f} and {other:.6f}"
 
 
-def tiny_ratio(name: str, config: Config, folder: Path, *, target: float | None) -> Ratio:
+def tiny_ratio(name: str, config: Config, folder: Path, *, lean: bool = False, target: float | None = None) -> Ratio:
     """Hold the two to equal losses, then time them turn by turn."""
     loop = our_loop(config)
-    theirs = TheirTrainer(config, their_files(folder / "theirs", loop))
+    theirs = TheirTrainer(config, their_files(folder / "theirs", loop), lean=lean)
     require_equal_losses(loop, theirs)
     return interleave(
         name, theirs.run, lambda: loop.run(None), target=target, num_rounds=7, num_threads=1,
@@ -214,7 +224,7 @@ def without_saving(run: Callable[[], Ratio]) -> Ratio:
 
 
 def run() -> Iterator[Ratio]:
-    """Yield both ratios; `lora` trains adapters of rank 64 on attention."""
+    """Yield all ratios; `lora` trains adapters of rank 64 on attention."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -222,6 +232,10 @@ def run() -> Iterator[Ratio]:
         draw_clips(folder / "clips", num_clips=NUM_CLIPS, num_frames=FRAMES, size=SIZE)
         console.quiet = True
         prepare.run(recipe(folder, "full"))
-        for row, method, target in (("cpu.train.tiny", "full", 1.5), ("cpu.train.tiny_lora", "lora", None)):
-            yield without_saving(lambda m=method, r=row, t=target: tiny_ratio(r, recipe(folder, m), folder, target=t))
+        for row, method, lean, target in (
+            ("cpu.train.tiny", "full", False, 1.5), ("cpu.train.tiny.lean", "full", True, None),
+            ("cpu.train.tiny_lora", "lora", False, None), ("cpu.train.tiny_lora.lean", "lora", True, None),
+        ):  # fmt: skip
+            run = partial(tiny_ratio, row, recipe(folder, method), folder, lean=lean, target=target)
+            yield without_saving(run)
         console.quiet = False
