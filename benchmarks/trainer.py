@@ -7,7 +7,7 @@ older trainers are: `Accelerator`, a `DataLoader` over `.pt` files of moments an
 `add_noise` and `get_velocity`, rotary tables and the weighted loss made at each step, clipping, a learning rate
 scheduler, `.item()` at each step. Progress bar and trackers are left out, in its favour. The family's older trainers
 also fetch the norm of each gradient, before and after clipping; rows named `lean` leave that out as well. Both read
-with no thread or process of their own. One torch thread, because two on shapes this small mostly wait for one another.
+with no thread or process of their own.
 """
 
 import json
@@ -208,7 +208,7 @@ def tiny_ratio(name: str, config: Config, folder: Path, *, lean: bool = False, t
     theirs = TheirTrainer(config, their_files(folder / "theirs", loop), lean=lean)
     require_equal_losses(loop, theirs)
     return interleave(
-        name, theirs.run, lambda: loop.run(None), target=target, num_rounds=7, num_threads=1,
+        name, theirs.run, lambda: loop.run(None), target=target, num_rounds=9,
         note=f"{NUM_STEPS} steps, f32, {config.train.method}",
     )  # fmt: skip
 
@@ -225,7 +225,7 @@ def without_saving(run: Callable[[], Ratio]) -> Ratio:
 
 def run() -> Iterator[Ratio]:
     """Yield all ratios; `lora` trains adapters of rank 64 on attention."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder / "model")

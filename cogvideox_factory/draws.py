@@ -9,15 +9,27 @@ Philox is counter-based: Salmon et al., "Parallel random numbers: as easy as 1, 
 
 import hashlib
 from operator import index
+from typing import Any
 
 import numpy as np
+
+
+class _Key(np.random.bit_generator.ISeedSequence):
+    """The key of a Philox, given as a seed: beside one given as a key, numpy would gather entropy for nothing."""
+
+    def __init__(self, key: bytes) -> None:
+        self._words = np.frombuffer(key, dtype="<u8")
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        assert (n_words, np.dtype(dtype)) == (2, self._words.dtype)
+        return self._words
 
 
 def generator(seed: int, purpose: str, *coordinates: int | str) -> np.random.Generator:
     """Return the generator for `purpose` at `coordinates` (step, epoch, clip id, …)."""
     text = "\x1f".join([str(index(seed)), purpose, *(_spell(c) for c in coordinates)])
     key = hashlib.sha256(text.encode()).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(key[:16], dtype="<u8")))
+    return np.random.Generator(np.random.Philox(_Key(key[:16])))  # pyright: ignore[reportArgumentType]
 
 
 def _spell(coordinate: int | str) -> str:

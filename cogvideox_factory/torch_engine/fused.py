@@ -84,12 +84,18 @@ def norm_backward(grad, x, mean, rstd, vectors, text_length: int, *, vectors_too
     dx = (torch.cat(rows) if len(rows) > 1 else rows[0]).view_as(x)
     if not vectors_too:
         return dx, None, None, None, None
-    zero = torch.zeros_like(scale[0])  # of vectors that no row had
 
     def gather(parts, is_text):
-        return torch.stack([parts.get((s, is_text), zero) for s in range(x.shape[0])]).view_as(vectors[0])
+        if (0, is_text) not in parts:  # no row had these vectors
+            return torch.zeros_like(vectors[0])
+        return _joined([parts[sample, is_text] for sample in range(x.shape[0])], vectors[0])
 
     return dx, gather(scales, False), gather(shifts, False), gather(scales, True), gather(shifts, True)
+
+
+def _joined(rows: list[Tensor], like: Tensor) -> Tensor:
+    """Return one row [D] a sample, in the shape of `like`: [D] or [B, 1, D]."""
+    return (rows[0] if len(rows) == 1 else torch.stack(rows)).view_as(like)
 
 
 class _ModulatedNorm(torch.autograd.Function):
@@ -163,25 +169,24 @@ def gated_linear_backward(grad, a, weight, bias, gate, text_gate, text_length: i
         d_weight = product(gated.T, a.flatten(0, 1)) if needs_weight else None
         return d_weight, gated.sum(0) if needs_bias else None, None, None
     d_weight = d_bias = None
-    d_gates = []
-    gates = torch.stack([text_gate.reshape(-1, grad.shape[-1]), gate.reshape(-1, grad.shape[-1])], 1)  # [B, 2, D]
+    gates = text_gate.reshape(-1, grad.shape[-1]), gate.reshape(-1, grad.shape[-1])  # each [B, D]
+    d_gates: tuple[list[Tensor], list[Tensor]] = [], []
     for sample in range(grad.shape[0]):
         for part, rows in enumerate((slice(0, text_length), slice(text_length, None))):
             if part == 0 and not text_length:
-                d_gates.append(torch.zeros_like(gates[sample, part]))
+                d_gates[part].append(torch.zeros_like(gates[part][sample]))
                 continue
             g = product(grad[sample, rows].T, a[sample, rows])  # [O, I]
             total = grad[sample, rows].sum(0)  # [O]
             d_gate = torch.linalg.vecdot(g, weight)
-            d_gates.append(d_gate if bias is None else torch.addcmul(d_gate, bias, total))
-            factor = gates[sample, part]
+            d_gates[part].append(d_gate if bias is None else torch.addcmul(d_gate, bias, total))
+            factor = gates[part][sample]
             if needs_weight:
                 factors = factor[:, None]
                 d_weight = g.mul_(factors) if d_weight is None else d_weight.addcmul_(g, factors)
             if needs_bias:
                 d_bias = total * factor if d_bias is None else d_bias.addcmul_(total, factor)
-    d_text, d_video = torch.stack(d_gates).view(-1, 2, grad.shape[-1]).unbind(1)
-    return d_weight, d_bias, d_video.view_as(gate), d_text.view_as(gate)
+    return d_weight, d_bias, _joined(d_gates[1], gate), _joined(d_gates[0], gate)
 
 
 class _GatedLinear(torch.autograd.Function):

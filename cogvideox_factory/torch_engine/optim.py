@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.torch_engine.border import local
-from cogvideox_factory.torch_engine.optimizers import common_state, make_optimizer, whole_state
+from cogvideox_factory.torch_engine.optimizers import make_optimizer
 from cogvideox_factory.torch_engine.passage import host_like
 from cogvideox_factory.torch_engine.ranks import Layout, Ranks
 from cogvideox_factory.torch_engine.sharding import host_mesh, like, total_norm
@@ -133,7 +133,7 @@ class Update:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         skipped = accepted.logical_not().float()
-        self.optimizer.found_inf = self._hand_over(grads, skipped)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = self._hand_over(grads, skipped)
         self.optimizer.step()
         self.num_skipped += skipped
         self.loss_scale.update(norm.isfinite())
@@ -185,12 +185,12 @@ class Update:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all state by name: weights, moments, counters (every value a tensor of one element or more)."""
-        whole = whole_state(self.optimizer)
+        whole = self.optimizer.WHOLE
         state = {f"model.{name}": self.divided(name, master) for name, master in self.masters.items()}
         for name, master in self.masters.items():
             for key, value in self.optimizer.state[master].items():
                 state[f"optimizer.{key}.{name}"] = value if key in whole else self.divided(name, value)
-        return state | {f"optimizer.{key}": value for key, value in common_state(self.optimizer).items()}
+        return state | {f"optimizer.{key}": value for key, value in self.optimizer.common.items()}
 
     def divided(self, name: str, part: Tensor) -> Tensor:
         """Return `part`, which goes with the rows that this process holds of weight `name`, as part of a whole."""

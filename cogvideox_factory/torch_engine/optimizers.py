@@ -35,7 +35,7 @@ def make_optimizer(
     total: Total,
     seed: int,
     num_skipped: Tensor,
-) -> torch.optim.Optimizer:
+) -> Guarded:
     """Return the optimizer `name`, its state made; the learning rate is set before each step.
 
     Args:
@@ -57,32 +57,50 @@ def make_optimizer(
     if name == "adamw" and any(weight.dtype == torch.bfloat16 for weight in weights):
         return StochasticAdamW(weights, group, seed=seed, num_skipped=num_skipped)
     if name in ("adamw", "adam"):
-        return _fused(torch.optim.AdamW if name == "adamw" else torch.optim.Adam, weights, group)
+        return FusedAdam(weights, group, decoupled=name == "adamw")
     if name == "prodigy":
         return Prodigy(weights, group | {"beta3": betas[1] ** 0.5 if beta3 is None else beta3}, total=total)
     assert name == "came", name
     return Came(weights, group | {"beta3": 0.9999 if beta3 is None else beta3}, shapes=shapes, total=total)
 
 
-def _fused(kind: type[torch.optim.Adam], weights: Sequence[Tensor], group: dict[str, Any]) -> torch.optim.Adam:
-    optimizer = kind(list(weights), fused=True, **group)
-    for weight in weights:  # as the first step would, but before a checkpoint is read
-        optimizer.state[weight] = {
-            "step": torch.zeros((), dtype=torch.float32, device=weight.device),
-            "exp_avg": torch.zeros_like(weight),
-            "exp_avg_sq": torch.zeros_like(weight),
-        }
-    return optimizer
+# --- Adam and AdamW ---------------------------------------------------------------------------------------------------
 
 
-def whole_state(optimizer: torch.optim.Optimizer) -> frozenset[str]:
-    """Return which keys of a weight's state every process holds whole; the rest lies beside the weight's rows."""
-    return optimizer.WHOLE if isinstance(optimizer, Guarded) else frozenset({"step"})
+class FusedAdam(Guarded):
+    """Adam and AdamW by torch's kernels, which take all weights at once and look at `found_inf` themselves.
 
+    `torch.optim` does the same with a sum a weight to count its steps and some sorting of weights at each step, which
+    on small models takes as long as the kernel.
+    """
 
-def common_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state that is of no single weight, by name: device scalars, the same in all processes."""
-    return optimizer.common if isinstance(optimizer, Guarded) else {}
+    WHOLE = frozenset({"step"})
+
+    def __init__(self, weights: Sequence[Tensor], group: dict[str, Any], *, decoupled: bool) -> None:
+        super().__init__(weights, group)
+        self._kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        self._steps = torch.zeros(len(weights), device=weights[0].device)
+        for index, weight in enumerate(weights):
+            moments = {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
+            self.state[weight] = {"step": self._steps[index], **moments}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Apply one update to the weights that have a gradient."""
+        assert closure is None
+        weights, group = self._weights, self.param_groups[0]
+        states = [self.state[weight] for weight in weights]
+        steps = [state["step"] for state in states]
+        counted = [self._steps] if len(weights) == len(self._steps) else steps
+        torch._foreach_add_(counted, 1)
+        self._kernel(
+            weights, [w.grad for w in weights if w.grad is not None], [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states], [], steps, lr=group["lr"], beta1=group["betas"][0],
+            beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
+            maximize=False, found_inf=self.found_inf,
+        )  # fmt: skip
+        if self.found_inf is not None:
+            torch._foreach_sub_(counted, [self.found_inf] * len(counted))
 
 
 # --- Prodigy ----------------------------------------------------------------------------------------------------------

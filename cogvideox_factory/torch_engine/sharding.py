@@ -99,5 +99,5 @@ def host_mesh(tensor: Tensor) -> DeviceMesh | None:
 
 def total_norm(grads: Iterable[Tensor], ranks: Ranks) -> Tensor:
     """Return the norm of all gradients as one vector, from the parts that each process holds (a device scalar)."""
-    norm = torch.nn.utils.get_total_norm(list(grads))
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
     return norm if ranks.mesh is None else ranks.over_shards(norm.square()).sqrt()

@@ -12,7 +12,7 @@ from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.plan.memory import Training
 from cogvideox_factory.plan.peaks import find_peak
 from cogvideox_factory.run_plan import RunPlan, num_tokens, read_plan
-from cogvideox_factory.torch_engine.device import device_name, pick_device, pick_dtype
+from cogvideox_factory.torch_engine.device import device_name, keep_freed_memory, pick_device, pick_dtype
 from cogvideox_factory.torch_engine.lora_targets import adapted_layers
 from cogvideox_factory.torch_engine.low_bit import require_torchao
 from cogvideox_factory.torch_engine.ranks import Layout
@@ -31,6 +31,8 @@ def make_plan(config: Config) -> Plan:
     given = read_plan(config)
     config, model = given.config, given.model
     device = pick_device(config.run.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     _check_memory(config, model, device)
     known = {field.name: getattr(given, field.name) for field in fields(given)}
     return Plan(**known, device=device, dtype=pick_dtype(config.run.dtype, device, model))
