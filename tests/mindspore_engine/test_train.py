@@ -178,5 +178,5 @@ def test_a_precision_or_level_that_cannot_be_is_refused(more, told, tmp_path):
 
 def test_processes_of_a_launcher_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("MS_WORKER_NUM", "2")
-    with pytest.raises(FactoryError, match="2 processes were started; the MindSpore engine runs in one"):
+    with pytest.raises(FactoryError, match="2 processes were started; the MindSpore engine trains in one"):
         run("t2v lora", tmp_path)
