@@ -69,11 +69,11 @@ def load_transformer(plan: Plan) -> CogVideoXTransformer:
     if config.train.method == "lora":
         targets = lora.add_lora(transformer, seed=config.run.seed, **config.lora.model_dump(exclude={"base"}))
         say(f"LoRA rank {config.lora.rank} on {len(targets)} modules")
-    _set_checkpointing(transformer, config.train.checkpointing)
+    set_checkpointing(transformer, config.train.checkpointing)
     return transformer
 
 
-def _set_checkpointing(transformer: CogVideoXTransformer, what: str) -> None:
+def set_checkpointing(transformer: CogVideoXTransformer, what: str) -> None:
     """Compute blocks again in the backward pass: none, full, or all but their attention (save_attention)."""
     for block in transformer.transformer_blocks:
         if what == "full":

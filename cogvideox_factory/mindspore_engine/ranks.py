@@ -145,7 +145,7 @@ def num_processes() -> int:
 
 
 def join(layout: Layout) -> Ranks:
-    """Join the other processes; call this once, after the device is chosen and before any tensor is made.
+    """Join the other processes; to be called once, after the device is chosen and before any tensor is made.
 
     Args:
         layout: of the run, the same in every process.
@@ -156,18 +156,27 @@ def join(layout: Layout) -> Ranks:
     if layout.size == 1:
         return Ranks(layout=layout)
     init()
-    assert layout.size == get_group_size(), layout
-    rank, shards = get_rank(), layout.grid[1]
+    return make_ranks(layout)
+
+
+def make_ranks(layout: Layout) -> Ranks:
+    """Return this process' place, once it joined; every process must call this alike.
+
+    Raises:
+        FactoryError: processes of different layouts.
+    """
+    size, rank, shards = layout.size, get_rank(), layout.grid[1]
+    assert size == get_group_size(), layout
     ranks = Ranks(
-        layout=layout, rank=rank, everyone=_neighbours(layout.size, rank=rank, world=layout.size),
-        sequence=_neighbours(layout.sequence, rank=rank, world=layout.size) if layout.sequence > 1 else None,
-        shards=_neighbours(shards, rank=rank, world=layout.size) if shards > 1 else None,
+        layout=layout, rank=rank, everyone=_neighbours(size, rank=rank, size=size),
+        sequence=_neighbours(layout.sequence, rank=rank, size=size) if layout.sequence > 1 else None,
+        shards=_neighbours(shards, rank=rank, size=size) if shards > 1 else None,
     )  # fmt: skip
     ranks.require_agreement({f"parallel.{name}": value for name, value in asdict(layout).items()})
     return ranks
 
 
-def _neighbours(count: int, *, rank: int, world: int) -> Group:
-    """Return the group of `count` neighbours that this process is of, counted from the first."""
+def _neighbours(count: int, *, rank: int, size: int) -> Group:
+    """Return the group of `count` neighbours, counted from the first of `size`, that this process is of."""
     first = rank // count * count
-    return Group(members=tuple(range(first, first + count)), index=rank - first, world=world)
+    return Group(members=tuple(range(first, first + count)), index=rank - first, world=size)

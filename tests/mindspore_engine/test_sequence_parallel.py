@@ -1,0 +1,151 @@
+"""A token stream over several processes against the same stream in one: output, loss, gradients."""
+
+import pytest
+
+pytest.importorskip("mindspore", reason="the MindSpore engine has an environment of its own: make test-mindspore")
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+
+from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.mindspore_engine import lora
+from cogvideox_factory.mindspore_engine.border import put, to_array, to_tensor
+from cogvideox_factory.mindspore_engine.collectives import all_reduce
+from cogvideox_factory.mindspore_engine.device import PYNATIVE, Mode
+from cogvideox_factory.mindspore_engine.learner import set_checkpointing
+from cogvideox_factory.mindspore_engine.ranks import join, make_ranks
+from cogvideox_factory.mindspore_engine.sequence_parallel import require_divisible_heads
+from cogvideox_factory.mindspore_engine.transformer import CogVideoXTransformer
+from cogvideox_factory.ranks import Layout
+from tests.golden import cases
+from tests.mindspore_engine.processes import run_in
+
+RELATIVE = 1e-5
+"""Of the largest entry, in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, what is trained of it and how, and the shapes it is given one after the other."""
+
+    variant: str
+    sequence: int = 2
+    text: int = 16
+    shapes: tuple[tuple[int, int, int], ...] = ((3, 6, 10),)
+    """Latent frames, height and width."""
+    adapters: dict[str, Any] | None = None
+    checkpointing: str = "none"
+    mode: Mode = PYNATIVE
+
+
+LORA = {"rank": 2, "alpha": 2, "use_rslora": False, "use_dora": False}
+CASES = {
+    2: [
+        Case(variant="cogvideox-2b", text=17),
+        Case(variant="cogvideox1.5-5b-i2v", shapes=((2, 6, 10),), checkpointing="full", adapters=LORA),
+        Case(variant="cogvideox-5b-i2v", shapes=((3, 8, 12),), text=15, checkpointing="save_attention"),
+        Case(
+            variant="cogvideox-5b", text=3, shapes=((3, 6, 10), (2, 8, 6)), mode=Mode(graph=True),
+            checkpointing="full", adapters=LORA | {"use_dora": True},
+        ),
+    ],
+    4: [
+        Case(variant="cogvideox1.5-5b", sequence=4, text=5, shapes=((2, 6, 10),)),
+        Case(variant="cogvideox-5b", sequence=4, text=1, shapes=((1, 2, 6),), checkpointing="full", adapters=LORA),
+        Case(variant="cogvideox1.5-5b-i2v", text=15, shapes=((2, 6, 10),), adapters=LORA),
+        Case(variant="cogvideox-2b", text=15, checkpointing="save_attention"),
+    ],
+}  # fmt: skip
+"""No number of video tokens but one divides among the processes, and no text but one."""
+
+
+def model_of(case: Case) -> CogVideoXTransformer:
+    config = replace(
+        cases.config_of(case.variant), num_attention_heads=4, attention_head_dim=16, max_text_seq_length=case.text
+    )
+    model = CogVideoXTransformer(config)
+    model.initialize(3)
+    if case.adapters is not None:
+        lora.add_lora(model, seed=0, **case.adapters)
+        for parameter in model.trainable_params():
+            put(parameter, to_array(parameter) + np.float32(0.1))  # B is zero at first, and then A has no gradient
+    set_checkpointing(model, case.checkpointing)
+    return model
+
+
+def inputs_of(case: Case, model: CogVideoXTransformer, index: int, part: slice) -> tuple:
+    """Return what the model takes for shape number `index`, and a target, of a part of two samples."""
+    (frames, height, width), config = case.shapes[index], model.config
+    latents = cases.normal("latents", index, shape=(2, frames, config.in_channels, height, width))
+    prompt = cases.normal("prompt", shape=(2, case.text, config.text_embed_dim))
+    target = cases.normal("target", index, shape=(2, frames, config.out_channels, height, width))
+    positions = model.positions(
+        latent_frames=frames, latent_height=height, latent_width=width, text_length=case.text
+    )  # fmt: skip
+    ofs = to_tensor(np.full(1, 2.0, np.float32)) if config.ofs_embed_dim else None
+    timesteps = np.array([999, 7], np.int64)
+    latents, prompt, timesteps, target = (to_tensor(x[part]) for x in (latents, prompt, timesteps, target))
+    return latents, prompt, timesteps, positions.cos, positions.sin, positions.added, ofs, target
+
+
+def steps(case: Case, model: CogVideoXTransformer, part: slice = slice(None)) -> list[tuple]:
+    """Return loss, output and gradients of each shape."""
+    weights = model.trainable_params()
+
+    def run(latents, prompt, timesteps, cos, sin, added, ofs, target):
+        v = model(latents, prompt, timesteps, cos, sin, added, ofs)
+        return (v - target).square().mean(), v
+
+    function = case.mode.compiled(ms.value_and_grad(run, None, weights, has_aux=True), of=model)
+    found = []
+    for index in range(len(case.shapes)):
+        (loss, v), grads = function(*inputs_of(case, model, index, part))
+        found.append((float(loss), to_array(v), dict(zip((w.name for w in weights), grads, strict=True))))
+    return found
+
+
+def one_rank(size: int) -> list[list[tuple]]:
+    """Return what `steps` does, from this process' share of a batch of two samples, as a reduction would give it."""
+    join(Layout(size=size))
+    results = []
+    for case in CASES[size]:
+        ranks, model = make_ranks(Layout(size=size, sequence=case.sequence)), model_of(case)
+        assert ranks.sequence is not None
+        model.divide(ranks.sequence)
+        num_data = ranks.layout.num_data_ranks
+        samples = 2 // num_data
+        part = slice(ranks.data_rank * samples, (ranks.data_rank + 1) * samples)
+        found = []
+        for loss, v, grads in steps(case, model, part):
+            reduced = {n: to_array(all_reduce(grad, ranks.everyone)) / num_data for n, grad in grads.items()}
+            found.append((part, float(ranks.mean(ms.Tensor([loss]))), v, reduced))
+        results.append(found)
+    return results
+
+
+@pytest.mark.parametrize("size", CASES)
+def test_equals_one_process(size, tmp_path):
+    results = run_in(size, one_rank, size, folder=tmp_path)
+    for number, case in enumerate(CASES[size]):
+        alone = steps(replace(case, mode=PYNATIVE), model_of(case))
+        for rank in range(size):
+            for (loss, v, grads), (part, their_loss, their_v, their_grads) in zip(alone, results[rank][number]):
+                assert abs(their_loss - loss) <= RELATIVE * loss, case
+                assert np.abs(their_v - v[part]).max() <= RELATIVE * np.abs(v).max(), case
+                assert their_grads.keys() == grads.keys()
+                largest = max(np.abs(to_array(grad)).max() for grad in grads.values())
+                for name, grad in grads.items():  # the bias of k's norm has none but rounding: softmax does not see it
+                    own = to_array(grad)
+                    limit = RELATIVE * np.abs(own).max() + 1e-7 * largest
+                    assert np.abs(their_grads[name] - own).max() <= limit, (case, name)
+
+
+def test_heads_that_do_not_divide_are_refused_with_the_numbers_that_do():
+    require_divisible_heads(3, 30)
+    with pytest.raises(
+        FactoryError, match=r"sequence=4 needs heads divisible by 4; this model has 30\. Use one of 1, 2, 3, 5"
+    ):
+        require_divisible_heads(4, 30)
