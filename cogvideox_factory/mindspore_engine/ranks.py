@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from mindspore import Tensor
-from mindspore.communication import get_group_size, get_rank, init
+from mindspore.communication import GlobalComm, get_group_size, get_rank, init
 
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.mindspore_engine.border import to_array, to_tensor
@@ -145,7 +145,7 @@ def num_processes() -> int:
 
 
 def join(layout: Layout) -> Ranks:
-    """Join the other processes; to be called once, after the device is chosen and before any tensor is made.
+    """Join the other processes; call this after the device is chosen and before any tensor is made.
 
     Args:
         layout: of the run, the same in every process.
@@ -155,7 +155,8 @@ def join(layout: Layout) -> Ranks:
     """
     if layout.size == 1:
         return Ranks(layout=layout)
-    init()
+    if not GlobalComm.INITED:
+        init()
     return make_ranks(layout)
 
 

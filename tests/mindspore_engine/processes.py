@@ -50,7 +50,7 @@ def launch(
 def _run(folder: Path) -> None:
     from cogvideox_factory.mindspore_engine.device import pick_device
 
-    pick_device("cpu")
+    pick_device("auto")
     rank = os.environ["RANK_ID"]
     function, args = pickle.loads((folder / "task").read_bytes())  # noqa: S301 - our own parent wrote it
     try:

@@ -5,13 +5,15 @@ import pytest
 pytest.importorskip("mindspore", reason="the MindSpore engine has an environment of its own: make test-mindspore")
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 
+from cogvideox_factory.config import Config
 from cogvideox_factory.errors import FactoryError
-from cogvideox_factory.mindspore_engine import lora
+from cogvideox_factory.mindspore_engine import generate, lora
 from cogvideox_factory.mindspore_engine.border import put, to_array, to_tensor
 from cogvideox_factory.mindspore_engine.collectives import all_reduce
 from cogvideox_factory.mindspore_engine.device import PYNATIVE, Mode
@@ -20,7 +22,7 @@ from cogvideox_factory.mindspore_engine.ranks import join, make_ranks
 from cogvideox_factory.mindspore_engine.sequence_parallel import require_divisible_heads
 from cogvideox_factory.mindspore_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.ranks import Layout
-from tests.golden import cases
+from tests.golden import cases, golden, runs
 from tests.mindspore_engine.processes import run_in
 
 RELATIVE = 1e-5
@@ -126,21 +128,55 @@ def one_rank(size: int) -> list[list[tuple]]:
     return results
 
 
-@pytest.mark.parametrize("size", CASES)
-def test_equals_one_process(size, tmp_path):
-    results = run_in(size, one_rank, size, folder=tmp_path)
-    for number, case in enumerate(CASES[size]):
-        alone = steps(replace(case, mode=PYNATIVE), model_of(case))
-        for rank in range(size):
-            for (loss, v, grads), (part, their_loss, their_v, their_grads) in zip(alone, results[rank][number]):
-                assert abs(their_loss - loss) <= RELATIVE * loss, case
-                assert np.abs(their_v - v[part]).max() <= RELATIVE * np.abs(v).max(), case
-                assert their_grads.keys() == grads.keys()
-                largest = max(np.abs(to_array(grad)).max() for grad in grads.values())
-                for name, grad in grads.items():  # the bias of k's norm has none but rounding: softmax does not see it
-                    own = to_array(grad)
-                    limit = RELATIVE * np.abs(own).max() + 1e-7 * largest
-                    assert np.abs(their_grads[name] - own).max() <= limit, (case, name)
+def make_a_video(folder: Path) -> np.ndarray:
+    """Return a sample of the frames, which the leading process alone writes."""
+    (path,) = generate.run(video_request(folder))
+    return runs.seen(path)
+
+
+def video_request(folder: Path) -> Config:
+    return runs.video_request("i2v dpm", folder, engine="mindspore", parallel={"sequence": 2})
+
+
+def two_ranks(folder: Path) -> tuple[list[list[tuple]], np.ndarray]:
+    return one_rank(2), make_a_video(folder)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    video_request(folder)  # draws the image
+    return run_in(2, two_ranks, folder, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def results(two, tmp_path_factory):
+    return {2: [gradients for gradients, _ in two], 4: run_in(4, one_rank, 4, folder=tmp_path_factory.mktemp("four"))}
+
+
+@pytest.mark.parametrize(
+    ("size", "number"), [(size, number) for size, group in CASES.items() for number in range(len(group))]
+)
+def test_output_loss_and_gradients_are_those_of_one_process(size, number, results):
+    case = CASES[size][number]
+    alone = steps(replace(case, mode=PYNATIVE), model_of(case))
+    for rank in range(size):
+        for (loss, v, grads), (part, their_loss, their_v, their_grads) in zip(
+            alone, results[size][rank][number], strict=True
+        ):
+            assert abs(their_loss - loss) <= RELATIVE * loss
+            assert np.abs(their_v - v[part]).max() <= RELATIVE * np.abs(v).max()
+            assert their_grads.keys() == grads.keys()
+            largest = max(np.abs(to_array(grad)).max() for grad in grads.values())
+            for name, grad in grads.items():  # the bias of k's norm has none but rounding: softmax does not see it
+                own = to_array(grad)
+                limit = RELATIVE * np.abs(own).max() + 1e-7 * largest
+                assert np.abs(their_grads[name] - own).max() <= limit, name
+
+
+def test_a_video_of_two_processes_is_that_of_one(two):
+    for _, frames in two:
+        assert np.abs(frames.astype(int) - golden("videos")["i2v dpm"]).max() <= 2
 
 
 def test_heads_that_do_not_divide_are_refused_with_the_numbers_that_do():
