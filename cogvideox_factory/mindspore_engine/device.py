@@ -17,7 +17,7 @@ os.environ.setdefault("GLOG_v", "3")  # errors; its warnings on a machine withou
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
-from mindspore.communication import create_group
+from mindspore.communication import GlobalComm, create_group
 
 from cogvideox_factory.errors import FactoryError, MissingError, nearest
 from cogvideox_factory.host_memory import resident_memory
@@ -46,7 +46,8 @@ def pick_device(name: str = "auto") -> Kind:
             f"device={name!r} is not there; this machine has only cpu. "
             "Use --run.device auto, or install the driver and CANN for that card."
         )
-    ms.set_device("Ascend" if here else "CPU")
+    if not GlobalComm.INITED:  # with the others its device got a number, which this would change
+        ms.set_device("Ascend" if here else "CPU")
     if not here:
         # Operators one after the other: its queues of threads fight for the cores and cost ten times the time.
         ms.runtime.launch_blocking()
