@@ -7,7 +7,10 @@ before that.
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -15,10 +18,12 @@ import numpy as np
 from mindspore import Tensor
 from mindspore.communication import GlobalComm, get_group_size, get_rank, init
 
-from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.errors import FactoryError, StorageError
 from cogvideox_factory.mindspore_engine.border import to_array, to_tensor
 from cogvideox_factory.mindspore_engine.collectives import Group, all_gather, all_reduce
 from cogvideox_factory.ranks import AgreedError, Layout
+
+_PARTING_SECONDS = 2.0
 
 T = TypeVar("T")
 
@@ -126,6 +131,40 @@ class Ranks:
             error.echoed = True
             raise error
         return result
+
+    @contextmanager
+    def going_together(self) -> Iterator[None]:
+        """Let the leading process go first where all fail: msrun ends the others as soon as one has ended."""
+        try:
+            yield
+        except FactoryError:
+            if not self.leads:
+                time.sleep(_PARTING_SECONDS)
+            raise
+
+    def lead_through(self, arrays: Iterator[Any], write: Callable[[], None]) -> None:
+        """Let the leading process `write` what it takes from `arrays`, in the making of which all take part.
+
+        Raises:
+            StorageError: its disk failed; in all processes.
+        """
+        problem = None
+        if self.leads:
+            try:
+                write()
+            except StorageError as error:
+                problem = error
+        deque(arrays, maxlen=0)  # the others wait for their parts to be asked for, to the end
+        self.from_lead(lambda: _raise(problem))
+
+
+def _raise(problem: StorageError | None) -> None:
+    if problem is not None:
+        raise problem
+
+
+ALONE = Ranks(layout=Layout())
+"""One process."""
 
 
 def num_processes() -> int:

@@ -73,11 +73,6 @@ class Plan(RunPlan):
 def make_plan(config: Config) -> Plan:
     """Read the configs of the model and check task, shape, device and text length against them."""
     given = read_plan(config)
-    if (count := num_processes()) > 1:
-        raise FactoryError(
-            f"{count} processes were started; the MindSpore engine trains in one. Start it without msrun, or use "
-            "--engine torch."
-        )
     machine = take_machine(given.config, given.model)
     if machine.dtype == ms.float16:
         raise FactoryError(

@@ -25,11 +25,12 @@ from mindspore import Tensor, nn, ops
 from cogvideox_factory import weights
 from cogvideox_factory.initial_weights import initial_weight
 from cogvideox_factory.mindspore_engine.block import Block, OutputNorm, TimeEmbedding, sinusoids
-from cogvideox_factory.mindspore_engine.border import load_parameters, put, to_array
+from cogvideox_factory.mindspore_engine.border import load_parameters, put_own, rows_of, whole_array, whole_shape
 from cogvideox_factory.mindspore_engine.collectives import GatherRows, Group
 from cogvideox_factory.mindspore_engine.linear import LayerNorm, Linear, empty, weights_in
 from cogvideox_factory.mindspore_engine.positions import Positions, make_positions
 from cogvideox_factory.mindspore_engine.sequence_parallel import Cut, HeadsForRows
+from cogvideox_factory.mindspore_engine.sharding import Shards
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.network_input import check_ofs, check_transformer_input
 from cogvideox_factory.tiny.layout import transformer_shapes
@@ -145,19 +146,24 @@ class CogVideoXTransformer(nn.Cell):
     def initialize(self, seed: int = 0) -> None:
         """Draw all weights anew from `seed`, see `initial_weights`."""
         for name, parameter in self.parameters_and_names():
-            put(parameter, initial_weight(self.config, name, parameter.shape, seed=seed))
+            drawn = initial_weight(self.config, name, whole_shape(parameter), seed=seed)
+            put_own(parameter, drawn, rows_of(parameter))
 
     def iterate_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (diffusers name, array) of all weights, adapters left out, one copied at a time."""
+        """Yield (diffusers name, array) of all weights, adapters left out, one copied at a time.
+
+        The processes that divide them iterate to the end at the same point.
+        """
         own = dict(self.parameters_and_names())
         for name in transformer_shapes(self.config):
-            yield name, to_array(own[name])
+            yield name, whole_array(own[name], rows_of(own[name]))
 
     @classmethod
     def from_folder(
-        cls, folder: Path | str, *, config: TransformerConfig | None = None, dtype: Any = ms.float32
-    ) -> Self:
-        """Load a `transformer` folder in the diffusers layout, its weights kept in `dtype`.
+        cls, folder: Path | str, *, config: TransformerConfig | None = None, dtype: Any = ms.float32,
+        shards: Shards | None = None,
+    ) -> Self:  # fmt: skip
+        """Load a `transformer` folder in the diffusers layout, its weights kept in `dtype`, divided among `shards`.
 
         A folder of weights alone needs their `config`.
 
@@ -165,7 +171,7 @@ class CogVideoXTransformer(nn.Cell):
             MissingError, UnfitError: no weights, damaged ones, or ones of another shape than the config's.
         """
         folder = Path(folder)
-        with weights_in(dtype):
+        with weights_in(dtype, shards):
             model = cls(config or TransformerConfig.from_folder(folder))
         load_parameters(model, weights.stored_tensors(folder, weights.MODEL_STEM), source=str(folder))
         return model
