@@ -175,7 +175,8 @@ def lacking_in_mindspore(config: "Config", sections: Collection[str]) -> list[st
     if "parallel" in sections:
         default, divides = type(config.parallel)(), () if "train" in sections else ("sequence", "zero")
         problems += [
-            f"parallel.{field}={_spelled(value)}: the MindSpore engine has not got this; remove it, or use --engine torch"
+            f"parallel.{field}={_spelled(value)}: the MindSpore engine has not got this; remove it, or use "
+            "--engine torch"
             for field in (*divides, "ring", "guidance", "replicas")
             if (value := getattr(config.parallel, field)) != getattr(default, field)
         ]

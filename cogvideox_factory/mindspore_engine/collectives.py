@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from cogvideox_factory.mindspore_engine import device
@@ -103,19 +104,23 @@ class ReduceScatter(_Collective):
 
 
 class GatherShards(nn.Cell):
-    """Shards of a weight put together along axis 0; each process' gradient of the whole goes back into the shards."""
+    """Shards of a weight put together along axis 0; each process' gradient of the whole goes back into the shards.
 
-    def __init__(self, group: Group) -> None:
+    They travel in `dtype`, that of the arithmetic, and gradients in float32.
+    """
+
+    def __init__(self, group: Group, dtype: Any = ms.float32) -> None:
         super().__init__(auto_prefix=False)
         self.together, self.back = AllGather(group), ReduceScatter(group)
+        self.dtype = dtype
 
     def construct(self, x: Tensor) -> Tensor:
         """Return [P * R, ...] of each process' `x` [R, ...]."""
-        return self.together(x)
+        return self.together(x.astype(self.dtype))
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         """Return the sum over the group of the gradients of this shard."""
-        return (self.back(dout),)
+        return (self.back(dout.astype(ms.float32)).astype(x.dtype),)
 
 
 class GatherRows(nn.Cell):

@@ -92,6 +92,8 @@ def load_transformer(plan: Plan) -> CogVideoXTransformer:
         targets = lora.add_lora(transformer, seed=config.run.seed, **config.lora.model_dump(exclude={"base"}))
         say(f"LoRA rank {config.lora.rank} on {len(targets)} modules")
     set_checkpointing(transformer, config.train.checkpointing)
+    if ranks.sequence is not None:
+        transformer.divide(ranks.sequence)
     return transformer
 
 

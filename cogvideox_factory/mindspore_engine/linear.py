@@ -18,7 +18,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, mint, nn, ops
 
 from cogvideox_factory.mindspore_engine.border import Rows
-from cogvideox_factory.mindspore_engine.sharding import GatherWeight, Shards
+from cogvideox_factory.mindspore_engine.collectives import GatherShards
+from cogvideox_factory.mindspore_engine.sharding import Shards
 
 # Legend: I O inputs and outputs of a weight
 
@@ -57,7 +58,7 @@ class Linear(nn.Cell):
         self.gather = None
         if shards is not None:
             self.weight.rows = rows
-            self.gather = GatherWeight(shards.group, shards.dtype)
+            self.gather = GatherShards(shards.group, shards.dtype)
         self.bias = empty(out_features) if bias else None
 
     def whole_weight(self, dtype: Any) -> Tensor:

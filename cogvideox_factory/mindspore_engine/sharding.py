@@ -299,20 +299,3 @@ class Spread(nn.Cell):
         for index in range(len(self.dtypes)):
             rows = (*rows, self.together(shares[index].astype(self.dtypes[index])))
         return self.flat.split(rows)
-
-
-class GatherWeight(nn.Cell):
-    """All rows of a weight, in the dtype that is computed in; gradients go back in float32 to who holds them."""
-
-    def __init__(self, group: Group, dtype: Any) -> None:
-        super().__init__(auto_prefix=False)
-        self.dtype = dtype
-        self.together, self.back = AllGather(group), ReduceScatter(group)
-
-    def construct(self, x: Tensor) -> Tensor:
-        """Return [P * R, ...] of each process' `x` [R, ...]."""
-        return self.together(x.astype(self.dtype))
-
-    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        """Return the sum over all processes of the gradients of these rows."""
-        return (self.back(dout.astype(ms.float32)).astype(x.dtype),)
