@@ -173,11 +173,11 @@ def lacking_in_mindspore(config: "Config", sections: Collection[str]) -> list[st
         if section in sections and not has(value := getattr(getattr(config, section), field))
     ]
     if "parallel" in sections:
-        default, divides = type(config.parallel)(), () if "train" in sections else ("sequence", "zero")
+        default = type(config.parallel)()
         problems += [
             f"parallel.{field}={_spelled(value)}: the MindSpore engine has not got this; remove it, or use "
             "--engine torch"
-            for field in (*divides, "ring", "guidance", "replicas")
+            for field in ("ring", "guidance", "replicas")
             if (value := getattr(config.parallel, field)) != getattr(default, field)
         ]
     return problems

@@ -1,4 +1,4 @@
-"""Whole runs in several processes that msrun starts: the curve and the weights of one, checkpoints that go on elsewhere."""
+"""Whole runs in several processes that msrun starts: curve and weights of one, checkpoints that go on elsewhere."""
 
 import pytest
 
@@ -21,7 +21,6 @@ from cogvideox_factory.config import Config
 from cogvideox_factory.errors import FactoryError, StorageError
 from cogvideox_factory.mindspore_engine import checkpoint, train
 from cogvideox_factory.mindspore_engine.learner import Learner
-from cogvideox_factory.stopping import StoppedError
 from cogvideox_factory.tensors import Deferred
 from tests.golden import runs
 from tests.mindspore_engine.processes import run_in
