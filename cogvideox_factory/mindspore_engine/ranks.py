@@ -19,6 +19,7 @@ from mindspore import Tensor
 from mindspore.communication import GlobalComm, get_group_size, get_rank, init
 
 from cogvideox_factory.errors import FactoryError, StorageError
+from cogvideox_factory.launcher import only_introduces
 from cogvideox_factory.mindspore_engine.border import to_array, to_tensor
 from cogvideox_factory.mindspore_engine.collectives import Group, all_gather, all_reduce
 from cogvideox_factory.ranks import AgreedError, Layout
@@ -183,11 +184,12 @@ def num_processes() -> int:
     return count
 
 
-def join(layout: Layout) -> Ranks:
+def join(layout: Layout, *, timeout_seconds: float = 1800) -> Ranks:
     """Join the other processes; call this after the device is chosen and before any tensor is made.
 
     Args:
         layout: of the run, the same in every process.
+        timeout_seconds: after which a collective that a rank did not come to is an error (a CPU's; HCCL has its own).
 
     Raises:
         FactoryError: processes of different layouts.
@@ -195,6 +197,8 @@ def join(layout: Layout) -> Ranks:
     if layout.size == 1:
         return Ranks(layout=layout)
     if not GlobalComm.INITED:
+        if not only_introduces(os.environ):  # that one waits for whoever died so long, and the launcher for it
+            os.environ.setdefault("MS_NODE_TIMEOUT", str(round(timeout_seconds)))  # 30 unless it is said
         init()
     return make_ranks(layout)
 

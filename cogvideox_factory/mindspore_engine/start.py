@@ -53,7 +53,7 @@ def take_machine(config: Config, model: TransformerConfig) -> Machine:
     layout = Layout(size=num_processes(), **config.parallel.layout)
     require_divisible_heads(layout.sequence, model.num_attention_heads)
     device = pick_device(config.run.device)
-    ranks = join(layout)
+    ranks = join(layout, timeout_seconds=config.parallel.timeout_seconds)
     set_determinism(config.run.deterministic)
     settings = config.mindspore
     precision = pick_precision(settings.amp_level, pick_dtype(config.run.dtype, model))
