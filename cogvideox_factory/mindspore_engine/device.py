@@ -47,7 +47,8 @@ def pick_device(name: str = "auto") -> Kind:
             "Use --run.device auto, or install the driver and CANN for that card."
         )
     if not GlobalComm.INITED:  # with the others its device got a number, which this would change
-        ms.set_device("Ascend" if here else "CPU")
+        # Whoever never joins them, as in `prepare`, has the card that msrun says.
+        ms.set_device("Ascend", int(os.environ.get("DEVICE_ID", "0"))) if here else ms.set_device("CPU")
     if not here:
         # Operators one after the other: its queues of threads fight for the cores and cost ten times the time.
         ms.runtime.launch_blocking()

@@ -104,7 +104,7 @@ class Loop:
                     saves = step % self.save_every == 0 or last
                     # From here on what is agreed counts: a signal may come at any line, to this process alone.
                     is_up = self.limit.is_up(step, saves=saves + 1, looks=self.watch.is_due(step, self.num_steps))
-                    asked = self.ranks.agree(stop.name or ("train.time_limit_minutes" if is_up else None))
+                    asked = self._hear(stop.name or ("train.time_limit_minutes" if is_up else None))
                     saves = saves or asked is not None
                     if step % self.log_every == 0 or saves or step == 1:
                         self._log(step, log, samples, quarantine)
@@ -127,6 +127,11 @@ class Loop:
 
     def _rows(self, name: str, begins: int | None) -> StepRows | None:
         return StepRows(self.run_folder / f"{name}.jsonl", resume_step=begins) if self.ranks.leads else None
+
+    def _hear(self, asked: str | None) -> str | None:
+        """Return what asks any process to stop; one small message, which mostly says that nothing does."""
+        votes = self.ranks.mean(to_tensor(np.array([asked is not None], np.float32)))
+        return self.ranks.agree(asked) if to_array(votes).any() else None
 
     def _compiles(self, step: int) -> bool:
         """Whether a graph is compiled in this step: its shape is new here."""
