@@ -62,7 +62,7 @@ def run(config: Config) -> list[Path]:
 
 
 def _require_one_video(config: Config, ranks: Ranks) -> None:
-    """Refuse processes that would make videos of their own, or divide weights.
+    """Refuse processes that would make videos of their own, or divide what is not there.
 
     Raises:
         FactoryError: with the setting that goes.
@@ -73,10 +73,9 @@ def _require_one_video(config: Config, ranks: Ranks) -> None:
             f"parallel.sequence={ranks.layout.sequence} with {size} processes: in the MindSpore engine all of them "
             f"make one video together. Use --parallel.sequence {size}, or as many commands as videos."
         )
-    if config.parallel.zero:
+    if config.parallel.zero in (1, 2):
         raise FactoryError(
-            f"parallel.zero={config.parallel.zero}: the MindSpore engine divides weights only in training. Generate "
-            "with --parallel.zero 0, or use --engine torch."
+            f"parallel.zero={config.parallel.zero} divides what only training has. Use 0, or 3 to divide the weights."
         )
 
 

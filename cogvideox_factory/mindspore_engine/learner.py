@@ -16,7 +16,6 @@ from cogvideox_factory.mindspore_engine.linear import weights_in
 from cogvideox_factory.mindspore_engine.objective import Objective, Scales
 from cogvideox_factory.mindspore_engine.optim import Update
 from cogvideox_factory.mindspore_engine.ranks import Ranks
-from cogvideox_factory.mindspore_engine.sharding import Shards
 from cogvideox_factory.mindspore_engine.start import Plan
 from cogvideox_factory.mindspore_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.models import VaeConfig
@@ -76,10 +75,8 @@ def load_transformer(plan: Plan) -> CogVideoXTransformer:
 
     With `parallel.zero` 3 a process reads and holds its own rows of Linears, and no others.
     """
-    config, dtype, ranks = plan.config, plan.machine.precision.weights, plan.machine.ranks
-    shards = None
-    if ranks.layout.zero == 3 and ranks.everyone is not None:
-        shards = Shards(group=ranks.everyone, dtype=plan.machine.dtype)
+    config, machine = plan.config, plan.machine
+    dtype, shards = machine.precision.weights, machine.shards
     if plan.is_random:
         with weights_in(dtype, shards):
             transformer = CogVideoXTransformer(plan.model)
@@ -92,8 +89,8 @@ def load_transformer(plan: Plan) -> CogVideoXTransformer:
         targets = lora.add_lora(transformer, seed=config.run.seed, **config.lora.model_dump(exclude={"base"}))
         say(f"LoRA rank {config.lora.rank} on {len(targets)} modules")
     set_checkpointing(transformer, config.train.checkpointing)
-    if ranks.sequence is not None:
-        transformer.divide(ranks.sequence)
+    if machine.ranks.sequence is not None:
+        transformer.divide(machine.ranks.sequence)
     return transformer
 
 

@@ -19,6 +19,7 @@ from cogvideox_factory.mindspore_engine.device import (
 )
 from cogvideox_factory.mindspore_engine.ranks import Ranks, join, num_processes
 from cogvideox_factory.mindspore_engine.sequence_parallel import require_divisible_heads
+from cogvideox_factory.mindspore_engine.sharding import Shards
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.ranks import Layout
 from cogvideox_factory.run_plan import RunPlan, read_plan
@@ -37,6 +38,12 @@ class Machine:
     def dtype(self) -> Any:
         """What is computed in."""
         return self.precision.arithmetic
+
+    @property
+    def shards(self) -> Shards | None:
+        """Who divides the weights of Linears: all processes with `parallel.zero` 3, else nobody."""
+        group = self.ranks.everyone if self.ranks.layout.zero == 3 else None
+        return None if group is None else Shards(group=group, dtype=self.dtype)
 
     @property
     def dtype_name(self) -> str:
