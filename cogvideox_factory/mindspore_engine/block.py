@@ -15,7 +15,7 @@ from cogvideox_factory.mindspore_engine.device import inlined_once
 from cogvideox_factory.mindspore_engine.feed_forward import FeedForward
 from cogvideox_factory.mindspore_engine.linear import LayerNorm, Linear
 from cogvideox_factory.mindspore_engine.rotary import rotate
-from cogvideox_factory.mindspore_engine.sequence_parallel import Tokens
+from cogvideox_factory.mindspore_engine.sequence_parallel import HeadsForRows, Tokens
 from cogvideox_factory.models import TransformerConfig
 
 QK_NORM_EPS = 1e-6
@@ -50,7 +50,7 @@ class Attention(nn.Cell):
         self.to_v = Linear(width, width, bias=config.attention_bias)
         self.norm_q, self.norm_k = LayerNorm(head_dim, eps=QK_NORM_EPS), LayerNorm(head_dim, eps=QK_NORM_EPS)
         self.kernel = AttentionKernel()
-        self.exchange = None
+        self.exchange: HeadsForRows | None = None
         """Of rows for heads, where processes divide the stream."""
         self.to_out = nn.CellList([Linear(width, width)])  # the checkpoint counts a dropout behind it
 

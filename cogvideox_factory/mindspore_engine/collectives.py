@@ -9,8 +9,7 @@ Legend: B batch, R rows of one rank, P ranks of the group, L heads, K head size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cache
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
@@ -178,17 +177,22 @@ class AllToAll(_Collective):
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """Return the sum of `x`, of any shape, over `group`; outside of graphs."""
-    return _made(AllReduce, group)(x.reshape(-1)).reshape(x.shape)
+    return _reducer(group)(x.reshape(-1)).reshape(x.shape)
 
 
 def all_gather(x: Tensor, group: Group, axis: int = 0) -> Tensor:
     """Return `x` of all processes of `group` along `axis`; outside of graphs."""
-    return _made(AllGather, group, axis)(x)
+    return _gatherer(group, axis)(x)
 
 
-@lru_cache(maxsize=64)
-def _made(kind: type[_Collective], *args: Any) -> _Collective:
-    return kind(*args)
+@cache
+def _reducer(group: Group) -> AllReduce:
+    return AllReduce(group)
+
+
+@cache
+def _gatherer(group: Group, axis: int) -> AllGather:
+    return AllGather(group, axis)
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

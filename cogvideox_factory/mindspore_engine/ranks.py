@@ -118,20 +118,22 @@ class Ranks:
         """
         if self.everyone is None:
             return function()
-        told, failed = None, None
+        told: dict[str, Any] = {}
+        failed = None
         if self.leads:
             try:
-                told = [function(), None, None]
+                told = {"result": function()}
             except FactoryError as error:
-                told, failed = [None, type(error).__name__, str(error)], error
-        result, kind, text = self.gather(told)[0]
+                told, failed = {"kind": type(error).__name__, "text": str(error)}, error
+        told = self.gather(told)[0]
         if failed is not None:
             raise failed
-        if kind is not None:
-            error = next((k for k in FactoryError.__subclasses__() if k.__name__ == kind), FactoryError)(text)
+        if "kind" in told:
+            kinds = {kind.__name__: kind for kind in FactoryError.__subclasses__()}
+            error = kinds.get(told["kind"], FactoryError)(told["text"])
             error.echoed = True
             raise error
-        return result
+        return told["result"]
 
     @contextmanager
     def going_together(self) -> Iterator[None]:

@@ -44,7 +44,7 @@ class CogVideoXTransformer(nn.Cell):
         self.config = config
         self.num_changes = 0
         """Counts changes of its layers (adapters, sequences), so that graphs of before are not used again."""
-        self.gather_rows = None
+        self.gather_rows: GatherRows | None = None
         self.patch_embed = _PatchEmbed(config)
         self.time_embedding = TimeEmbedding(config.width, config.time_embed_dim)
         self.time_frequencies = _frequencies(config.width, config.freq_shift)
@@ -198,7 +198,8 @@ class _PatchEmbed(nn.Cell):
         self.proj = Linear(patch, config.width, bias=config.patch_bias or config.patch_size_t is not None, shape=shape)
         self.text_proj = Linear(config.text_embed_dim, config.width)
         self.text_rows = config.max_text_seq_length
-        self.pos_embedding = self.cut = None
+        self.pos_embedding = None
+        self.cut: Cut | None = None
         if config.use_learned_positional_embeddings:
             frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
             tokens = self.text_rows + frames * (config.sample_height // p) * (config.sample_width // p)
