@@ -10,6 +10,7 @@ Legend: B batch, R rows of one rank, P ranks of the group, L heads, K head size.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
