@@ -25,6 +25,8 @@ from cogvideox_factory.tensors import Deferred
 from tests.golden import runs
 from tests.mindspore_engine.processes import run_in
 
+pytestmark = pytest.mark.timeout(1800)  # all that runs in many processes runs for the first test
+
 LORA, FULL = runs.RUNS
 RELATIVE = 1e-5
 WEIGHTS = 1e-5
@@ -58,7 +60,7 @@ CASES: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
 
 
 def recipe(root: Path, name: str, case: str, size: int, **more: dict[str, Any]) -> Config:
-    settings = {"schedule": "constant", "warmup_steps": 0, "steps": 3, "ema_decay": 0.5, "batch_size": BATCH[size]}
+    settings = {"schedule": "constant", "warmup_steps": 0, "steps": 2, "ema_decay": 0.5, "batch_size": BATCH[size]}
     more["train"] = settings | {"dir": str(folder_of(root, name))} | more.get("train", {})
     return runs.recipe(case, root / case.replace(" ", "-"), engine="mindspore", **more)
 
@@ -78,8 +80,8 @@ def parts(root: Path) -> dict[str, Config]:
     return {
         "from one": part("from one", "alone", 1, 2, 2),
         "in another stage": part("in another stage", "from one", 2, 3, 3),
-        "whole": recipe(root, "whole", FULL, 2, train=every | {"steps": 4}, parallel={"zero": 3}),
-        "in the same": part("in the same", "whole", 2, 3, 4),
+        "whole": recipe(root, "whole", FULL, 2, train=every | {"steps": 3}, parallel={"zero": 3}),
+        "in the same": part("in the same", "whole", 2, 3, 3),
     }
 
 
@@ -118,12 +120,12 @@ def error_of(config: Config, disturbance: AbstractContextManager[None]) -> tuple
 
 @contextmanager
 def asked_in_one() -> Iterator[None]:
-    """Ask the second process alone to stop, in its second step."""
+    """Ask the second process alone to stop, in its first step."""
     micro, calls = Learner.micro, []
 
     def asked(self, batch):
         calls.append(1)
-        if len(calls) == 3 and os.environ["RANK_ID"] == "1":
+        if len(calls) == 1 and os.environ["RANK_ID"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
         return micro(self, batch)
 
@@ -167,7 +169,7 @@ def seen(root, tmp_path_factory):
             configs |= parts(root)
             others = recipe(root, "stopped", LORA, 2), recipe(root, "out of room", FULL, 2, parallel={"zero": 2})
         folder = tmp_path_factory.mktemp(f"many-{size}")
-        found[size] = run_in(size, in_each, configs, *others, folder=folder, limit_seconds=900)
+        found[size] = run_in(size, in_each, configs, *others, folder=folder, limit_seconds=1500)
     return found
 
 
@@ -246,15 +248,15 @@ def test_in_the_same_layout_it_goes_on_to_the_bit(root, seen):
     assert seen[2]
     whole, parted = folder_of(root, "whole"), folder_of(root, "in the same")
     assert runs.losses(parted).tolist() == runs.losses(whole)[2:].tolist()
-    for file in ("checkpoint-000004/shard-00001.safetensors", FINAL):
+    for file in ("checkpoint-000003/shard-00001.safetensors", FINAL):
         assert (whole / file).read_bytes() == (parted / file).read_bytes(), file
 
 
 def test_whoever_is_asked_to_stop_all_stop_after_the_same_step(root, seen):
     for process in seen[2]:
         assert process["stopped"][0] == "StoppedError"
-        assert "stopped by SIGTERM after step 2" in process["stopped"][1]
-    assert list_checkpoints(folder_of(root, "stopped")) == [2]
+        assert "stopped by SIGTERM after step 1" in process["stopped"][1]
+    assert list_checkpoints(folder_of(root, "stopped")) == [1]
 
 
 def test_a_disk_that_is_full_is_every_process_affair(root, seen):
