@@ -67,7 +67,7 @@ class Update:
 
     def add(self, grads: Sequence[Tensor]) -> None:
         """Add the gradients of one micro-batch, one for each trained parameter; compiles within another function."""
-        if self._reduces_at_once:
+        if self._reduce is not None and self._reduces_at_once:
             grads = self._reduce(tuple(grads))
         _map(_added, self._sums, grads)
 

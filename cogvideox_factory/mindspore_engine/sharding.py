@@ -182,12 +182,12 @@ class State:
 
         All processes iterate to the end at the same point, if weights are divided.
         """
-        place, values = None, {}
+        last, values = None, {}
         for name in self.shapes:
-            if place != self._places[name]:
-                place = kind, index = self._places[name]
-                values = self._slots[index].whole(self._kinds[kind][index])
-            yield name, values[name.removeprefix(f"{place[0]}.")]
+            kind, index = place = self._places[name]
+            if place != last:
+                last, values = place, self._slots[index].whole(self._kinds[kind][index])
+            yield name, values[name.removeprefix(f"{kind}.")]
 
     def fill(self, read: Read) -> None:
         """Take what this process holds of each tensor that `read` knows by name."""
