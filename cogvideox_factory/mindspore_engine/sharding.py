@@ -178,16 +178,17 @@ class State:
         return sum(4 * prod(shape) for shape in self.shapes.values())
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (name, whole array) in the order of names, one slot gathered at a time.
+        """Yield (name, whole array) in the order of names; a bucket and a weight at most are gathered at a time.
 
         All processes iterate to the end at the same point, if weights are divided.
         """
-        last, values = None, {}
+        kept: dict[type, tuple[tuple[str, int], dict[str, np.ndarray]]] = {}  # rows lie between those of a bucket
         for name in self.shapes:
             kind, index = place = self._places[name]
-            if place != last:
-                last, values = place, self._slots[index].whole(self._kinds[kind][index])
-            yield name, values[name.removeprefix(f"{kind}.")]
+            slot = self._slots[index]
+            if type(slot) not in kept or kept[type(slot)][0] != place:
+                kept[type(slot)] = place, slot.whole(self._kinds[kind][index])
+            yield name, kept[type(slot)][1][name.removeprefix(f"{kind}.")]
 
     def fill(self, read: Read) -> None:
         """Take what this process holds of each tensor that `read` knows by name."""

@@ -189,8 +189,8 @@ def alone(root):
     return run
 
 
-def rows_of(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def rows_of(run: Path, name: str = "metrics") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
 
 
 def assert_near(one: Path, other: Path) -> None:
@@ -199,6 +199,11 @@ def assert_near(one: Path, other: Path) -> None:
     for name in ("loss", "grad_norm", "weight_norm", "validation_loss"):
         found, expected = ([row[name] for row in rows if name in row] for rows in (ours, theirs))
         np.testing.assert_allclose(found, expected, rtol=RELATIVE, err_msg=name)
+    of_clips = [
+        {(row["step"], row["clip"], row["timestep"]): row["loss"] for row in rows_of(run, "losses")}
+        for run in (one, other)
+    ]
+    assert of_clips[0] == pytest.approx(of_clips[1], rel=RELATIVE)
     files = [sorted(path.relative_to(run) for path in (run / "final").rglob("*")) for run in (one, other)]
     assert files[0] == files[1]
     for file in (path for path in files[0] if path.suffix == ".safetensors"):
