@@ -45,7 +45,7 @@ def run(config: Config) -> list[Path]:
     shape = clip_shape(transformer, num_frames=ask.num_frames, height=ask.height, width=ask.width, fps=ask.fps)
     jobs, machine = plan_jobs(config), take_machine(config, transformer)
     ranks = machine.ranks
-    _require_one_video(config, ranks)
+    _require_fitting_layout(config, len(jobs), ranks)
     with speaking(ranks.leads):
         planned = ranks.from_lead(lambda: _plan(config, transformer, shape, machine, jobs))
         left = [(jobs[number], record) for number, record in planned]
@@ -55,27 +55,26 @@ def run(config: Config) -> list[Path]:
             say(
                 f"{len(left)} video(s) of {shape.num_frames} frames {shape.height}x{shape.width} at {shape.fps:g} fps, "
                 f"{config.sampling.steps} steps, {machine.dtype_name}, MindSpore on {machine.device}"
-                + (f", each by {ranks.layout.size} processes" if ranks.sequence else "")
+                + (f", {ranks.layout.num_data_ranks} at a time" if ranks.everyone else "")
             )
             _make_all(config, pipe, left, shape, embeds, ranks)
     return [job.path for job in jobs]
 
 
-def _require_one_video(config: Config, ranks: Ranks) -> None:
-    """Refuse processes that would make videos of their own, or divide what is not there.
+def _require_fitting_layout(config: Config, num_videos: int, ranks: Ranks) -> None:
+    """Refuse processes that would have nothing to do.
 
     Raises:
-        FactoryError: with the setting that goes.
+        FactoryError: with what goes.
     """
-    size = ranks.layout.size
-    if ranks.layout.num_data_ranks > 1:
-        raise FactoryError(
-            f"parallel.sequence={ranks.layout.sequence} with {size} processes: in the MindSpore engine all of them "
-            f"make one video together. Use --parallel.sequence {size}, or as many commands as videos."
-        )
     if config.parallel.zero in (1, 2):
         raise FactoryError(
             f"parallel.zero={config.parallel.zero} divides what only training has. Use 0, or 3 to divide the weights."
+        )
+    if num_videos < ranks.layout.num_data_ranks:
+        raise FactoryError(
+            f"{num_videos} video(s) for {ranks.layout.num_data_ranks} groups of processes that each make videos of "
+            "their own. Start fewer processes, or let more share a video: a larger --parallel.sequence."
         )
 
 
@@ -129,14 +128,33 @@ def _tiles(config: Config, machine: Machine) -> bool:
 def _make_all(
     config: Config, pipe: CogVideoXPipeline, left: Left, shape: ClipShape, embeds: dict[str, Tensor], ranks: Ranks
 ) -> None:
-    started = time.monotonic()
-    with progress_bar("denoising", len(left) * num_steps(config)) as advance:
-        for job, record in left:
+    """Make this process' share of what is `left`."""
+    started, share = time.monotonic(), share_of(len(left), ranks)
+    with progress_bar("denoising", len(share) * num_steps(config)) as advance:
+        for index, writes in share:
+            job, record = left[index]
             frames = _make(config, pipe, job, shape, embeds, advance)
-            ranks.from_lead(partial(write_video, config, job, record, frames, shape))
+            write = partial(write_video, config, job, record, frames, shape)
+            ranks.together(write if writes else _nothing)
     named = ", ".join(str(job.path) for job, _ in left[:3])
     rest = f" and {len(left) - 3} more in {left[0][0].path.parent}" if len(left) > 3 else ""
     say(f"done in {duration(time.monotonic() - started)}: {named}{rest}")
+
+
+def share_of(num_videos: int, ranks: Ranks) -> list[tuple[int, bool]]:
+    """Return the numbers of the videos this process works on, and whether it is the one that writes each.
+
+    All come to the model equally often, so whoever runs out of videos earlier makes the last one along, for nothing.
+    """
+    count = ranks.layout.num_data_ranks
+    share = [(index, ranks.leads_video) for index in range(ranks.data_rank, num_videos, count)]
+    if len(share) < -(-num_videos // count):
+        share.append((num_videos - 1, False))
+    return share
+
+
+def _nothing() -> None:
+    pass
 
 
 def _make(

@@ -99,15 +99,19 @@ class Ranks:
         """Return what `function()`, which may not talk to other processes, returns in this one, if it failed in none.
 
         Raises:
-            AgreedError: in all, after a wrong request or file or a disk failed it in one.
+            AgreedError: in all, after a wrong request or file or a disk failed it in one; with that one's exit code.
         """
+        if self.everyone is None:
+            return function()
         problem, results = None, []
         try:
             results.append(function())
         except (FactoryError, OSError) as error:
-            problem = str(error)
-        if (problem := self.agree(problem)) is not None:
-            raise AgreedError(problem)
+            problem = str(error), getattr(error, "exit_code", StorageError.exit_code)
+        if found := next(filter(None, self.gather(problem)), None):
+            error = AgreedError(found[0])
+            error.exit_code = found[1]
+            raise error
         return results[0]
 
     def from_lead(self, function: Callable[[], T]) -> T:

@@ -28,12 +28,12 @@ SIZE = 4
 MODES = {"pynative": Mode(), "graph": Mode(graph=True)}
 
 
-def refusal(function) -> tuple[str, str, bool]:
-    """Return which error `function()` raises, what it says, and whether another process tells it."""
+def refusal(function) -> tuple[str, str, int, bool]:
+    """Return which error `function()` raises, what it says, its exit code, and whether another process tells it."""
     try:
         function()
     except FactoryError as error:
-        return type(error).__name__, str(error), error.echoed
+        return type(error).__name__, str(error), error.exit_code, error.echoed
     raise AssertionError("nothing was refused")
 
 
@@ -108,10 +108,10 @@ def test_what_one_has_all_have_and_what_fails_in_one_fails_in_all(results):
         assert told["gathered"] == [{"rank": r, "text": "ü" * 100 * r, "nothing": None} for r in range(SIZE)]
         assert (told["agreed"], told["nothing"], told["together"]) == ("from 2", None, rank)
         assert told["mean"] == [[1.5, 1.0]]
-        assert told["failed"] == (AgreedError.__name__, "the disk is full", False)
+        assert told["failed"] == (AgreedError.__name__, "the disk is full", 6, False)
         assert told["led"] == [0, "told"]
-        assert told["misled"] == (UnfitError.__name__, "a stranger", rank > 0)
-        kind, text, echoed = told["disagreement"]
+        assert told["misled"] == (UnfitError.__name__, "a stranger", 5, rank > 0)
+        kind, text, _, echoed = told["disagreement"]
         assert (kind, echoed) == (FactoryError.__name__, rank > 0)
         assert "process 2 is not of the same run as process 0: seed is 1 there and 0 here." in text
         assert "process 3 is not of the same run as process 0: parallel.zero is 2 there and 1" in result["layouts"][1]

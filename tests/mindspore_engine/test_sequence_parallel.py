@@ -18,7 +18,7 @@ from cogvideox_factory.mindspore_engine.border import put, to_array, to_tensor
 from cogvideox_factory.mindspore_engine.collectives import all_reduce
 from cogvideox_factory.mindspore_engine.device import PYNATIVE, Mode
 from cogvideox_factory.mindspore_engine.learner import set_checkpointing
-from cogvideox_factory.mindspore_engine.ranks import join, make_ranks
+from cogvideox_factory.mindspore_engine.ranks import Ranks, join, make_ranks
 from cogvideox_factory.mindspore_engine.sequence_parallel import require_divisible_heads
 from cogvideox_factory.mindspore_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.ranks import Layout
@@ -128,10 +128,13 @@ def one_rank(size: int) -> list[list[tuple]]:
     return results
 
 
-def make_a_video(folder: Path) -> np.ndarray:
-    """Return a sample of the frames, which the leading process alone writes."""
-    (path,) = generate.run(video_request(folder))
-    return runs.seen(path)
+def videos(folder: Path, **parallel: int) -> list[np.ndarray]:
+    """Make three videos, or see that they are there; return samples of their frames."""
+    ask = {"num_videos": 3, "format": "npy"}
+    config = runs.request(
+        "cogvideox-5b", folder, engine="mindspore", generate=ask, sampling={"steps": 2}, parallel=parallel
+    )
+    return [runs.seen(path) for path in generate.run(config)]
 
 
 def video_request(folder: Path) -> Config:
@@ -139,7 +142,12 @@ def video_request(folder: Path) -> Config:
 
 
 def two_ranks(folder: Path) -> tuple[list[list[tuple]], np.ndarray]:
-    return one_rank(2), make_a_video(folder)
+    (path,) = generate.run(video_request(folder))
+    return one_rank(2), runs.seen(path)
+
+
+def four_ranks(folder: Path) -> tuple[list[list[tuple]], list[np.ndarray]]:
+    return one_rank(4), videos(folder / "videos", sequence=2)
 
 
 @pytest.fixture(scope="module")
@@ -151,16 +159,15 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return run_in(4, one_rank, 4, folder=tmp_path_factory.mktemp("four"))
+    folder = tmp_path_factory.mktemp("four")
+    return run_in(4, four_ranks, folder, folder=folder)
 
 
 @pytest.mark.parametrize(
     ("size", "number"), [(size, number) for size, group in CASES.items() for number in range(len(group))]
 )
 def test_output_loss_and_gradients_are_those_of_one_process(size, number, request):
-    results = (
-        request.getfixturevalue("four") if size == 4 else [gradients for gradients, _ in request.getfixturevalue("two")]
-    )
+    results = [gradients for gradients, _ in request.getfixturevalue({2: "two", 4: "four"}[size])]
     case = CASES[size][number]
     alone = steps(replace(case, mode=PYNATIVE), model_of(case))
     for rank in range(size):
@@ -180,6 +187,28 @@ def test_output_loss_and_gradients_are_those_of_one_process(size, number, reques
 def test_a_video_of_two_processes_is_that_of_one(two):
     for _, frames in two:
         assert np.abs(frames.astype(int) - golden("videos")["i2v dpm"]).max() <= 2
+
+
+def test_three_videos_of_two_sequences_are_those_of_one_process(four, tmp_path):
+    """The second sequence makes the last one along; all is written once, by who leads its making."""
+    for alone, *others in zip(videos(tmp_path), *(made for _, made in four), strict=True):
+        assert alone.std() > 10
+        for frames in others:
+            assert np.abs(frames.astype(int) - alone).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("num_videos", "shares"),
+    [
+        (5, [[(0, True), (2, True), (4, True)], [(1, True), (3, True), (4, False)]]),
+        (2, [[(0, True)], [(1, True)]]),
+        (1, [[(0, True)], [(0, False)]]),
+    ],
+)
+def test_sequences_come_to_the_model_equally_often(num_videos, shares):
+    for rank in range(4):
+        share = [(index, writes and rank % 2 == 0) for index, writes in shares[rank // 2]]
+        assert generate.share_of(num_videos, Ranks(layout=Layout(size=4, sequence=2), rank=rank)) == share
 
 
 def test_heads_that_do_not_divide_are_refused_with_the_numbers_that_do():
