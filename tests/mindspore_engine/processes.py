@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LIMIT_SECONDS = 280
+LIMIT_SECONDS = 600
 
 
 def run_in(

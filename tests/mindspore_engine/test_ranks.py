@@ -24,6 +24,7 @@ from cogvideox_factory.ranks import AgreedError, Layout
 from tests.golden import cases
 from tests.mindspore_engine.processes import run_in
 
+pytestmark = pytest.mark.timeout(700)  # all that runs in many processes runs for the first test
 SIZE = 4
 MODES = {"pynative": Mode(), "graph": Mode(graph=True)}
 
