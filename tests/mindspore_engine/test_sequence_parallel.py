@@ -132,7 +132,7 @@ def one_rank(size: int) -> list[list[tuple]]:
 
 def videos(folder: Path, **parallel: int) -> list[np.ndarray]:
     """Make three videos, or see that they are there; return samples of their frames."""
-    ask = {"num_videos": 3, "format": "npy"}
+    ask = {"num_videos": 3, "num_frames": 1, "format": "npy"}
     config = runs.request(
         "cogvideox-5b", folder, engine="mindspore", generate=ask, sampling={"steps": 2}, parallel=parallel
     )
