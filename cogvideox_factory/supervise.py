@@ -33,6 +33,8 @@ _NO_START = 3
 """Launchers in a row that may end before a process of the run begins."""
 _LONGEST_PAUSE_SECONDS = 60.0
 _POLL_SECONDS = 0.1
+_MSRUN_SECONDS = 3.0
+"""Within which msrun sees that a process has ended, and ends the others."""
 _SHOWN_LINES = 12
 
 
@@ -196,6 +198,8 @@ class Supervisor:
                 crashed_at = time.monotonic()
             if crashed_at is not None and time.monotonic() > crashed_at + launch.grace_seconds:
                 processes.kill()
+            if self._waits_for_the_dead(processes, crashed_at):
+                agent.send_signal(signal.SIGINT)
             if echo:
                 echo.go_on()
         processes.look()
@@ -204,6 +208,11 @@ class Supervisor:
         if echo:
             echo.go_on()
         return read_ends(folder, put_down=processes.put_down)
+
+    def _waits_for_the_dead(self, processes: Processes, crashed_at: float | None) -> bool:
+        """Tell whether msrun has seen all its processes end but the one that joined them, which lives on for long."""
+        seen = crashed_at is not None and time.monotonic() > crashed_at + _MSRUN_SECONDS
+        return seen and self.launch.launcher == "msrun" and not processes.alive
 
     def _pass_on(self, agent: Agent, processes: Processes) -> None:
         """Pass signals on: to the processes themselves, since launchers kill them, at once or half a minute later."""

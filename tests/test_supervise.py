@@ -220,6 +220,30 @@ def test_the_other_engine_is_started_by_msrun_with_this_python(tmp_path, monkeyp
     assert started["env"][FOLDER] == str(tmp_path)
 
 
+def test_msrun_is_not_waited_for_when_all_it_started_are_dead(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervise, "_MSRUN_SECONDS", 0.0)
+
+    class Waiting(Ended):
+        asked: int | None = None
+
+        def poll(self) -> int | None:
+            return None if self.asked is None else 0
+
+        def send_signal(self, number: int, /) -> None:
+            self.asked = number
+
+    agents = []
+
+    def start(launch: Launch, folder: Path, port: int) -> Waiting:
+        Attempts({0: 75, 1: 75})(launch, folder, port)
+        agents.append(Waiting())
+        return agents[-1]
+
+    launch = Launch(words=("train",), engine="mindspore", run_folder=tmp_path, num_processes=2)
+    assert Supervisor(launch=launch, start=start, pause_seconds=0.0).run() == 75
+    assert [agent.asked for agent in agents] == [signal.SIGINT]
+
+
 def test_which_signal_ended_a_process_is_known_from_msrun(tmp_path):
     for rank, told in enumerate([{"pid": 41, "code": 8}, {"pid": 42}, {"pid": 43}]):
         (tmp_path / f"rank-{rank}.json").write_text(json.dumps(told))
