@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -20,9 +21,15 @@ from cogvideox_factory.checkpoints import checkpoint_folder, list_checkpoints
 from cogvideox_factory.config import Config
 from cogvideox_factory.errors import FactoryError, StorageError
 from cogvideox_factory.mindspore_engine import checkpoint, train
+from cogvideox_factory.mindspore_engine.border import put_own, rows_of, to_array, to_tensor, whole_array
 from cogvideox_factory.mindspore_engine.learner import Learner
+from cogvideox_factory.mindspore_engine.linear import Linear, weights_in
+from cogvideox_factory.mindspore_engine.ranks import make_ranks
+from cogvideox_factory.mindspore_engine.sharding import Shards
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.tensors import Deferred
 from tests.golden import runs
+from tests.golden.cases import normal
 from tests.mindspore_engine.processes import run_in
 
 pytestmark = pytest.mark.timeout(1800)  # all that runs in many processes runs for the first test
@@ -31,6 +38,8 @@ LORA, FULL = runs.RUNS
 RELATIVE = 1e-5
 WEIGHTS = 1e-5
 """Of the norm of each tensor."""
+ODD = 5
+"""Rows, of which neither two nor four processes hold equally many."""
 FINAL = Path("final/transformer/diffusion_pytorch_model.safetensors")
 BATCH = {2: 2, 4: 4}
 """Clips of a forward pass, by the number of processes."""
@@ -89,10 +98,27 @@ def parts(root: Path) -> dict[str, Config]:
 def in_each(configs: dict[str, Config], stopped: Config | None, out_of_room: Config | None) -> dict[str, Any]:
     """Train; return how many numbers this process held in each run, and how two others ended."""
     found: dict[str, Any] = {"held": {name: train_and_count(config) for name, config in configs.items()}}
+    found["odd"] = odd_rows()
     if stopped and out_of_room:
         found["stopped"] = error_of(stopped, asked_in_one())
         found["out of room"] = error_of(out_of_room, full_disk())
     return found
+
+
+def odd_rows() -> dict[str, np.ndarray]:
+    """Return the weight of a Linear whose rows do not divide, what this process holds of it, and its gradient."""
+    size, rank = int(os.environ["MS_WORKER_NUM"]), int(os.environ["RANK_ID"])
+    group = make_ranks(Layout(size=size, zero=3)).shards
+    assert group is not None
+    with weights_in(ms.float32, Shards(group=group, dtype=ms.float32)):
+        layer = Linear(3, ODD)
+    rows = rows_of(layer.weight)
+    put_own(layer.weight, normal("weight", shape=(ODD, 3)), rows)
+    x = to_tensor(normal("x", rank, shape=(2, 3)))
+    (grad,) = ms.grad(lambda x: layer(x).square().sum(), None, ms.ParameterTuple([layer.weight]))(x)
+    return {
+        "whole": whole_array(layer.weight, rows), "held": to_array(layer.weight), "grad": whole_array(grad, rows)
+    }  # fmt: skip
 
 
 def train_and_count(config: Config) -> int:
@@ -187,18 +213,18 @@ def alone(root):
     return run
 
 
-def rows_of(run: Path, name: str = "metrics") -> list[dict[str, Any]]:
+def logged(run: Path, name: str = "metrics") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
 
 
 def assert_near(one: Path, other: Path) -> None:
     """Compare what runs wrote: the same files, numbers near."""
-    ours, theirs = rows_of(one), rows_of(other)
+    ours, theirs = logged(one), logged(other)
     for name in ("loss", "grad_norm", "weight_norm", "validation_loss"):
         found, expected = ([row[name] for row in rows if name in row] for rows in (ours, theirs))
         np.testing.assert_allclose(found, expected, rtol=RELATIVE, err_msg=name)
     of_clips = [
-        {(row["step"], row["clip"], row["timestep"]): row["loss"] for row in rows_of(run, "losses")}
+        {(row["step"], row["clip"], row["timestep"]): row["loss"] for row in logged(run, "losses")}
         for run in (one, other)
     ]
     assert of_clips[0] == pytest.approx(of_clips[1], rel=RELATIVE)
@@ -218,6 +244,19 @@ def assert_near(one: Path, other: Path) -> None:
 def test_steps_are_those_of_one_process(size, name, root, seen, alone):
     assert len(seen[size]) == size
     assert_near(folder_of(root, f"{size} {name}"), alone(name, size))
+
+
+@pytest.mark.parametrize("size", CASES)
+def test_rows_that_do_not_divide_are_filled_up_with_zeros(size, seen):
+    weight = normal("weight", shape=(ODD, 3))
+    inputs = [normal("x", rank, shape=(2, 3)) for rank in range(size)]
+    grad = sum(2 * (x @ weight.T).T @ x for x in inputs)
+    share = -(-ODD // size)
+    padded = np.pad(weight, ((0, size * share - ODD), (0, 0)))
+    for rank, process in enumerate(seen[size]):
+        assert np.array_equal(process["odd"]["whole"], weight)
+        assert np.array_equal(process["odd"]["held"], padded[rank * share : (rank + 1) * share])
+        np.testing.assert_allclose(process["odd"]["grad"], grad, rtol=1e-5)
 
 
 def test_each_holds_its_part(seen):
