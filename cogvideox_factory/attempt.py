@@ -4,10 +4,10 @@
 RUN/logs/attempt-1/
   rank-3.log     what process 3 printed
   rank-3.json    its id while it runs, its exit code when it has ended by itself
-  node-0.log     torchrun's own words
+  node-0.log     the launcher's own words
 ```
-torchrun answers 1 whoever failed and why; the exit codes of a run's own processes are kept here. Which signal ended a
-process is known from torchrun's summary alone.
+torchrun and msrun answer 1 whoever failed and why; the exit codes of a run's own processes are kept here. Which signal
+ended a process is known from what the launcher says alone.
 """
 
 import json
@@ -24,18 +24,20 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox_factory.errors import PeerError, StorageError
+from cogvideox_factory.launcher import only_introduces, rank_of
 from cogvideox_factory.publish import publish_text
 
 FOLDER = "COGVIDEOX_ATTEMPT"
 """Variable that tells a process where its attempt is recorded."""
 _FAILURE = re.compile(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)")
+_FAILURE_OF_MSRUN = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
 
 
 def record(main: Callable[[], int]) -> int:
     """Run `main` and return its exit code; as one process of a supervised run, end with it, and leave word of it."""
-    if FOLDER not in os.environ:
+    if FOLDER not in os.environ or only_introduces(os.environ):
         return main()
-    folder, rank = Path(os.environ[FOLDER]), os.environ["RANK"]
+    folder, rank = Path(os.environ[FOLDER]), rank_of(os.environ)
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
         stream.flush()
@@ -53,7 +55,7 @@ def record(main: Callable[[], int]) -> int:
     except BaseException:  # noqa: BLE001 - whatever it is, the process ends with it, and its log has it
         traceback.print_exc()
         code = 1
-    with suppress(StorageError):  # on a full disk torchrun still hears the code
+    with suppress(StorageError):  # on a full disk the launcher still hears the code
         publish_text(note, json.dumps({"pid": os.getpid(), "code": code}))
     if code:  # threads that a broken connection has left waiting must not keep the process from ending
         sys.stdout.flush()
@@ -160,11 +162,16 @@ class Ends:
 
 def read_ends(folder: Path, *, put_down: set[int]) -> Ends:
     """Return how the processes of the attempt in `folder` ended."""
-    codes = {int(path.stem.removeprefix("rank-")): _read(path).get("code") for path in folder.glob("rank-*.json")}
+    notes = {int(path.stem.removeprefix("rank-")): _read(path) for path in folder.glob("rank-*.json")}
+    codes = {rank: note.get("code") for rank, note in notes.items()}
+    rank_of_process = {note.get("pid"): rank for rank, note in notes.items()}
     for path in folder.glob("node-*.log"):
-        for rank, code in _FAILURE.findall(path.read_text(encoding="utf-8", errors="replace")):
-            if codes.get(int(rank)) is None:
-                codes[int(rank)] = int(code)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        told = [(int(rank), int(code)) for rank, code in _FAILURE.findall(text)]
+        told += [(rank_of_process.get(int(pid)), int(code)) for pid, code in _FAILURE_OF_MSRUN.findall(text)]
+        for rank, code in told:
+            if rank is not None and codes.get(rank) is None:
+                codes[rank] = code
     return Ends(folder=folder, codes=dict(sorted(codes.items())), put_down=put_down)
 
 

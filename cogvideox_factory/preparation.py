@@ -24,6 +24,7 @@ from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.diffusion.frames import SPATIAL_COMPRESSION, num_latent_frames
 from cogvideox_factory.errors import FactoryError, UnfitError
+from cogvideox_factory.launcher import num_processes, rank_of
 from cogvideox_factory.metrics import say
 from cogvideox_factory.models import TransformerConfig, facts_for
 from cogvideox_factory.publish import require_room, sweep
@@ -56,9 +57,9 @@ class Shard:
 
     @classmethod
     def of_process(cls, environment: Mapping[str, str]) -> Self | None:
-        """Return the part of this process where torchrun started several, by what it tells each of them."""
-        count = int(environment.get("WORLD_SIZE", "1"))
-        return cls(number=int(environment["RANK"]) + 1, count=count) if count > 1 else None
+        """Return the part of this process where a launcher started several, by what it tells each of them."""
+        count = num_processes(environment)
+        return cls(number=rank_of(environment) + 1, count=count) if count > 1 else None
 
     def takes(self, digest: str) -> bool:
         """Tell whether what has this SHA-256 is of this part."""

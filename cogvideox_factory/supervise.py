@@ -1,8 +1,9 @@
 """A run on many cards, started, and started again after a crash.
 
-Every attempt is a fresh torchrun with a port of its own: its own restarts go on with a store that keeps what the dead
-attempt wrote, and come to nothing now and then. A process that refuses (exit codes 2 to 7) would refuse again, so only
-crashes are tried again, from the newest checkpoint; and those no longer once the same step has failed three times.
+Every attempt is a fresh torchrun (or msrun) with a port of its own: torchrun's own restarts go on with a store that
+keeps what the dead attempt wrote, and come to nothing now and then. A process that refuses (exit codes 2 to 7) would
+refuse again, so only crashes are tried again, from the newest checkpoint; and those no longer once the same step has
+failed three times.
 
 Nothing here needs a framework. Of several machines each runs one of these, with the same words.
 """
@@ -29,9 +30,11 @@ _REFUSALS = range(2, 8)
 _SAME_STEP = 3
 """Failures without a new checkpoint between them, after which another attempt is for nothing."""
 _NO_START = 3
-"""Torchruns in a row that may end before a process of the run begins."""
+"""Launchers in a row that may end before a process of the run begins."""
 _LONGEST_PAUSE_SECONDS = 60.0
 _POLL_SECONDS = 0.1
+_MSRUN_SECONDS = 3.0
+"""Within which msrun sees that a process has ended, and ends the others."""
 _SHOWN_LINES = 12
 
 
@@ -41,6 +44,8 @@ class Launch:
 
     words: tuple[str, ...]
     """What follows `cogvideox`."""
+    engine: str = "torch"
+    """Whose launcher: torchrun, or with "mindspore" msrun."""
     run_folder: Path
     num_processes: int
     """On this machine, and on every other."""
@@ -56,13 +61,18 @@ class Launch:
     """How long the other processes may go on once one has crashed."""
 
     @property
+    def launcher(self) -> str:
+        """What starts the processes."""
+        return "msrun" if self.engine == "mindspore" else "torchrun"
+
+    @property
     def ranks(self) -> range:
         """The processes of this machine."""
         return range(self.node_rank * self.num_processes, (self.node_rank + 1) * self.num_processes)
 
 
 class Agent(Protocol):
-    """A torchrun that was started: what is needed of a `subprocess.Popen`."""
+    """A launcher that was started: what is needed of a `subprocess.Popen`."""
 
     def poll(self) -> int | None:
         """Return its exit code, or None while it runs."""
@@ -73,9 +83,14 @@ class Agent(Protocol):
         ...
 
 
-def start_torchrun(launch: Launch, folder: Path, port: int) -> Agent:
+def start_launcher(launch: Launch, folder: Path, port: int) -> Agent:
     """Start an attempt that is recorded in `folder`."""
-    environment = os.environ | {FOLDER: str(folder.absolute())}
+    return (start_msrun if launch.launcher == "msrun" else start_torchrun)(launch, folder, port)
+
+
+def start_torchrun(launch: Launch, folder: Path, port: int) -> Agent:
+    """Start an attempt that is recorded in `folder`, by torchrun."""
+    environment = dict(os.environ)
     if launch.num_nodes == 1 and sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine needs no network
     words = [
@@ -83,6 +98,39 @@ def start_torchrun(launch: Launch, folder: Path, port: int) -> Agent:
         f"--nnodes={launch.num_nodes}", f"--node-rank={launch.node_rank}", f"--master-addr={launch.master_addr}",
         f"--master-port={port}", "-m", "cogvideox_factory", *launch.words,
     ]  # fmt: skip
+    return _start(words, environment, launch, folder)
+
+
+def start_msrun(launch: Launch, folder: Path, port: int) -> Agent:
+    """Start an attempt that is recorded in `folder`, by msrun."""
+    own = str(Path(sys.executable).parent)
+    # It starts the `python` it finds, and warns of what is meant so.
+    environment = os.environ | {"PATH": os.pathsep.join([own, os.environ.get("PATH", os.defpath)]), "GLOG_v": "3"}
+    words = [
+        sys.executable, "-m", "mindspore.parallel.cluster.run", "--join=True", f"--log_dir={folder.absolute()}",
+        "--tail_worker_log=-2", f"--worker_num={launch.num_processes * launch.num_nodes}",
+        f"--local_worker_num={launch.num_processes}", f"--master_addr={launch.master_addr}", f"--master_port={port}",
+        *([f"--node_rank={launch.node_rank}"] if launch.num_nodes > 1 else []),
+        "python", "-m", "cogvideox_factory", *launch.words,
+    ]  # fmt: skip
+    return _Msrun(_start(words, environment, launch, folder))
+
+
+class _Msrun:
+    """A msrun that was started; SIGINT is the one signal at which it takes its processes with it."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    def poll(self) -> int | None:
+        return self._agent.poll()
+
+    def send_signal(self, number: int, /) -> None:
+        self._agent.send_signal(signal.SIGINT if number == signal.SIGTERM else number)
+
+
+def _start(words: list[str], environment: dict[str, str], launch: Launch, folder: Path) -> Agent:
+    environment = environment | {FOLDER: str(folder.absolute())}
     with (folder / f"node-{launch.node_rank}.log").open("ab") as log:
         # In a session of its own: Ctrl-C in a terminal reaches every process once, through the supervisor.
         return subprocess.Popen(
@@ -95,7 +143,7 @@ class Supervisor:
     """One machine's part of a run, over all attempts."""
 
     launch: Launch
-    start: Callable[[Launch, Path, int], Agent] = start_torchrun
+    start: Callable[[Launch, Path, int], Agent] = start_launcher
     pause_seconds: float = 1.0
     """Before the first restart; every further one waits twice as long, up to a minute."""
     _asked: list[int] = field(default_factory=list)
@@ -118,7 +166,8 @@ class Supervisor:
                 number += 1
                 if not set(ends.codes) & set(self.launch.ranks):
                     stillborn += 1
-                    _tell(f"torchrun ended before it started a process{self._torchrun_said(ends)}")
+                    said = self._launcher_said(ends)
+                    _tell(f"{self.launch.launcher} ended before it started a process{said}")
                     if stillborn == _NO_START:
                         return PeerError.exit_code
                     self._pause(stillborn)
@@ -134,7 +183,7 @@ class Supervisor:
         return 128 + self._asked[0]
 
     def _attempt(self, number: int, *, tries: int) -> Ends:
-        """Start a torchrun and see it to its end."""
+        """Start a launcher and see it to its end."""
         launch, folder = self.launch, self._folder(number)
         port = free_port() if launch.master_port is None else launch.master_port + tries
         agent = self.start(launch, folder, port)
@@ -149,17 +198,24 @@ class Supervisor:
                 crashed_at = time.monotonic()
             if crashed_at is not None and time.monotonic() > crashed_at + launch.grace_seconds:
                 processes.kill()
+            if self._waits_for_the_dead(processes, crashed_at):
+                agent.send_signal(signal.SIGINT)
             if echo:
                 echo.go_on()
         processes.look()
-        processes.kill()  # what an ended torchrun has left
+        processes.kill()  # what an ended launcher has left
         processes.close()
         if echo:
             echo.go_on()
         return read_ends(folder, put_down=processes.put_down)
 
+    def _waits_for_the_dead(self, processes: Processes, crashed_at: float | None) -> bool:
+        """Tell whether msrun has seen all its processes end but the one that joined them, which lives on for long."""
+        seen = crashed_at is not None and time.monotonic() > crashed_at + _MSRUN_SECONDS
+        return seen and self.launch.launcher == "msrun" and not processes.alive
+
     def _pass_on(self, agent: Agent, processes: Processes) -> None:
-        """Pass signals on: to the processes themselves, since torchrun would kill them half a minute later."""
+        """Pass signals on: to the processes themselves, since launchers kill them, at once or half a minute later."""
         for number in self._asked[self._sent :]:
             self._sent += 1
             if self._sent > 2:
@@ -195,7 +251,7 @@ class Supervisor:
         newest = self._newest()
         return "from the start" if newest is None else f"from the checkpoint of step {newest}"
 
-    def _torchrun_said(self, ends: Ends) -> str:
+    def _launcher_said(self, ends: Ends) -> str:
         return last_lines(ends.folder / f"node-{self.launch.node_rank}.log", _SHOWN_LINES)
 
     def _newest(self) -> int | None:

@@ -1,11 +1,13 @@
 # Sourced by the scripts beside it: which program runs, in how many processes.
 #   launch train --original text-to-video-sft ...
 # PYTHON names another interpreter, ENGINE=mindspore the other engine. Above 8 cards every node runs the script, with its own NODE_RANK.
+# With ENGINE=mindspore what several processes of prepare and inference print lies in LOG_DIR, and they meet at MASTER_PORT.
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 RECIPES="$SCRIPT_DIR/../recipes"
 PYTHON="${PYTHON:-python}"
 IS_STOP_ASKED=0
+STOP_SIGNAL= # what a program is sent, whatever this script was
 
 launch() {
   [[ -z "${ENGINE:-}" ]] || set -- "$@" --engine "$ENGINE"
@@ -17,6 +19,13 @@ launch() {
     command=("$PYTHON" -m cogvideox_factory launch --nproc "$per_node" --restarts 0)
     ((num_nodes == 1)) || command+=(--nodes "$num_nodes" "${node[@]}")
     command+=(-- "$@")
+  elif ((NUM_NPUS > 1)) && [[ "${ENGINE:-}" == mindspore ]]; then # msrun starts the `python` of PATH, and leaves it behind but at SIGINT
+    local -x PATH="$(dirname -- "$(command -v -- "$PYTHON")"):$PATH"
+    STOP_SIGNAL=INT
+    command=("$PYTHON" -m mindspore.parallel.cluster.run --join=True --log_dir="${LOG_DIR:-msrun-logs}")
+    command+=(--worker_num="$NUM_NPUS" --local_worker_num="$per_node" --master_port="${MASTER_PORT:-8118}")
+    ((num_nodes == 1)) || command+=(--node_rank="${NODE_RANK:-0}" --master_addr="${MASTER_ADDR:-127.0.0.1}")
+    command+=(python -m cogvideox_factory "$@")
   elif ((NUM_NPUS > 1)); then
     command=("$PYTHON" -m torch.distributed.run --nproc-per-node "$per_node")
     if ((num_nodes == 1)); then command+=(--standalone); else command+=(--nnodes "$num_nodes" "${node[@]}"); fi
@@ -37,7 +46,7 @@ watch_over() {
   child=$!
   set +m
   for signal in INT TERM HUP USR1; do
-    trap "IS_STOP_ASKED=1; kill -$signal $child 2>/dev/null || true" "$signal"
+    trap "IS_STOP_ASKED=1; kill -${STOP_SIGNAL:-$signal} $child 2>/dev/null || true" "$signal"
   done
   wait "$child" || true
   while kill -0 "$child" 2>/dev/null; do # a signal has ended `wait`, not the program
@@ -45,5 +54,6 @@ watch_over() {
   done
   wait "$child" && code=0 || code=$?
   trap - INT TERM HUP USR1
+  [[ -n "$STOP_SIGNAL" ]] && ((IS_STOP_ASKED && code == 0)) && code=130 # msrun calls that done
   return "$code"
 }

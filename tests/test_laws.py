@@ -129,7 +129,7 @@ def test_no_drawer_for_everything():
     [
         "data", "diffusion", "plan", "models", "weights", "metrics", "tracker", "recipe", "draws", "shapes", "intake",
         "preparation", "jobs", "original", "sweep", "stopping", "supervise", "attempt", "watchdog", "export", "hub",
-        "model_card", "initial_weights", "lora_names", "network_input", "text_encoder_files",
+        "model_card", "initial_weights", "lora_names", "network_input", "text_encoder_files", "ranks",
     ],
 )  # fmt: skip
 def test_the_ground_needs_no_framework(module):

@@ -233,6 +233,7 @@ def test_processes_of_torchrun_share_the_work_without_being_told(clips, model, t
     prepare.run([*words, "--prepare.shard", "1/1"])  # what is asked for counts
     assert engine.made[-1] == (NUM_CLIPS, NUM_CLIPS + 1)
     assert Shard.of_process({}) is Shard.of_process({"RANK": "0", "WORLD_SIZE": "1"}) is None
+    assert Shard.of_process({"RANK_ID": "2", "MS_WORKER_NUM": "4"}) == Shard(number=3, count=4)
 
 
 def test_a_plain_run_ends_what_a_shard_left(clips, model, tmp_path):

@@ -203,6 +203,67 @@ def test_one_machine_talks_to_itself_alone(tmp_path, monkeypatch):
     assert started["env"][FOLDER] == str(tmp_path)
 
 
+def test_the_other_engine_is_started_by_msrun_with_this_python(tmp_path, monkeypatch):
+    started = {}
+    monkeypatch.setattr(supervise.subprocess, "Popen", lambda words, **options: started.update(options, words=words))
+    words = ("train", "my recipe.yaml", "--engine", "mindspore")
+    launch = Launch(
+        words=words, engine="mindspore", run_folder=tmp_path, num_processes=4, num_nodes=2, node_rank=1,
+        master_addr="10.0.0.1",
+    )  # fmt: skip
+    supervise.start_launcher(launch, tmp_path, 1234)
+    assert started["words"][:3] == [sys.executable, "-m", "mindspore.parallel.cluster.run"]
+    given = {"--worker_num=8", "--local_worker_num=4", "--node_rank=1", "--master_addr=10.0.0.1", "--master_port=1234"}
+    assert given <= set(started["words"])
+    assert started["words"][-7:] == ["python", "-m", "cogvideox_factory", *words]
+    assert started["env"]["PATH"].startswith(f"{Path(sys.executable).parent}:")
+    assert started["env"][FOLDER] == str(tmp_path)
+
+
+def test_msrun_is_not_waited_for_when_all_it_started_are_dead(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervise, "_MSRUN_SECONDS", 0.0)
+
+    class Waiting(Ended):
+        asked: int | None = None
+
+        def poll(self) -> int | None:
+            return None if self.asked is None else 0
+
+        def send_signal(self, number: int, /) -> None:
+            self.asked = number
+
+    agents = []
+
+    def start(launch: Launch, folder: Path, port: int) -> Waiting:
+        Attempts({0: 75, 1: 75})(launch, folder, port)
+        agents.append(Waiting())
+        return agents[-1]
+
+    launch = Launch(words=("train",), engine="mindspore", run_folder=tmp_path, num_processes=2)
+    assert Supervisor(launch=launch, start=start, pause_seconds=0.0).run() == 75
+    assert [agent.asked for agent in agents] == [signal.SIGINT]
+
+
+def test_which_signal_ended_a_process_is_known_from_msrun(tmp_path):
+    for rank, told in enumerate([{"pid": 41, "code": 8}, {"pid": 42}, {"pid": 43}]):
+        (tmp_path / f"rank-{rank}.json").write_text(json.dumps(told))
+    (tmp_path / "node-0.log").write_text(
+        "[ERROR] ME(7:1,MainProcess): Worker process 42 exit with exception. Error code: -9.\n"
+        "[ERROR] ME(7:1,MainProcess): Worker process 99 exit with exception. Error code: 1.\n"
+    )
+    ends = read_ends(tmp_path, put_down=set())
+    assert ends.codes == {0: 8, 1: -signal.SIGKILL, 2: None}
+    assert ends.causes == [1]
+
+
+def test_what_brings_processes_together_is_none_of_them(tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setenv("MS_ROLE", "MS_SCHED")
+    monkeypatch.setenv("RANK_ID", "0")
+    assert record(lambda: 3) == 3
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_process_alone_is_not_recorded(monkeypatch):
     monkeypatch.delenv(FOLDER, raising=False)
     assert record(lambda: 3) == 3
@@ -237,10 +298,14 @@ def test_a_process_ends_with_its_own_exit_code_and_leaves_word_of_it_while_there
             "2 machines are numbered 0 to 1",
         ),
         (["--nproc", "2", "--", "train", "nowhere.yaml"], "nowhere.yaml"),
+        (
+            ["--nproc", "2", "--", "train", "--engine", "mindspore", "--parallel.replicas", "2"],
+            "parallel.replicas=2: the MindSpore engine has not got this",
+        ),
     ],
 )
 def test_words_that_cannot_be_meant_are_refused_before_anything_starts(capsys, monkeypatch, words, says):
-    monkeypatch.setattr(supervise, "start_torchrun", pytest.fail)
+    monkeypatch.setattr(supervise, "start_launcher", pytest.fail)
     assert main(["launch", *words]) == 2
     assert says in capsys.readouterr().err
 

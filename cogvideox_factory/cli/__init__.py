@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
             raise FactoryError(f"no command {name!r}{nearest(name, list(COMMANDS))}; there are: {', '.join(COMMANDS)}")
         return import_module(f"cogvideox_factory.cli.{name.replace('-', '_')}").run(argv[1:]) or 0
     except FactoryError as error:
-        who = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+        from cogvideox_factory.launcher import rank_of
+
+        who = f"process {rank}: " if (rank := rank_of(os.environ)) else ""
         if not error.echoed:
             print("\n  ".join([f"{who}error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return error.exit_code

@@ -4,6 +4,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict
 
 from cogvideox_factory.cli import train
+from cogvideox_factory.cli.engine import require_able
 from cogvideox_factory.cli.original import expand
 from cogvideox_factory.cli.settings import parse
 from cogvideox_factory.config.section import NotNegative, Positive
@@ -11,9 +12,9 @@ from cogvideox_factory.errors import FactoryError
 
 USAGE = "cogvideox launch --nproc 8 -- train RECIPE.yaml [--section.setting VALUE ...]"
 DESCRIPTION = f"""Train in many processes: {USAGE}
-Each attempt is a fresh torchrun. A process that crashes or is killed ends the others, and all start again from the
-newest checkpoint; what a process refuses (exit codes 2 to 7) is not tried again. Outputs lie in RUN/logs/. Of several
-machines each runs the same words with a --node-rank of its own."""
+Each attempt is a fresh torchrun (msrun with engine=mindspore). A process that crashes or is killed ends the others, and
+all start again from the newest checkpoint; what a process refuses (exit codes 2 to 7) is not tried again. Outputs lie
+in RUN/logs/. Of several machines each runs the same words with a --node-rank of its own."""
 
 
 class Launch(BaseModel):
@@ -64,15 +65,15 @@ def run(argv: list[str]) -> int:
         raise FactoryError(f"{asked}; usage: {USAGE}")
     ours = expand("train", words[1:], launched=chosen.nproc * chosen.nodes)
     config = parse("train", ours, sections=train.SECTIONS, description=train.DESCRIPTION)
-    if config.engine != "torch":
-        raise FactoryError(f"engine={config.engine} runs in one process; use `cogvideox train`, or --engine torch")
+    require_able(config, train.SECTIONS)
     from pathlib import Path
 
     from cogvideox_factory import supervise
 
     launch = supervise.Launch(
-        words=tuple(words), run_folder=Path(config.train.dir), num_processes=chosen.nproc, num_nodes=chosen.nodes,
-        node_rank=chosen.node_rank, master_addr=chosen.master_addr or "127.0.0.1", restarts=chosen.restarts,
+        words=tuple(words), engine=config.engine, run_folder=Path(config.train.dir), num_processes=chosen.nproc,
+        num_nodes=chosen.nodes, node_rank=chosen.node_rank, master_addr=chosen.master_addr or "127.0.0.1",
+        restarts=chosen.restarts,
         master_port=chosen.master_port or (29500 if chosen.nodes > 1 else None),
     )  # fmt: skip
     return supervise.Supervisor(launch=launch).run()

@@ -10,6 +10,7 @@ from typing import Any
 
 from cogvideox_factory.config import Config
 from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.launcher import num_processes, rank_of
 from cogvideox_factory.metrics import say
 
 _SHARD = "prepare.shard"
@@ -38,7 +39,7 @@ def expand(command: str, argv: list[str], *, launched: int | None = None) -> lis
     if "--help" in words or "-h" in words:
         print(listing(script))
         raise SystemExit(0)
-    rank, size = (int(os.environ.get(key, default)) for key, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, size = rank_of(os.environ), num_processes(os.environ)
     found = translate(script, words, origin=origin, num_processes=launched or size, rank=rank)
     ours = [*_words(found.settings), *found.ours]
     if rank == 0 and launched is None:

@@ -13,6 +13,7 @@ from cogvideox_factory.cli.settings import parse_with
 from cogvideox_factory.config import Config
 from cogvideox_factory.config.section import Positive
 from cogvideox_factory.errors import FactoryError, nearest
+from cogvideox_factory.launcher import num_processes
 from cogvideox_factory.recipe import check, write_recipe
 
 DESCRIPTION = """Train once for each combination of the --grid values, each run in a process of its own:
@@ -47,8 +48,8 @@ class Flags(BaseModel):
 def run(argv: list[str]) -> None:
     """Parse, check every combination, and train them one after the other."""
     config, ask = parse_with("sweep", argv, sections=train.SECTIONS, description=DESCRIPTION, own=Flags)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise FactoryError("a sweep starts its runs itself; start it without torchrun, with --sweep.processes N")
+    if num_processes(os.environ) > 1:
+        raise FactoryError("a sweep starts its runs itself; start it without a launcher, with --sweep.processes N")
     axes = [sweep.Axis.parse(text) for text in ask.grid]
     if not axes:
         raise FactoryError("which combinations? give --grid SECTION.SETTING=VALUE,VALUE")

@@ -175,9 +175,9 @@ def lacking_in_mindspore(config: "Config", sections: Collection[str]) -> list[st
     if "parallel" in sections:
         default = type(config.parallel)()
         problems += [
-            f"parallel.{field}={_spelled(value)}: the MindSpore engine runs in one process; remove it, or use "
+            f"parallel.{field}={_spelled(value)}: the MindSpore engine has not got this; remove it, or use "
             "--engine torch"
-            for field in ("sequence", "ring", "guidance", "zero", "replicas")
+            for field in ("ring", "guidance", "replicas")
             if (value := getattr(config.parallel, field)) != getattr(default, field)
         ]
     return problems

@@ -150,7 +150,7 @@ class Parallel(Section):
 
     @property
     def layout(self) -> dict[str, Any]:
-        """What is divided, without how long anyone waits: the arguments of `torch_engine.ranks.Layout` but its size."""
+        """What is divided, without how long anyone waits: the arguments of `ranks.Layout` but its size."""
         return self.model_dump(exclude={"timeout_seconds", "hang_seconds"})
 
 

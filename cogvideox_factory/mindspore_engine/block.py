@@ -15,6 +15,7 @@ from cogvideox_factory.mindspore_engine.device import inlined_once
 from cogvideox_factory.mindspore_engine.feed_forward import FeedForward
 from cogvideox_factory.mindspore_engine.linear import LayerNorm, Linear
 from cogvideox_factory.mindspore_engine.rotary import rotate
+from cogvideox_factory.mindspore_engine.sequence_parallel import HeadsForRows, Tokens
 from cogvideox_factory.models import TransformerConfig
 
 QK_NORM_EPS = 1e-6
@@ -49,19 +50,25 @@ class Attention(nn.Cell):
         self.to_v = Linear(width, width, bias=config.attention_bias)
         self.norm_q, self.norm_k = LayerNorm(head_dim, eps=QK_NORM_EPS), LayerNorm(head_dim, eps=QK_NORM_EPS)
         self.kernel = AttentionKernel()
+        self.exchange: HeadsForRows | None = None
+        """Of rows for heads, where processes divide the stream."""
         self.to_out = nn.CellList([Linear(width, width)])  # the checkpoint counts a dropout behind it
 
-    def construct(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        """Return what every token attends to: [B, S, D] from `x` [B, S, D]."""
-        batch, tokens = x.shape[:2]
-        heads = (batch, tokens, self.num_heads, self.head_dim)
+    def construct(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, num_tokens: Tokens) -> Tensor:
+        """Return what every token attends to: [B, S, D] from `x` [B, S, D], or this process' rows of both."""
+        batch, rows = x.shape[:2]
+        heads = (batch, rows, self.num_heads, self.head_dim)
         q, k = self.norm_q(self.to_q(x).reshape(heads)), self.norm_k(self.to_k(x).reshape(heads))
+        v = self.to_v(x).reshape(heads)
+        if self.exchange is not None:
+            q, k, v = self.exchange.to_heads(q, k, v, num_tokens)
         if cos is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        v = self.to_v(x).reshape(heads)
         q, k, v = q.transpose(0, 2, 1, 3), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, L, S, K]
-        out = self.kernel(q, k, v).transpose(0, 2, 1, 3).reshape(x.shape)  # [B, S, D]
-        return self.to_out[0](out)
+        out = self.kernel(q, k, v).transpose(0, 2, 1, 3)  # [B, S, L, K]
+        if self.exchange is not None:
+            out = self.exchange.to_rows(out, num_tokens)
+        return self.to_out[0](out.reshape(x.shape))
 
 
 class Block(nn.Cell):
@@ -75,20 +82,27 @@ class Block(nn.Cell):
         self.ff = FeedForward(config.width)
 
     def construct(
-        self, video: Tensor, text: Tensor, conditioning: Tensor, cos: Tensor | None, sin: Tensor | None
+        self,
+        video: Tensor,
+        text: Tensor,
+        conditioning: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        num_tokens: Tokens,
     ) -> tuple[Tensor, Tensor]:
         """Return both streams after this block, [B, N, D] and [B, T, D].
 
         Args:
-            video: [B, N, D].
-            text: [B, T, D].
+            video: [B, N, D], or this process' rows.
+            text: [B, T, D], or this process' rows.
             conditioning: the activated time embedding [B, E].
             cos: of rotary positions, float32 [S, 1, K / 2], or None.
             sin: as `cos`.
+            num_tokens: (T, N).
         """
         length = text.shape[1]
         normed, text_normed, gate, text_gate = self.norm1(video, text, conditioning)
-        out = self.attn1(ops.concat((text_normed, normed), axis=1), cos, sin)
+        out = self.attn1(ops.concat((text_normed, normed), axis=1), cos, sin, num_tokens)
         video, text = video + gate * out[:, length:], text + text_gate * out[:, :length]
         normed, text_normed, gate, text_gate = self.norm2(video, text, conditioning)
         out = self.ff(ops.concat((text_normed, normed), axis=1))

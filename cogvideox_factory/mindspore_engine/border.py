@@ -5,6 +5,7 @@ compiled graph keeps the memory it was compiled with, and would not see a parame
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mindspore as ms
@@ -13,6 +14,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from cogvideox_factory.errors import UnfitError
+from cogvideox_factory.mindspore_engine.collectives import Group, all_gather
 from cogvideox_factory.tensors import StoredTensor
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -43,6 +45,52 @@ def put(parameter: Parameter, array: np.ndarray) -> None:
     ops.assign(parameter, to_tensor(array, parameter.dtype))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """How the rows of a weight are divided: equally many each, where the last processes have zeros for want of rows."""
+
+    total: int
+    """Rows of the whole weight."""
+    group: Group
+    """The processes that divide it."""
+
+    @property
+    def held(self) -> int:
+        """Rows of a process, zeros among them."""
+        return -(-self.total // self.group.size)
+
+    @property
+    def own(self) -> slice:
+        """Those of the whole weight that this process holds."""
+        start = min(self.group.index * self.held, self.total)
+        return slice(start, min(start + self.held, self.total))
+
+
+def rows_of(parameter: Parameter) -> Rows | None:
+    """Return how a weight is divided, None if this process holds all of it."""
+    return getattr(parameter, "rows", None)
+
+
+def whole_shape(parameter: Parameter) -> tuple[int, ...]:
+    """Return the shape of a weight, all rows of it."""
+    rows, shape = rows_of(parameter), tuple(parameter.shape)
+    return shape if rows is None else (rows.total, *shape[1:])
+
+
+def put_own(parameter: Parameter, array: np.ndarray | StoredTensor, rows: Rows | None) -> None:
+    """Write what this process holds of a whole `array` into `parameter`, in place; no other rows are read."""
+    if rows is None:
+        put(parameter, array[:])
+        return
+    own = array[rows.own]
+    put(parameter, np.pad(own, [(0, rows.held - len(own))] + [(0, 0)] * (own.ndim - 1)))
+
+
+def whole_array(parameter: Parameter, rows: Rows | None) -> np.ndarray:
+    """Return a copy of all rows of `parameter`; the processes that divide it call this at the same point."""
+    return to_array(parameter) if rows is None else to_array(all_gather(parameter, rows.group))[: rows.total]
+
+
 def load_parameters(
     cell: nn.Cell, arrays: Iterable[tuple[str, np.ndarray | StoredTensor]], *, source: str, strict: bool = True
 ) -> None:
@@ -57,12 +105,12 @@ def load_parameters(
     for name, array in arrays:
         if name not in own:
             wrong.append(f"{name} is not in this model")
-        elif tuple(array.shape) != tuple(own[name].shape):
-            wrong.append(f"{name} is {list(array.shape)}, expected {list(own[name].shape)}")
+        elif tuple(array.shape) != whole_shape(own[name]):
+            wrong.append(f"{name} is {list(array.shape)}, expected {list(whole_shape(own[name]))}")
         elif name not in missing:
             wrong.append(f"{name} comes twice")
         else:
-            put(own[name], array[:])
+            put_own(own[name], array, rows_of(own[name]))
         missing.pop(name, None)
     if strict:
         wrong += [f"{name} is missing" for name in missing]

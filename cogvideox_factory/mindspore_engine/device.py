@@ -1,21 +1,23 @@
 """The machine a command runs on, Ascend or CPU: device and dtype, how functions run, and what the two do differently.
 
 Everything that only an Ascend card can verify is one named function here, listed in `docs/ascend.md`; the rest of this
-engine is the same on both. What a CPU lacks: bfloat16 arithmetic, the flash kernel, the "O2" compiler, inlined blocks.
+engine is the same on both. What a CPU lacks: bfloat16 arithmetic, the flash kernel, the "O2" compiler, inlined blocks,
+collectives of some of the processes.
 """
 
 import logging
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, Literal
 
 os.environ.setdefault("GLOG_v", "3")  # errors; its warnings on a machine without a card are about that card
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
+from mindspore.communication import GlobalComm, create_group
 
 from cogvideox_factory.errors import FactoryError, MissingError, nearest
 from cogvideox_factory.host_memory import resident_memory
@@ -44,7 +46,9 @@ def pick_device(name: str = "auto") -> Kind:
             f"device={name!r} is not there; this machine has only cpu. "
             "Use --run.device auto, or install the driver and CANN for that card."
         )
-    ms.set_device("Ascend" if here else "CPU")
+    if not GlobalComm.INITED:  # with the others its device got a number, which this would change
+        # Whoever never joins them, as in `prepare`, has the card that msrun says.
+        ms.set_device("Ascend", int(os.environ.get("DEVICE_ID", "0"))) if here else ms.set_device("CPU")
     if not here:
         # Operators one after the other: its queues of threads fight for the cores and cost ten times the time.
         ms.runtime.launch_blocking()
@@ -114,20 +118,6 @@ def set_determinism(enabled: bool) -> None:
     """Choose kernels that give the same bits every time (`enabled`); a CPU has no others."""
     if enabled and is_ascend():
         ms.set_deterministic(True)
-
-
-def require_alone() -> None:
-    """Refuse to be one of several processes.
-
-    Raises:
-        FactoryError: msrun or torchrun started more than one.
-    """
-    for name in ("MS_WORKER_NUM", "WORLD_SIZE"):
-        if int(os.environ.get(name, "1")) > 1:
-            raise FactoryError(
-                f"{os.environ[name]} processes were started; the MindSpore engine runs in one. Start it without msrun "
-                "or torchrun, or use --engine torch."
-            )
 
 
 def peak_memory() -> int:
@@ -222,3 +212,33 @@ def causal_conv3d(out_channels: int) -> Callable[[Tensor, Tensor], Tensor]:
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, scale: float) -> Tensor:
     """Return softmax(q k^T * scale) v for tensors [B, L, S, K], in half precision. Only Ascend can verify it."""
     return ops.flash_attention_score(q, k, v, num_heads, scalar_value=scale, input_layout="BNSD")
+
+
+# --- collectives ------------------------------------------------------------------------------------------------------
+
+
+def communicator(members: Sequence[int], *, world: int) -> dict[str, str]:
+    """Return what tells a collective operator to talk to `members` alone, among `world` processes this one.
+
+    On a CPU that is nothing: there operators reach all. Groups other than all, only Ascend can verify.
+    """
+    if not is_ascend() or len(members) == world:
+        return {}
+    return {"group": _new_group(tuple(members))}
+
+
+@lru_cache
+def _new_group(members: tuple[int, ...]) -> str:
+    name = f"ranks-{'-'.join(map(str, members))}"
+    create_group(name, list(members))
+    return name
+
+
+def reduce_scatter(members: Sequence[int], *, world: int) -> Callable[[Tensor], Tensor]:
+    """Return what sums over `members` and takes this process' rows. Only Ascend can verify it."""
+    return ops.ReduceScatter(**communicator(members, world=world))
+
+
+def all_to_all(members: Sequence[int], *, world: int, split: int, concat: int) -> Callable[[Tensor], Tensor]:
+    """Return what sends part i along axis `split` to member i and joins along `concat`. Only Ascend can verify it."""
+    return ops.AlltoAll(len(members), split, concat, **communicator(members, world=world))

@@ -15,6 +15,7 @@ from cogvideox_factory.mindspore_engine.device import PYNATIVE, Mode
 from cogvideox_factory.mindspore_engine.linear import weights_in
 from cogvideox_factory.mindspore_engine.objective import Objective, Scales
 from cogvideox_factory.mindspore_engine.optim import Update
+from cogvideox_factory.mindspore_engine.ranks import Ranks
 from cogvideox_factory.mindspore_engine.start import Plan
 from cogvideox_factory.mindspore_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.models import VaeConfig
@@ -24,12 +25,24 @@ from cogvideox_factory.publish import replace_folder
 class Learner:
     """A training step: `micro` for each micro-batch, then `update`."""
 
-    def __init__(self, objective: Objective, update: Update, *, num_micros: int, mode: Mode = PYNATIVE) -> None:
+    def __init__(
+        self, objective: Objective, update: Update, *, num_micros: int, num_data_ranks: int = 1, mode: Mode = PYNATIVE
+    ) -> None:
+        """Compile both.
+
+        Args:
+            objective: the loss.
+            update: what becomes of gradients.
+            num_micros: micro-batches of a step.
+            num_data_ranks: processes, or groups of them, that have clips of their own; their gradients add up.
+            mode: how a micro-batch runs.
+        """
         self.objective, self.update = objective, update
+        num_shares = num_micros * num_data_ranks
 
         def mean_loss(*arguments):
             losses = objective.losses(*arguments)
-            return losses.mean() / num_micros, losses
+            return losses.mean() / num_shares, losses
 
         gradients = ms.value_and_grad(mean_loss, None, ms.ParameterTuple(update.trained), has_aux=True)
 
@@ -58,22 +71,30 @@ class Learner:
 
 
 def load_transformer(plan: Plan) -> CogVideoXTransformer:
-    """Load the transformer (or draw its weights), with a fresh LoRA or with all weights trainable."""
-    config, dtype = plan.config, plan.machine.precision.weights
+    """Load the transformer (or draw its weights), with a fresh LoRA or with all weights trainable.
+
+    With `parallel.zero` 3 a process reads and holds its own rows of Linears, and no others.
+    """
+    config, machine = plan.config, plan.machine
+    dtype, shards = machine.precision.weights, machine.shards
     if plan.is_random:
-        with weights_in(dtype):
+        with weights_in(dtype, shards):
             transformer = CogVideoXTransformer(plan.model)
         transformer.initialize(config.run.seed)
     else:
-        transformer = CogVideoXTransformer.from_folder(plan.transformer_folder, config=plan.model, dtype=dtype)
+        transformer = CogVideoXTransformer.from_folder(
+            plan.transformer_folder, config=plan.model, dtype=dtype, shards=shards
+        )
     if config.train.method == "lora":
         targets = lora.add_lora(transformer, seed=config.run.seed, **config.lora.model_dump(exclude={"base"}))
         say(f"LoRA rank {config.lora.rank} on {len(targets)} modules")
-    _set_checkpointing(transformer, config.train.checkpointing)
+    set_checkpointing(transformer, config.train.checkpointing)
+    if machine.ranks.sequence is not None:
+        transformer.divide(machine.ranks.sequence)
     return transformer
 
 
-def _set_checkpointing(transformer: CogVideoXTransformer, what: str) -> None:
+def set_checkpointing(transformer: CogVideoXTransformer, what: str) -> None:
     """Compute blocks again in the backward pass: none, full, or all but their attention (save_attention)."""
     for block in transformer.transformer_blocks:
         if what == "full":
@@ -85,7 +106,7 @@ def _set_checkpointing(transformer: CogVideoXTransformer, what: str) -> None:
 
 def make_learner(plan: Plan, transformer: CogVideoXTransformer) -> Learner:
     """Return the training step of the run's transformer."""
-    train, vae = plan.config.train, VaeConfig.from_folder(plan.folder / "vae")
+    train, ranks, vae = plan.config.train, plan.machine.ranks, VaeConfig.from_folder(plan.folder / "vae")
     image_scale = vae.image_scale if train.image_scale == "pipeline" else vae.scaling_factor
     objective = Objective(
         transformer, alphas_cumprod=alphas_cumprod(plan.scheduler), dtype=plan.machine.dtype,
@@ -94,21 +115,30 @@ def make_learner(plan: Plan, transformer: CogVideoXTransformer) -> Learner:
     update = Update(
         transformer.trainable_params(), betas=(train.beta1, train.beta2), eps=train.epsilon,
         weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm, decoupled=train.optimizer == "adamw",
+        ranks=ranks, mode=plan.machine.mode,
+    )  # fmt: skip
+    return Learner(
+        objective, update, num_micros=train.gradient_accumulation, num_data_ranks=ranks.layout.num_data_ranks,
         mode=plan.machine.mode,
     )  # fmt: skip
-    return Learner(objective, update, num_micros=train.gradient_accumulation, mode=plan.machine.mode)
 
 
-def export(transformer: CogVideoXTransformer, run_folder: Path, *, method: str) -> None:
+def export(transformer: CogVideoXTransformer, run_folder: Path, *, method: str, ranks: Ranks) -> None:
     """Write `final/`: a LoRA file or a transformer folder that diffusers loads as it is.
 
+    Divided weights are gathered one at a time, from all processes; the leading one writes, shard by shard.
+
     Raises:
-        StorageError: the disk is full, read-only or failing.
+        StorageError: the disk is full, read-only or failing; in all processes.
     """
-    with replace_folder(run_folder / "final") as folder:
-        if method == "lora":
-            file = folder / "pytorch_lora_weights.safetensors"
-            save_lora(file, lora.lora_arrays(transformer), **lora.lora_settings(transformer))
-        else:
-            config = transformer.config.to_dict()
-            weights.save_folder(folder / "transformer", transformer.iterate_arrays(), config=config)
+    arrays = transformer.iterate_arrays() if method == "full" else iter(lora.lora_arrays(transformer).items())
+
+    def write() -> None:
+        with replace_folder(run_folder / "final") as folder:
+            if method == "lora":
+                file = folder / "pytorch_lora_weights.safetensors"
+                save_lora(file, dict(arrays), **lora.lora_settings(transformer))
+            else:
+                weights.save_folder(folder / "transformer", arrays, config=transformer.config.to_dict())
+
+    ranks.lead_through(arrays, write)

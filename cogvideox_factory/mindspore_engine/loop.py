@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mindspore import Parameter, Tensor
+import numpy as np
+from mindspore import Tensor
 
 from cogvideox_factory.checkpoints import checkpoint_folder, list_checkpoints
 from cogvideox_factory.data.loader import Draws, Loader
@@ -20,12 +21,14 @@ from cogvideox_factory.errors import FactoryError, NonFiniteError, StorageError,
 from cogvideox_factory.host_memory import resident_memory
 from cogvideox_factory.learning_rate import learning_rate
 from cogvideox_factory.metrics import MetricsLog, StepRows, duration, progress_bar, say
-from cogvideox_factory.mindspore_engine.border import to_array, to_tensors
+from cogvideox_factory.mindspore_engine.border import to_array, to_tensor, to_tensors
 from cogvideox_factory.mindspore_engine.checkpoint import load_checkpoint, save_checkpoint
 from cogvideox_factory.mindspore_engine.device import peak_memory
 from cogvideox_factory.mindspore_engine.encode import Encoder
 from cogvideox_factory.mindspore_engine.learner import Learner
 from cogvideox_factory.mindspore_engine.optim import Ema, Update
+from cogvideox_factory.mindspore_engine.ranks import Ranks
+from cogvideox_factory.mindspore_engine.sharding import State
 from cogvideox_factory.mindspore_engine.watch import Watch
 from cogvideox_factory.run_folder import differences
 from cogvideox_factory.step_records import BadStep, Sample, Step, Work, averages, bad_among, sample_rows, too_many
@@ -68,6 +71,7 @@ class Loop:
     watch: Watch
     hang_seconds: float
     """Without a step after which the run ends (0: never)."""
+    ranks: Ranks
     compiled: bool
     """A shape that is new is compiled first, which takes its time."""
     _pending: list[tuple[int, list[Tensor], Tensor]] = field(default_factory=list)
@@ -80,10 +84,9 @@ class Loop:
         """Train until `num_steps`, from checkpoint `start` or from scratch."""
         first = self._restore(start) if start else 0
         begins = first if start else None
-        log = MetricsLog(self.run_folder, resume_step=begins, tracker=self.tracker)
-        samples = StepRows(self.run_folder / "losses.jsonl", resume_step=begins)
-        quarantine = StepRows(self.run_folder / "quarantine.jsonl", resume_step=begins)
-        self._bad = quarantine.steps()
+        log = MetricsLog(self.run_folder, resume_step=begins, writes=self.ranks.leads, tracker=self.tracker)
+        samples, quarantine = (self._rows(name, begins) for name in ("losses", "quarantine"))
+        self._bad = self.ranks.from_lead(lambda: quarantine.steps() if quarantine else [])
         batches = self.loader.batches(first, self.num_steps)
         try:
             bar = progress_bar("training", self.num_steps, done=first, lines=False)
@@ -99,8 +102,9 @@ class Loop:
                     advance()
                     last = step == self.num_steps
                     saves = step % self.save_every == 0 or last
+                    # From here on what is agreed counts: a signal may come at any line, to this process alone.
                     is_up = self.limit.is_up(step, saves=saves + 1, looks=self.watch.is_due(step, self.num_steps))
-                    asked = stop.name or ("train.time_limit_minutes" if is_up else None)
+                    asked = self._hear(stop.name or ("train.time_limit_minutes" if is_up else None))
                     saves = saves or asked is not None
                     if step % self.log_every == 0 or saves or step == 1:
                         self._log(step, log, samples, quarantine)
@@ -118,7 +122,16 @@ class Loop:
                             self._look(step, log)
         finally:
             for file in (log, samples, quarantine):
-                file.close()
+                if file:
+                    file.close()
+
+    def _rows(self, name: str, begins: int | None) -> StepRows | None:
+        return StepRows(self.run_folder / f"{name}.jsonl", resume_step=begins) if self.ranks.leads else None
+
+    def _hear(self, asked: str | None) -> str | None:
+        """Return what asks any process to stop; one small message, which mostly says that nothing does."""
+        votes = self.ranks.mean(to_tensor(np.array([asked is not None], np.float32)))
+        return self.ranks.agree(asked) if to_array(votes).any() else None
 
     def _compiles(self, step: int) -> bool:
         """Whether a graph is compiled in this step: its shape is new here."""
@@ -136,10 +149,15 @@ class Loop:
         self._pending.append((step, losses, norm))
 
     def _fetch(self) -> list[Step]:
-        """Return the steps since the last line; what they were made of follows from the seed and the step."""
-        steps = []
-        for number, losses, norm in self._pending:
-            values = [float(loss) for micro in losses for loss in to_array(micro)]
+        """Return the steps since the last line, of all processes, which call this alike.
+
+        What they were made of follows from the seed and the step.
+        """
+        rows = [self._place(np.stack([to_array(micro) for micro in losses])) for _, losses, _ in self._pending]
+        means, steps, start = to_array(self.ranks.mean(to_tensor(np.concatenate(rows)))), [], 0
+        for (number, _, norm), row in zip(self._pending, rows, strict=True):
+            values = [float(mean) * self.ranks.layout.num_data_ranks for mean in means[start : start + len(row)]]
+            start += len(row)
             samples = [
                 Sample(clip_id=pick.clip_id, timestep=self.draws.timestep(pick), loss=loss)
                 for pick, loss in zip(self.sampler.batch(number - 1), values, strict=True)
@@ -149,7 +167,13 @@ class Loop:
         self._pending.clear()
         return steps
 
-    def _log(self, step: int, log: MetricsLog, samples: StepRows, quarantine: StepRows) -> None:
+    def _place(self, losses: np.ndarray) -> np.ndarray:
+        """Put this process' `losses` [M, B] where they are in the global batch, [M * ranks * B], zeros around them."""
+        row = np.zeros((len(losses), self.ranks.layout.num_data_ranks, losses.shape[1]), np.float32)
+        row[:, self.ranks.data_rank] = losses
+        return row.reshape(-1)
+
+    def _log(self, step: int, log: MetricsLog, samples: StepRows | None, quarantine: StepRows | None) -> None:
         """Fetch what happened since the last line, write it down and see that all is well.
 
         Raises:
@@ -168,7 +192,8 @@ class Loop:
             "host_memory_gib": resident_memory() / 2**30, "skipped": float(update.num_skipped),
         }  # fmt: skip
         log.write(step, values)
-        samples.write(sample_rows(steps, self.log_samples))
+        if samples:
+            samples.write(sample_rows(steps, self.log_samples))
         say(
             f"step {step}/{self.num_steps}  loss {values['loss']:.4f}  grad {values['grad_norm']:.3g}  "
             f"lr {values['learning_rate']:.3g}  {seconds:.3g} s/step  {values['tokens_per_second']:.3g} tokens/s  "
@@ -177,7 +202,7 @@ class Loop:
         self._answer(bad_among(steps, loss_scale=None), quarantine)
         _require_sound(steps, weight_norm)
 
-    def _answer(self, found: Sequence[BadStep], quarantine: StepRows) -> None:
+    def _answer(self, found: Sequence[BadStep], quarantine: StepRows | None) -> None:
         """Name the steps that updated nothing and their clips.
 
         Raises:
@@ -185,15 +210,16 @@ class Loop:
         """
         if not found:
             return
-        quarantine.write(
-            {
-                "step": bad.step.number, "clip": sample.clip_id, "name": self.loader.name(sample.clip_id),
-                "bucket": bad.step.bucket, "timestep": sample.timestep, "loss": sample.loss, "reason": bad.reason,
-                "suspects": len(bad.suspects),
-            }
-            for bad in found
-            for sample in bad.suspects
-        )  # fmt: skip
+        if quarantine:
+            quarantine.write(
+                {
+                    "step": bad.step.number, "clip": sample.clip_id, "name": self.loader.name(sample.clip_id),
+                    "bucket": bad.step.bucket, "timestep": sample.timestep, "loss": sample.loss, "reason": bad.reason,
+                    "suspects": len(bad.suspects),
+                }
+                for bad in found
+                for sample in bad.suspects
+            )  # fmt: skip
         for bad in found:
             names = ", ".join(f"{self.loader.name(s.clip_id)} ({s.clip_id})" for s in bad.suspects[:8])
             say(f"SKIPPED step {bad.step.number}: {bad.reason}, with {names}")
@@ -204,7 +230,7 @@ class Loop:
             raise NonFiniteError(
                 f"step {found[0].step.number}: {found[0].reason}. Stopped: {why}. Such a step updates no weight; the "
                 f"newest checkpoint is {newest}. Start a new run with a lower --train.learning-rate, or without the "
-                f"clips to blame (--train.exclude {quarantine.path})."
+                f"clips to blame (--train.exclude {self.run_folder / 'quarantine.jsonl'})."
             )
 
     def _save(self, step: int, *, must: bool) -> None:
@@ -217,8 +243,9 @@ class Loop:
         state = {**self.record, "scalars": self.learner.update.scalars(), "position": position}
         try:
             folder = save_checkpoint(
-                self.run_folder, step, state_tensors(self.learner.update, self.ema), state, keep=self.keep
-            )
+                self.run_folder, step, state_tensors(self.learner.update, self.ema), state, keep=self.keep,
+                ranks=self.ranks,
+            )  # fmt: skip
         except StorageError as error:
             if must:
                 raise
@@ -268,9 +295,9 @@ def _require_sound(steps: Sequence[Step], weight_norm: float) -> None:
         )
 
 
-def state_tensors(update: Update, ema: Ema | None) -> dict[str, Parameter]:
-    """Return the tensors of a checkpoint by name."""
-    return update.tensors() | (ema.tensors() if ema else {})
+def state_tensors(update: Update, ema: Ema | None) -> State:
+    """Return the tensors of a checkpoint."""
+    return State(update.division, update.state() | (ema.state() if ema else {}))
 
 
 def make_ready(batch: dict[str, Any], encoder: Encoder | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, mint, nn, ops
 
-from cogvideox_factory.mindspore_engine.border import put, to_array
+from cogvideox_factory.mindspore_engine.border import put, put_own, rows_of, to_array
 from cogvideox_factory.mindspore_engine.linear import Linear, empty
 
 # Legend: I input channels, O output channels, R rank
@@ -52,7 +52,7 @@ class LoraLinear(Linear):
     def __init__(self, base: Linear) -> None:
         super().__init__(1, 1, bias=False)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
+        self.weight, self.bias, self.gather = base.weight, base.bias, base.gather
         self.weight.requires_grad = False
         if self.bias is not None:
             self.bias.requires_grad = False
@@ -71,7 +71,7 @@ class LoraLinear(Linear):
         """Return a Linear without adapters, with the same parameters."""
         linear = Linear(1, 1, bias=False)
         linear.in_features, linear.out_features = self.in_features, self.out_features
-        linear.weight, linear.bias = self.weight, self.bias
+        linear.weight, linear.bias, linear.gather = self.weight, self.bias, self.gather
         return linear
 
     def part(self, adapter_name: str) -> LoraFactors | None:
@@ -110,7 +110,7 @@ class LoraLinear(Linear):
 
     def construct(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O]; with no adapter on, exactly as the plain Linear does."""
-        weight = self.weight.astype(x.dtype)
+        weight = self.whole_weight(x.dtype)
         bias = None if self.bias is None else self.bias.astype(x.dtype)
         if self.is_merged or len(self.active) == 0:
             return mint.nn.functional.linear(x, weight, bias)
@@ -132,7 +132,7 @@ class LoraLinear(Linear):
 
         Adapters apply in the order they are on: a DoRA also rescales what came before it, as in peft.
         """
-        weight = self.weight.astype(ms.float32)
+        weight = self.whole_weight(ms.float32)
         for index in self.active:
             part = self.parts[index]
             weight = weight + part.update()
@@ -145,7 +145,7 @@ class LoraLinear(Linear):
         if not self.is_merged and self.active:
             merged = to_array(self.updated_weight())
             self.original = to_array(self.weight) if restorable else None
-            put(self.weight, merged)
+            put_own(self.weight, merged, rows_of(self.weight))
             self.is_merged = True
 
     def unmerge(self) -> None:
@@ -158,7 +158,7 @@ class LoraLinear(Linear):
         """Set DoRA's magnitudes to the row lengths of the base weight: with B = 0 the adapter then changes nothing."""
         part = self.part(adapter_name)
         if part is not None and part.magnitude is not None:
-            put(part.magnitude, np.linalg.norm(to_array(self.weight).astype(np.float32), axis=1))
+            put(part.magnitude, np.linalg.norm(to_array(self.whole_weight(ms.float32)), axis=1))
 
     def _has_dora(self) -> bool:
         for index in self.active:  # noqa: SIM110  (graphs have no generators)
@@ -168,5 +168,5 @@ class LoraLinear(Linear):
 
     def _row_norms(self, part: LoraFactors) -> Tensor:
         """Return the length of each row of `W + scale * B A` in float32, a constant of the backward pass: [O]."""
-        weight = self.weight.astype(ms.float32) + part.update()
+        weight = self.whole_weight(ms.float32) + part.update()
         return ops.stop_gradient(ops.sqrt(weight.square().sum(axis=1)))

@@ -2,7 +2,7 @@
 
 An `Update` accumulates in float32, clips by the global norm, skips a step that is not finite, and lets AdamW work on
 float32 master weights, which it writes back into the model. All state is in parameters that change in place, so both
-halves compile: `add` a micro-batch's gradients, then `step`.
+halves compile: `add` a micro-batch's gradients, then `step`. Of several processes each updates its part (`sharding`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,10 @@ from mindspore import Parameter, Tensor, mint, ops
 
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.mindspore_engine.border import put, to_array, to_tensor
+from cogvideox_factory.mindspore_engine.collectives import AllReduce
 from cogvideox_factory.mindspore_engine.device import PYNATIVE, Mode
+from cogvideox_factory.mindspore_engine.ranks import ALONE, Ranks
+from cogvideox_factory.mindspore_engine.sharding import Bucket, Division, Own, Spread
 
 
 class Update:
@@ -29,6 +32,7 @@ class Update:
         weight_decay: float,
         max_grad_norm: float,
         decoupled: bool = True,
+        ranks: Ranks = ALONE,
         mode: Mode = PYNATIVE,
     ) -> None:
         """Make all state.
@@ -40,31 +44,31 @@ class Update:
             weight_decay: decoupled (AdamW, Loshchilov & Hutter, arXiv 1711.05101), or added to the gradient (Adam).
             max_grad_norm: to which the norm of all gradients together is clipped.
             decoupled: which of the two.
+            ranks: the processes, whose gradients add up.
             mode: how `step` runs.
 
         Raises:
             FactoryError: nothing is to be trained.
         """
-        self.trained = list(parameters)
-        if not self.trained:
+        parameters = list(parameters)
+        if not parameters:
             raise FactoryError("no weight is to be trained; check train.method and lora.target_modules.")
+        self.division = division = Division(parameters, ranks)
+        self.trained = division.weights
         self.max_grad_norm = max_grad_norm
-        self.masters = [p if p.dtype == ms.float32 else _state(p, "master", to_array(p)) for p in self.trained]
-        self.sums = [_state(p, "sum") for p in self.trained]
-        self.exp_avg = [_state(p, "exp_avg") for p in self.trained]
-        self.exp_avg_sq = [_state(p, "exp_avg_sq") for p in self.trained]
-        self.num_updates = Parameter(Tensor(np.float32(0)), name="optimizer.num_updates", requires_grad=False)
-        self.num_skipped = Parameter(Tensor(np.float32(0)), name="optimizer.num_skipped", requires_grad=False)
-        self._trained, self._masters, self._sums, self._exp_avg, self._exp_avg_sq = map(
-            ms.ParameterTuple, (self.trained, self.masters, self.sums, self.exp_avg, self.exp_avg_sq)
-        )
-        self._has_copies = any(master is not weight for weight, master in zip(self.trained, self.masters))
+        self._make_state()
+        self._reduce = division.reduction()
+        self._reduces_at_once = self._reduce is not None and ranks.layout.zero >= 2
+        self._spread = Spread(division.buckets) if division.buckets else None
+        self._total = AllReduce(division.group) if division.group else None
         decays = (weight_decay, 0.0) if decoupled else (0.0, weight_decay)
         self._numbers = tuple(to_tensor(np.array(x, np.float32)) for x in (*betas, eps, *decays))
         self._step: Callable[[Tensor], Tensor] = mode.compiled(self._update)
 
     def add(self, grads: Sequence[Tensor]) -> None:
         """Add the gradients of one micro-batch, one for each trained parameter; compiles within another function."""
+        if self._reduce is not None and self._reduces_at_once:
+            grads = self._reduce(tuple(grads))
         _map(_added, self._sums, grads)
 
     def step(self, learning_rate: float) -> Tensor:
@@ -75,16 +79,14 @@ class Update:
         return self._step(to_tensor(np.array(learning_rate, np.float32)))
 
     def weight_norm(self) -> float:
-        """Return the norm of the trained weights (this waits for the device)."""
-        return float(sum(float(master.square().sum()) for master in self.masters)) ** 0.5
+        """Return the norm of the trained weights (this waits for the device); all processes call it at once."""
+        return float(self._summed(ops.addn([master.square().sum() for master in self.masters]))) ** 0.5
 
-    def tensors(self) -> dict[str, Parameter]:
-        """Return all state of the model's size by checkpoint name: weights and moments."""
-        state: dict[str, Parameter] = {}
-        for weight, *parts in zip(self.trained, self.masters, self.exp_avg, self.exp_avg_sq):
-            names = (f"model.{weight.name}", f"optimizer.exp_avg.{weight.name}", f"optimizer.exp_avg_sq.{weight.name}")
-            state |= dict(zip(names, parts))
-        return state
+    def state(self) -> dict[str, list[Parameter]]:
+        """Return all state of the model's size by kind, in the order of `division.slots`: weights and moments."""
+        return {
+            "model": self.masters, "optimizer.exp_avg": self.exp_avg, "optimizer.exp_avg_sq": self.exp_avg_sq,
+        }  # fmt: skip
 
     def scalars(self) -> dict[str, float]:
         """Return the counters (this waits for the device)."""
@@ -94,12 +96,49 @@ class Update:
         """Take over the counters and copy the (already loaded) masters into the model."""
         put(self.num_updates, np.array(scalars["num_updates"], np.float32))
         put(self.num_skipped, np.array(scalars["num_skipped"], np.float32))
-        for weight, master in zip(self.trained, self.masters):
-            if master is not weight:
-                ops.assign(weight, master.astype(weight.dtype))
+        self.write(self.masters)
+
+    def write(self, values: Sequence[Parameter]) -> None:
+        """Write `values` of all slots into the weights of the model."""
+        own = self.division.own
+        for slot, value in zip(own, values):
+            if value is not slot.weight:
+                ops.assign(slot.weight, value.astype(slot.weight.dtype))
+        if self._spread is not None:
+            _map(_written, self._whole_weights, self._spread(tuple(values[len(own) :])))
+
+    def _make_state(self) -> None:
+        division = self.division
+        self.masters = [_master(slot) for slot in division.slots]
+        self.exp_avg = [_state("exp_avg", index, master) for index, master in enumerate(self.masters)]
+        self.exp_avg_sq = [_state("exp_avg_sq", index, master) for index, master in enumerate(self.masters)]
+        until_step = division.is_divided and division.ranks.layout.zero == 1
+        self.sums = [
+            _state("sum", index, like) for index, like in enumerate(self.trained if until_step else self.masters)
+        ]
+        self.num_updates = Parameter(Tensor(np.float32(0)), name="optimizer.num_updates", requires_grad=False)
+        self.num_skipped = Parameter(Tensor(np.float32(0)), name="optimizer.num_skipped", requires_grad=False)
+        self._masters, self._sums, self._exp_avg, self._exp_avg_sq = map(
+            ms.ParameterTuple, (self.masters, self.sums, self.exp_avg, self.exp_avg_sq)
+        )
+        count = len(division.own)
+        copies = [(s.weight, m) for s, m in zip(division.own, self.masters) if s.weight is not m]
+        self._copies, self._copied = (ms.ParameterTuple([pair[i] for pair in copies]) for i in range(2))
+        self._whole_weights, self._shares = (
+            ms.ParameterTuple(self.trained[count:]),
+            ms.ParameterTuple(self.masters[count:]),
+        )
+        self._has_copies = bool(copies)
+
+    def _summed(self, total: Tensor) -> Tensor:
+        """Return the sum of a scalar over the processes that divide the state."""
+        return total if self._total is None else self._total(total.reshape(1)).reshape(())
 
     def _update(self, learning_rate: Tensor) -> Tensor:
-        norm = ops.sqrt(ops.addn(_map(_squared, self._sums)))
+        grads = self._sums
+        if self._reduce is not None and not self._reduces_at_once:
+            grads = self._reduce(grads)
+        norm = ops.sqrt(self._summed(ops.addn(_map(_squared, grads))))
         accepted = ops.isfinite(norm)
         factor = mint.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
         count = self.num_updates + accepted.astype(ms.float32)
@@ -108,9 +147,12 @@ class Update:
             _updated, beta1, beta2, eps, decay, grad_decay, learning_rate, factor, 1 - ops.pow(beta1, count),
             1 - ops.pow(beta2, count), accepted,
         )  # fmt: skip
-        _map(update_one, self._masters, self._exp_avg, self._exp_avg_sq, self._sums)
+        _map(update_one, self._masters, self._exp_avg, self._exp_avg_sq, grads)
+        _map(_cleared, self._sums)
         if self._has_copies:
-            _map(_copied, self._trained, self._masters)
+            _map(_written, self._copies, self._copied)
+        if self._spread is not None:
+            _map(_written, self._whole_weights, self._spread(self._shares))
         ops.assign(self.num_updates, count)
         ops.assign_add(self.num_skipped, 1 - accepted.astype(ms.float32))
         return norm
@@ -122,7 +164,8 @@ _map = ops.HyperMap()
 _added = ops.MultitypeFuncGraph("added")
 _squared = ops.MultitypeFuncGraph("squared")
 _updated = ops.MultitypeFuncGraph("updated")
-_copied = ops.MultitypeFuncGraph("copied")
+_cleared = ops.MultitypeFuncGraph("cleared")
+_written = ops.MultitypeFuncGraph("written")
 
 
 @_added.register("Tensor", "Tensor")
@@ -148,13 +191,17 @@ def _update_one(
     new = master * (1 - learning_rate * decay) - learning_rate / first_correction * (new_first / denominator)
     ops.assign(first, mint.where(accepted, new_first, first))
     ops.assign(second, mint.where(accepted, new_second, second))
-    ops.assign(master, mint.where(accepted, new, master))
+    return ops.assign(master, mint.where(accepted, new, master))
+
+
+@_cleared.register("Tensor")
+def _clear(total: Tensor) -> Tensor:
     return ops.assign(total, ops.zeros_like(total))
 
 
-@_copied.register("Tensor", "Tensor")
-def _copy(weight: Tensor, master: Tensor) -> Tensor:
-    return ops.assign(weight, master.astype(weight.dtype))
+@_written.register("Tensor", "Tensor")
+def _write(weight: Tensor, values: Tensor) -> Tensor:
+    return ops.assign(weight, values.reshape(weight.shape).astype(weight.dtype))
 
 
 class Ema:
@@ -166,7 +213,9 @@ class Ema:
     def __init__(self, update: Update, *, decay: float) -> None:
         self.decay = decay
         self._update = update
-        self.averages = [_state(p, "ema", to_array(master)) for p, master in zip(update.trained, update.masters)]
+        self.averages = [
+            _state("ema", index, master, to_array(master)) for index, master in enumerate(update.masters)
+        ]  # fmt: skip
 
     def update(self, *, step: int) -> None:
         """Move the averages towards the weights after update number `step`."""
@@ -174,24 +223,37 @@ class Ema:
         for average, master in zip(self.averages, self._update.masters):
             ops.assign_add(average, (master - average) * weight)
 
-    def tensors(self) -> dict[str, Parameter]:
-        """Return the averages by checkpoint name."""
-        return {f"ema.{p.name}": average for p, average in zip(self._update.trained, self.averages)}
+    def state(self) -> dict[str, list[Parameter]]:
+        """Return the averages as `Update.state` has its own."""
+        return {"ema": self.averages}
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
         """Put the averages into the model for the duration."""
-        kept = [to_array(weight) for weight in self._update.trained]
+        update = self._update
+        kept = [(m, to_array(m)) for slot, m in zip(update.division.own, update.masters) if m is slot.weight]
         try:
-            for weight, average in zip(self._update.trained, self.averages):
-                put(weight, to_array(average))
+            update.write(self.averages)
             yield
         finally:
-            for weight, array in zip(self._update.trained, kept):
-                put(weight, array)
+            for master, array in kept:  # a master that is the model's own weight
+                put(master, array)
+            update.write(update.masters)
 
 
-def _state(parameter: Parameter, kind: str, values: np.ndarray | None = None) -> Parameter:
-    """Return float32 state of a weight, zeros unless it has `values`."""
-    array = np.zeros(parameter.shape, np.float32) if values is None else values.astype(np.float32)
-    return Parameter(Tensor(array), name=f"optimizer.{kind}.{parameter.name}", requires_grad=False)
+def _master(slot: Own | Bucket) -> Parameter:
+    """Return the float32 weights to update: the model's own memory where that will do."""
+    if isinstance(slot, Bucket):
+        weights = {weight.name: weight for weight in slot.weights}
+        share = slot.share_of(lambda name: to_array(weights[name]))
+        return Parameter(Tensor(share), name=f"optimizer.master.{slot.weights[0].name}", requires_grad=False)
+    if slot.weight.dtype == ms.float32:
+        return slot.weight
+    array = to_array(slot.weight).astype(np.float32)
+    return Parameter(Tensor(array), name=f"optimizer.master.{slot.weight.name}", requires_grad=False)
+
+
+def _state(kind: str, index: int, like: Parameter, values: np.ndarray | None = None) -> Parameter:
+    """Return float32 state that goes with a parameter, zeros unless it has `values`."""
+    array = np.zeros(like.shape, np.float32) if values is None else values
+    return Parameter(Tensor(array), name=f"optimizer.{kind}.{index}", requires_grad=False)

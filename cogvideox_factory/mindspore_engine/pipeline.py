@@ -63,7 +63,7 @@ class CogVideoXPipeline:
             vae.enable_tiling()
         return cls(
             transformer=CogVideoXTransformer.from_folder(
-                transformer_folder, config=config, dtype=machine.precision.weights
+                transformer_folder, config=config, dtype=machine.precision.weights, shards=machine.shards
             ),
             vae=vae,
             scheduler=SchedulerConfig.from_folder(folder / "scheduler", filename="scheduler_config.json"),

@@ -15,10 +15,13 @@ from cogvideox_factory.mindspore_engine.device import (
     pick_device,
     pick_dtype,
     pick_precision,
-    require_alone,
     set_determinism,
 )
+from cogvideox_factory.mindspore_engine.ranks import Ranks, join, num_processes
+from cogvideox_factory.mindspore_engine.sequence_parallel import require_divisible_heads
+from cogvideox_factory.mindspore_engine.sharding import Shards
 from cogvideox_factory.models import TransformerConfig
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.run_plan import RunPlan, read_plan
 
 
@@ -29,11 +32,18 @@ class Machine:
     device: Kind
     precision: Precision
     mode: Mode
+    ranks: Ranks
 
     @property
     def dtype(self) -> Any:
         """What is computed in."""
         return self.precision.arithmetic
+
+    @property
+    def shards(self) -> Shards | None:
+        """Who divides the weights of Linears: all processes with `parallel.zero` 3, else nobody."""
+        group = self.ranks.everyone if self.ranks.layout.zero == 3 else None
+        return None if group is None else Shards(group=group, dtype=self.dtype)
 
     @property
     def dtype_name(self) -> str:
@@ -42,19 +52,22 @@ class Machine:
 
 
 def take_machine(config: Config, model: TransformerConfig) -> Machine:
-    """Make this process use the device of the settings and return what they come to there.
+    """Make this process use the device of the settings, join the others, and return what they come to there.
 
     Raises:
-        FactoryError, MissingError: a device, dtype or mode that is not here, or several processes.
+        FactoryError, MissingError: a device, dtype or mode that is not here, processes that cannot divide the work.
     """
-    require_alone()
+    layout = Layout(size=num_processes(), **config.parallel.layout)
+    require_divisible_heads(layout.sequence, model.num_attention_heads)
     device = pick_device(config.run.device)
+    ranks = join(layout, timeout_seconds=config.parallel.timeout_seconds)
     set_determinism(config.run.deterministic)
     settings = config.mindspore
     precision = pick_precision(settings.amp_level, pick_dtype(config.run.dtype, model))
     return Machine(
-        device=device, precision=precision, mode=Mode(graph=settings.mode == 0, jit_level=settings.jit_level)
-    )
+        device=device, precision=precision, mode=Mode(graph=settings.mode == 0, jit_level=settings.jit_level),
+        ranks=ranks,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

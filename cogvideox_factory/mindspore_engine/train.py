@@ -4,7 +4,8 @@
 """
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cogvideox_factory.data.loader import Loader, RawSource
 from cogvideox_factory.data.sampler import Sampler, hold_out
 from cogvideox_factory.entries import report_cut_captions
 from cogvideox_factory.errors import FactoryError
-from cogvideox_factory.metrics import say
+from cogvideox_factory.metrics import say, speaking
 from cogvideox_factory.mindspore_engine.device import versions
 from cogvideox_factory.mindspore_engine.encode import Encoder
 from cogvideox_factory.mindspore_engine.learner import Learner, export, load_transformer, make_learner
@@ -28,7 +29,7 @@ from cogvideox_factory.mindspore_engine.vae import CogVideoXVAE
 from cogvideox_factory.mindspore_engine.watch import Watch
 from cogvideox_factory.publish import require_room, sweep
 from cogvideox_factory.recipe import write_recipe
-from cogvideox_factory.resume import check_resume, find_start, identity, record_of
+from cogvideox_factory.resume import check_resume, find_start, identity, record_of, shared_files, shared_settings
 from cogvideox_factory.run_folder import check_allowed, locked
 from cogvideox_factory.run_plan import Clips, make_draws, model_flops, num_tokens, open_clips
 from cogvideox_factory.step_records import Work
@@ -48,14 +49,24 @@ def run(config: Config) -> Path:
         raise FactoryError("train on what? give --cache.dir FOLDER (prepared) or --data.root FOLDER (raw clips)")
     started = time.monotonic()
     plan = make_plan(config)
+    with plan.machine.ranks.going_together(), speaking(plan.machine.ranks.leads):
+        return _run(plan, started)
+
+
+def _run(plan: Plan, started: float) -> Path:
+    machine, ranks = plan.machine, plan.machine.ranks
     tracker = _make_tracker(plan)
-    clips = open_clips(plan, plan.machine.dtype_name)
-    wanted = identity(plan, clips.described, plan.machine.dtype_name)
-    check_allowed(plan.config.train.allow_change, wanted)
-    with locked(plan.run_folder):
-        start = find_start(plan)
-        changes = check_resume(plan, start, wanted) if start else []
-        layout = {"device": plan.machine.device}
+    ranks.require_agreement(shared_settings(plan.config, versions()))
+    clips = open_clips(plan, machine.dtype_name)
+    ranks.require_agreement(shared_files(plan, clips.described))
+    wanted = identity(plan, clips.described, machine.dtype_name)
+    ranks.from_lead(lambda: check_allowed(plan.config.train.allow_change, wanted))
+    with ExitStack() as stack:
+        ranks.from_lead(lambda: stack.enter_context(locked(plan.run_folder)))
+        found = ranks.from_lead(lambda: str(find_start(plan) or ""))
+        start = Path(found) if found else None
+        changes = ranks.from_lead(lambda: check_resume(plan, start, wanted)) if start else []
+        layout = {"device": machine.device, **asdict(ranks.layout)}
         record = record_of(plan, wanted, changes, versions=versions(), layout=layout)
         _train(plan, clips, tracker, start=start, record=record, started=started)
     return plan.run_folder
@@ -75,15 +86,15 @@ def _train(
     encoder = _load_encoder(plan, clips)
     transformer = load_transformer(plan)
     loop = _make_loop(plan, clips, encoder, transformer, tracker, record=record, started=started)
-    _make_ready(plan, _num_bytes(loop.learner, loop.ema))
-    machine = plan.machine
+    machine, ranks = plan.machine, plan.machine.ranks
+    ranks.from_lead(lambda: _make_ready(plan, _num_bytes(loop.learner, loop.ema)))
     how = f"graphs at {machine.mode.jit_level}" if machine.mode.graph else "PyNative"
     say(f"MindSpore on {machine.device}, {machine.dtype_name}, {how}; {loop.sampler.epochs(1):.3g} epochs a step")
-    if tracker:
+    if tracker and ranks.leads:
         tracker.start()
     loop.run(start)
     with loop.ema.in_model() if loop.ema else nullcontext():
-        export(transformer, plan.run_folder, method=plan.config.train.method)
+        export(transformer, plan.run_folder, method=plan.config.train.method, ranks=ranks)
     say(f"final weights in {plan.run_folder / 'final'}")
 
 
@@ -107,7 +118,7 @@ def _make_loop(
     plan: Plan, clips: Clips, encoder: Encoder | None, transformer: CogVideoXTransformer, tracker: Tracker | None,
     *, record: dict[str, Any], started: float,
 ) -> Loop:  # fmt: skip
-    train, source = plan.config.train, clips.source
+    train, source, ranks = plan.config.train, clips.source, plan.machine.ranks
     num_micros = train.gradient_accumulation
     train_ids, held_ids = sorted(set(source.buckets) - clips.excluded), []
     if plan.config.validation.every:
@@ -122,7 +133,10 @@ def _make_loop(
     ema = Ema(learner.update, decay=train.ema_decay) if train.ema_decay else None
     return Loop(
         learner=learner, ema=ema, sampler=sampler, draws=draws, encoder=encoder, run_folder=plan.run_folder,
-        loader=Loader(source, sampler, draws, num_micros=num_micros, num_workers=train.num_workers),
+        loader=Loader(
+            source, sampler, draws, num_micros=num_micros, num_workers=train.num_workers, rank=ranks.data_rank,
+            num_ranks=ranks.layout.num_data_ranks,
+        ),
         num_steps=train.steps, num_micros=num_micros,
         rate={
             "peak": train.learning_rate, "schedule": train.schedule, "num_steps": train.steps,
@@ -134,9 +148,9 @@ def _make_loop(
         work=_make_work(plan, list(sampler.batch_sizes), learner), log_samples=train.log_samples, tracker=tracker,
         watch=Watch(
             every=plan.config.validation.every, source=source, clip_ids=held_ids, draws=make_draws(plan, quiet=True),
-            learner=learner, ready=lambda batch: make_ready(batch, encoder),
+            learner=learner, ranks=ranks, ready=lambda batch: make_ready(batch, encoder),
         ),
-        hang_seconds=plan.config.parallel.hang_seconds, compiled=plan.machine.mode.graph,
+        hang_seconds=plan.config.parallel.hang_seconds, ranks=ranks, compiled=plan.machine.mode.graph,
     )  # fmt: skip
 
 
@@ -147,13 +161,13 @@ def _make_work(plan: Plan, keys: list[str], learner: Learner) -> Work:
     return Work(
         tokens={key: num_tokens(plan, Bucket.parse(key)) + plan.text_length for key in keys},
         flops={key: model_flops(plan, Bucket.parse(key), adapter_weights=weights) for key in keys},
-        num_cards=1, peak_tflops=None,
+        num_cards=plan.machine.ranks.layout.size, peak_tflops=None,
     )  # fmt: skip
 
 
 def _num_bytes(learner: Learner, ema: Ema | None) -> int:
     """Return the bytes of a checkpoint's tensors."""
-    return sum(p.size * p.itemsize for p in state_tensors(learner.update, ema).values())
+    return state_tensors(learner.update, ema).num_bytes
 
 
 def _make_ready(plan: Plan, state_bytes: int) -> None:

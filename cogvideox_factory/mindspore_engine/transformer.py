@@ -25,9 +25,12 @@ from mindspore import Tensor, nn, ops
 from cogvideox_factory import weights
 from cogvideox_factory.initial_weights import initial_weight
 from cogvideox_factory.mindspore_engine.block import Block, OutputNorm, TimeEmbedding, sinusoids
-from cogvideox_factory.mindspore_engine.border import load_parameters, put, to_array
+from cogvideox_factory.mindspore_engine.border import load_parameters, put_own, rows_of, whole_array, whole_shape
+from cogvideox_factory.mindspore_engine.collectives import GatherRows, Group
 from cogvideox_factory.mindspore_engine.linear import LayerNorm, Linear, empty, weights_in
 from cogvideox_factory.mindspore_engine.positions import Positions, make_positions
+from cogvideox_factory.mindspore_engine.sequence_parallel import Cut, HeadsForRows
+from cogvideox_factory.mindspore_engine.sharding import Shards
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.network_input import check_ofs, check_transformer_input
 from cogvideox_factory.tiny.layout import transformer_shapes
@@ -40,7 +43,8 @@ class CogVideoXTransformer(nn.Cell):
         super().__init__()
         self.config = config
         self.num_changes = 0
-        """Counts changes of its layers (adapters), so that graphs of before are not used again."""
+        """Counts changes of its layers (adapters, sequences), so that graphs of before are not used again."""
+        self.gather_rows: GatherRows | None = None
         self.patch_embed = _PatchEmbed(config)
         self.time_embedding = TimeEmbedding(config.width, config.time_embed_dim)
         self.time_frequencies = _frequencies(config.width, config.freq_shift)
@@ -76,9 +80,12 @@ class CogVideoXTransformer(nn.Cell):
             conditioning = conditioning + self.ofs_embedding(of_ofs)
         conditioning = ops.silu(conditioning)  # [B, E]
         video, text = self.patch_embed(latents, prompt_embeds, added)
+        num_tokens = prompt_embeds.shape[1], self._num_video_tokens(latents.shape)
         for block in self.transformer_blocks:
-            video, text = block(video, text, conditioning, cos, sin)
+            video, text = block(video, text, conditioning, cos, sin, num_tokens)
         tokens = self.proj_out(self.norm_out(self.norm_final(video), conditioning))  # [B, N, P]
+        if self.gather_rows is not None:
+            tokens = self.gather_rows(tokens)[:, : num_tokens[1]]
         return self._unpatchify(tokens, latents.shape)
 
     def forward(
@@ -115,6 +122,20 @@ class CogVideoXTransformer(nn.Cell):
         """Return `make_positions` for this model."""
         return make_positions(self.config, latent_frames, latent_height, latent_width, text_length, dtype)
 
+    def divide(self, sequence: Group) -> None:
+        """Hold only this process' share of every token stream, and exchange rows with the others of `sequence`.
+
+        They must call the model at the same points with the same input, and get the same output.
+        """
+        self.gather_rows, self.patch_embed.cut = GatherRows(sequence), Cut(sequence)
+        for block in self.transformer_blocks:
+            block.attn1.exchange = HeadsForRows(sequence)
+        self.num_changes += 1
+
+    def _num_video_tokens(self, shape: tuple[int, ...]) -> int:
+        p, p_t = self.config.patch_size, self.config.patch_size_t or 1
+        return (shape[1] // p_t) * (shape[3] // p) * (shape[4] // p)
+
     def _unpatchify(self, tokens: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return [B, F, C, H, W] of the `shape` of the latents, but with out_channels, from `tokens` [B, N, P]."""
         batch, frames, _, height, width = shape
@@ -125,19 +146,24 @@ class CogVideoXTransformer(nn.Cell):
     def initialize(self, seed: int = 0) -> None:
         """Draw all weights anew from `seed`, see `initial_weights`."""
         for name, parameter in self.parameters_and_names():
-            put(parameter, initial_weight(self.config, name, parameter.shape, seed=seed))
+            drawn = initial_weight(self.config, name, whole_shape(parameter), seed=seed)
+            put_own(parameter, drawn, rows_of(parameter))
 
     def iterate_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (diffusers name, array) of all weights, adapters left out, one copied at a time."""
+        """Yield (diffusers name, array) of all weights, adapters left out, one copied at a time.
+
+        The processes that divide them iterate to the end at the same point.
+        """
         own = dict(self.parameters_and_names())
         for name in transformer_shapes(self.config):
-            yield name, to_array(own[name])
+            yield name, whole_array(own[name], rows_of(own[name]))
 
     @classmethod
     def from_folder(
-        cls, folder: Path | str, *, config: TransformerConfig | None = None, dtype: Any = ms.float32
-    ) -> Self:
-        """Load a `transformer` folder in the diffusers layout, its weights kept in `dtype`.
+        cls, folder: Path | str, *, config: TransformerConfig | None = None, dtype: Any = ms.float32,
+        shards: Shards | None = None,
+    ) -> Self:  # fmt: skip
+        """Load a `transformer` folder in the diffusers layout, its weights kept in `dtype`, divided among `shards`.
 
         A folder of weights alone needs their `config`.
 
@@ -145,7 +171,7 @@ class CogVideoXTransformer(nn.Cell):
             MissingError, UnfitError: no weights, damaged ones, or ones of another shape than the config's.
         """
         folder = Path(folder)
-        with weights_in(dtype):
+        with weights_in(dtype, shards):
             model = cls(config or TransformerConfig.from_folder(folder))
         load_parameters(model, weights.stored_tensors(folder, weights.MODEL_STEM), source=str(folder))
         return model
@@ -173,25 +199,29 @@ class _PatchEmbed(nn.Cell):
         self.text_proj = Linear(config.text_embed_dim, config.width)
         self.text_rows = config.max_text_seq_length
         self.pos_embedding = None
+        self.cut: Cut | None = None
         if config.use_learned_positional_embeddings:
             frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
             tokens = self.text_rows + frames * (config.sample_height // p) * (config.sample_width // p)
             self.pos_embedding = empty(1, tokens, config.width, requires_grad=False)
 
     def construct(self, latents: Tensor, prompt_embeds: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return [B, N, D] and [B, T, D] from `latents` [B, F, C, H, W] and `prompt_embeds` [B, T, ...]."""
+        """Return [B, N, D] and [B, T, D], or own rows, of `latents` [B, F, C, H, W], `prompt_embeds` [B, T, ...]."""
         batch, frames, channels, height, width = latents.shape
         p, p_t = self.patch_size, self.patch_size_t
         x = latents.reshape(batch, frames // p_t, p_t, channels, height // p, p, width // p, p)
-        x = x.transpose(0, 1, 4, 6, 3, 2, 5, 7)
-        video = self.proj(x.reshape(batch, -1, channels * p_t * p * p))  # [B, N, D]
-        text = self.text_proj(prompt_embeds)
+        x = x.transpose(0, 1, 4, 6, 3, 2, 5, 7).reshape(batch, -1, channels * p_t * p * p)  # [B, N, ...]
+        video, text = self.proj(self._own(x)), self.text_proj(self._own(prompt_embeds))
         if added is not None:
-            return video + added, text
+            return video + self._own(added[None]), text
         if self.pos_embedding is None:
             return video, text
         learned = self.pos_embedding.astype(video.dtype)
-        return video + learned[:, self.text_rows :], text + learned[:, : self.text_rows]
+        return video + self._own(learned[:, self.text_rows :]), text + self._own(learned[:, : self.text_rows])
+
+    def _own(self, x: Tensor) -> Tensor:
+        """Return the rows of `x` [B, N, ...] that are this process': all, unless several divide the stream."""
+        return x if self.cut is None else self.cut(x)
 
 
 def _frequencies(dim: int, freq_shift: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 A training loss says little, because its spread over timesteps is larger than what a run gains. The validation loss uses
 the same clips, noise and timesteps every time, so its curve is smooth and two runs can be compared.
+
+All processes take part alike: those that share weights or a video's tokens meet in every forward pass.
 """
 
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import MetricsLog, say
 from cogvideox_factory.mindspore_engine.border import to_array
 from cogvideox_factory.mindspore_engine.learner import Learner
+from cogvideox_factory.mindspore_engine.ranks import Ranks
 from cogvideox_factory.step_records import TIMESTEPS
 
 MAX_FAILED = 3
@@ -31,6 +34,7 @@ class Watch:
     clip_ids: list[str]
     draws: Draws
     learner: Learner
+    ranks: Ranks
     ready: Callable[[dict[str, Any]], dict[str, Any]]
     """Turns a batch of the ground into what the learner takes."""
     _num_failed: int = 0
@@ -60,7 +64,8 @@ class Watch:
         for clip_id in self.clip_ids:
             for index, timestep in enumerate(TIMESTEPS):
                 pick = Pick(clip_id, -1 - index)  # training counts epochs from 0, so a negative one has its own noise
-                batch = collate([self.source.sample(pick, self.draws)], [pick])
+                sample = self.ranks.together(lambda pick=pick: self.source.sample(pick, self.draws))
+                batch = collate([sample], [pick])
                 batch["timesteps"] = np.full_like(batch["timesteps"], timestep)
                 sums[index] += to_array(self.learner.losses(self.ready(batch))).sum()
         losses = (sums / len(self.clip_ids)).tolist()

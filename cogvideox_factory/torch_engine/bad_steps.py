@@ -24,8 +24,9 @@ from cogvideox_factory.data.sampler import Pick
 from cogvideox_factory.errors import NonFiniteError
 from cogvideox_factory.metrics import StepRows, finite_json, say
 from cogvideox_factory.publish import publish_text
+from cogvideox_factory.ranks import AgreedError
 from cogvideox_factory.step_records import BadStep, Sample, too_many
-from cogvideox_factory.torch_engine.ranks import AgreedError, Ranks
+from cogvideox_factory.torch_engine.ranks import Ranks
 
 _NAMED = 8
 

@@ -29,9 +29,10 @@ from cogvideox_factory.checkpoints import (
 from cogvideox_factory.errors import StorageError, UnfitError
 from cogvideox_factory.metrics import say
 from cogvideox_factory.publish import publish_folder, require_room, sync_file
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.tensors import TensorFile, open_tensors, save_tensors
 from cogvideox_factory.torch_engine.border import local, rows_of, to_array, to_tensor
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks
+from cogvideox_factory.torch_engine.ranks import Ranks
 
 _OFFSETS = "DCP_SHARDING_INFO"
 """Key of the header under which DCP keeps {name: {"saved_offsets": [...]}}."""

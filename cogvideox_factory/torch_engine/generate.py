@@ -18,6 +18,7 @@ from cogvideox_factory.metrics import duration, progress_bar, say, speaking
 from cogvideox_factory.models import TransformerConfig, VaeConfig
 from cogvideox_factory.plan.fitting import report, savings, settle
 from cogvideox_factory.plan.generation import Generation
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.attention import backend_name
@@ -37,7 +38,7 @@ from cogvideox_factory.torch_engine.loading import Keeping, load_pipeline
 from cogvideox_factory.torch_engine.low_bit import require_torchao
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
 from cogvideox_factory.torch_engine.prompts import encode_prompts
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks, joined, num_processes
+from cogvideox_factory.torch_engine.ranks import Ranks, joined, num_processes
 from cogvideox_factory.torch_engine.reuse import Reuse
 from cogvideox_factory.torch_engine.text_encoder import text_model
 from cogvideox_factory.torch_engine.turns import MODES

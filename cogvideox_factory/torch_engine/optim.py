@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.torch_engine.border import local
 from cogvideox_factory.torch_engine.optimizers import make_optimizer
 from cogvideox_factory.torch_engine.passage import host_like
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks
+from cogvideox_factory.torch_engine.ranks import Ranks
 from cogvideox_factory.torch_engine.sharding import host_mesh, like, total_norm
 from cogvideox_factory.torch_engine.spikes import Spikes
 

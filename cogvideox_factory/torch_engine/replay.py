@@ -15,6 +15,7 @@ from cogvideox_factory.config import Config
 from cogvideox_factory.data.replay import read_batch
 from cogvideox_factory.errors import UnfitError
 from cogvideox_factory.metrics import say
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.recipe import read_recipe
 from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.device import pick_device
@@ -22,7 +23,7 @@ from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.examine import first_not_finite
 from cogvideox_factory.torch_engine.learner import load_transformer, make_objective, make_update
 from cogvideox_factory.torch_engine.optim import Ema
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks
+from cogvideox_factory.torch_engine.ranks import Ranks
 from cogvideox_factory.torch_engine.start import Plan, make_plan
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE

@@ -20,7 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks
+from cogvideox_factory.ranks import Layout
+from cogvideox_factory.torch_engine.ranks import Ranks
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 
 

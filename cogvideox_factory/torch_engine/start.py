@@ -11,11 +11,11 @@ from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.plan.memory import Training
 from cogvideox_factory.plan.peaks import find_peak
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.run_plan import RunPlan, num_tokens, read_plan
 from cogvideox_factory.torch_engine.device import device_name, keep_freed_memory, pick_device, pick_dtype
 from cogvideox_factory.torch_engine.lora_targets import adapted_layers
 from cogvideox_factory.torch_engine.low_bit import require_torchao
-from cogvideox_factory.torch_engine.ranks import Layout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from cogvideox_factory.metrics import say, speaking
 from cogvideox_factory.model_card import describe_run
 from cogvideox_factory.plan import memory
 from cogvideox_factory.publish import require_room, sweep
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.recipe import write_recipe
 from cogvideox_factory.resume import check_resume, find_start, identity, record_of, shared_files, shared_settings
 from cogvideox_factory.run_folder import check_allowed, locked
@@ -49,7 +50,7 @@ from cogvideox_factory.torch_engine.ledger import Ledger
 from cogvideox_factory.torch_engine.loop import Loop, state_tensors
 from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.optim import Ema, Update
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks, joined, num_processes
+from cogvideox_factory.torch_engine.ranks import Ranks, joined, num_processes
 from cogvideox_factory.torch_engine.saving import Saver
 from cogvideox_factory.torch_engine.start import Plan, make_plan, peak_tflops, training_numbers
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer

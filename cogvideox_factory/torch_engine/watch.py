@@ -23,6 +23,7 @@ from cogvideox_factory.data.loader import Draws, Source, collate
 from cogvideox_factory.data.sampler import Pick
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import MetricsLog, say
+from cogvideox_factory.ranks import AgreedError
 from cogvideox_factory.shapes import ClipShape
 from cogvideox_factory.step_records import TIMESTEPS
 from cogvideox_factory.torch_engine.border import to_tensor
@@ -31,7 +32,7 @@ from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.exhausted import is_out_of_memory
 from cogvideox_factory.torch_engine.objective import Objective
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
-from cogvideox_factory.torch_engine.ranks import AgreedError, Ranks
+from cogvideox_factory.torch_engine.ranks import Ranks
 
 MAX_FAILED = 3
 

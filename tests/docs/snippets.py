@@ -50,10 +50,10 @@ def commands_of(block: Block) -> Iterator[list[str]]:
 
 
 def factory_words(words: list[str]) -> list[str] | None:
-    """Return what `cogvideox` gets of a command, started by itself or by torchrun; None for other programs."""
+    """Return what `cogvideox` gets of a command, started by itself or by a launcher; None for other programs."""
     if words[0] == "cogvideox":
         return words[1:]
-    if words[0] == "torchrun" and "cogvideox_factory" in words:
+    if words[0] in ("torchrun", "msrun") and "cogvideox_factory" in words:
         return words[words.index("cogvideox_factory") + 1 :]
     return None
 

@@ -136,7 +136,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_clips_are_named(tmp_path, 
     ("words", "told"),
     [
         (["--train.optimizer", "came"], "train.optimizer=came: the MindSpore engine has not got this; use adamw"),
-        (["--parallel.zero", "3"], "parallel.zero=3: the MindSpore engine runs in one process"),
+        (["--parallel.replicas", "2"], "parallel.replicas=2: the MindSpore engine has not got this"),
         (["--validation.every", "5", "--validation.prompts", "x"], "validation.prompts="),
         (["--train.compile", "default"], "--mindspore.mode 0 compiles here"),
         (["--mindspore.jit-level", "O1"], "mindspore.jit_level has no effect with mindspore.mode=1"),
@@ -149,10 +149,10 @@ def test_what_it_has_not_got_is_refused_by_name_before_anything_loads(words, tol
 
 
 def test_all_that_is_lacking_is_told_at_once(capsys):
-    assert main(["train", "--engine", "mindspore", "--train.optimizer", "prodigy", "--parallel.sequence", "2"]) == 2
+    assert main(["train", "--engine", "mindspore", "--train.optimizer", "prodigy", "--parallel.guidance", "2"]) == 2
     told = capsys.readouterr().err
     assert "train.optimizer=prodigy" in told
-    assert "parallel.sequence=2" in told
+    assert "parallel.guidance=2" in told
 
 
 @pytest.mark.skipif(find_spec("torch") is not None, reason="torch is installed here")
@@ -174,9 +174,3 @@ def test_a_precision_or_level_that_cannot_be_is_refused(more, told, tmp_path):
     with pytest.raises(FactoryError, match=told):
         run("t2v lora", tmp_path, **more)
     assert not (tmp_path / "run").exists()
-
-
-def test_processes_of_a_launcher_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("MS_WORKER_NUM", "2")
-    with pytest.raises(FactoryError, match="2 processes were started; the MindSpore engine runs in one"):
-        run("t2v lora", tmp_path)

@@ -279,6 +279,19 @@ def test_many_nodes_and_shapes_and_larger_models_by_variables():
     assert "multiple of 8" in done.stderr
 
 
+def test_with_the_other_engine_msrun_starts_what_torchrun_would():
+    more = {"ENGINE": "mindspore", "NUM_NPUS": 16, "NODE_RANK": 1, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 4000}
+    (words,) = words_of("prepare_dataset.sh", **more)
+    launcher = words[1 : words.index("prepare")]
+    assert launcher[:2] == ["-m", "mindspore.parallel.cluster.run"]
+    assert launcher[-3:] == ["python", "-m", "cogvideox_factory"]
+    given = {"--worker_num=16", "--local_worker_num=8", "--node_rank=1", "--master_addr=10.0.0.1", "--master_port=4000"}
+    assert given < set(launcher)
+    (words,) = words_of("train_text_to_video_sft.sh", **more)
+    assert " ".join(words[: words.index("train")]).endswith("--nodes 2 --node-rank 1 --master-addr 10.0.0.1 --")
+    assert words[-2:] == ["--engine", "mindspore"]
+
+
 def test_prepare_and_infer_scripts_have_the_shipped_defaults():
     (words,) = words_of("prepare_dataset.sh", SAVE_IMAGE_LATENTS=1)
     launcher = "-m torch.distributed.run --nproc-per-node 8 --standalone -m cogvideox_factory prepare --original"

@@ -8,13 +8,14 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from cogvideox_factory.errors import FactoryError, MissingError
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.border import whole
 from cogvideox_factory.torch_engine.compilation import compile_blocks
 from cogvideox_factory.torch_engine.device import require_compiler
 from cogvideox_factory.torch_engine.examine import first_not_finite
 from cogvideox_factory.torch_engine.optim import Update
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
+from cogvideox_factory.torch_engine.ranks import Ranks, make_ranks
 from cogvideox_factory.torch_engine.reuse import Reuse
 from cogvideox_factory.torch_engine.sharding import distribute
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer

@@ -14,11 +14,11 @@ from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.errors import DataError, ExhaustedError, FactoryError, MissingError, StorageError
 from cogvideox_factory.jobs import read_record
 from cogvideox_factory.lora_files import load_lora, save_lora
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.recipe import check
 from cogvideox_factory.torch_engine import generate, lora, prompts
 from cogvideox_factory.torch_engine.lora_linear import LoraLinear
 from cogvideox_factory.torch_engine.pipeline import CogVideoXPipeline
-from cogvideox_factory.torch_engine.ranks import Layout
 
 
 def settings(tiny_model, tmp_path, *, variant="cogvideox-2b", sampling=None, **ask):

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from cogvideox_factory.models import TransformerConfig
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.torch_engine.border import local
 from cogvideox_factory.torch_engine.loading import Keeping, load_pipeline
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
+from cogvideox_factory.torch_engine.ranks import Ranks, make_ranks
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.test_generate import make_lora

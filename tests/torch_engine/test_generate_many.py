@@ -15,10 +15,11 @@ from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.diffusion.samplers import guidance_scales
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.models import TransformerConfig
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.recipe import check, write_recipe
 from cogvideox_factory.shapes import clip_shape
 from cogvideox_factory.torch_engine import generate, sampling, train
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks
+from cogvideox_factory.torch_engine.ranks import Ranks
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.test_generate import make_lora
 

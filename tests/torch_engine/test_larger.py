@@ -16,9 +16,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cogvideox_factory.models import LARGER, TransformerConfig
 from cogvideox_factory.plan.memory import Training, peak_of_one_pass
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.torch_engine import linear, ranks
 from cogvideox_factory.torch_engine.optim import Update
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
+from cogvideox_factory.torch_engine.ranks import Ranks, make_ranks
 from cogvideox_factory.torch_engine.sharding import distribute
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.live_memory import LiveMemory

@@ -7,9 +7,10 @@ import torch
 
 from cogvideox_factory.data.loader import Draws
 from cogvideox_factory.data.sampler import Sampler
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.step_records import Sample, Step, Work, averages, sample_rows
 from cogvideox_factory.torch_engine.ledger import Ledger
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks
+from cogvideox_factory.torch_engine.ranks import Ranks
 
 CLIPS = [f"clip-{index}" for index in range(12)]
 BUCKETS = {clip: "9x64x96" if index < 8 else "9x96x64" for index, clip in enumerate(CLIPS)}

@@ -12,10 +12,11 @@ from safetensors.numpy import load_file
 
 from cogvideox_factory import tensors, weights
 from cogvideox_factory.errors import StorageError
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.recipe import check
 from cogvideox_factory.torch_engine import learner, lora, start
 from cogvideox_factory.torch_engine.border import local, rows_of
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
+from cogvideox_factory.torch_engine.ranks import Ranks, make_ranks
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.processes import run_in
 

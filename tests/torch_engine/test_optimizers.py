@@ -14,12 +14,13 @@ from torchao.optim import AdamW8bit
 
 from cogvideox_factory.checkpoints import checkpoint_folder
 from cogvideox_factory.plan.optimizer import optimizer_memory
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.torch_engine import checkpoint, low_precision
 from cogvideox_factory.torch_engine.border import whole
 from cogvideox_factory.torch_engine.low_precision import Code
 from cogvideox_factory.torch_engine.optim import Update
 from cogvideox_factory.torch_engine.optimizers import make_optimizer
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
+from cogvideox_factory.torch_engine.ranks import Ranks, make_ranks
 from cogvideox_factory.torch_engine.sharding import like
 from tests.torch_engine.host_reads import HostReads
 from tests.torch_engine.processes import run_in

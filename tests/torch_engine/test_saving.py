@@ -21,13 +21,14 @@ from cogvideox_factory.checkpoints import (
     verify_checkpoint,
 )
 from cogvideox_factory.errors import StorageError
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.torch_engine import checkpoint
 from cogvideox_factory.torch_engine.checkpoint import (
     load_checkpoint,
     own_parts,
     save_checkpoint,
 )
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
+from cogvideox_factory.torch_engine.ranks import Ranks, make_ranks
 from cogvideox_factory.torch_engine.saving import Saver
 from tests.faults.boundaries import KILL_BEFORE, Boundaries
 from tests.faults.trial import Verdict, in_child

@@ -6,9 +6,10 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.offload import Offload
-from cogvideox_factory.torch_engine.ranks import Layout, make_ranks
+from cogvideox_factory.torch_engine.ranks import make_ranks
 from cogvideox_factory.torch_engine.sequence_parallel import RING_OP, ulysses_degree
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.processes import run_in

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.border import whole
 from cogvideox_factory.torch_engine.linear import is_low_bit
 from cogvideox_factory.torch_engine.low_bit import quantize
 from cogvideox_factory.torch_engine.offload import Offload
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks, make_ranks
+from cogvideox_factory.torch_engine.ranks import Ranks, make_ranks
 from cogvideox_factory.torch_engine.sharding import distribute, reduce_gradients, total_norm
 from cogvideox_factory.torch_engine.swap import Swap
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer

@@ -11,10 +11,11 @@ import torch
 from cogvideox_factory import quality
 from cogvideox_factory.lora_files import save_lora
 from cogvideox_factory.models import TransformerConfig
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.torch_engine import generate, lora, prompts, swap
 from cogvideox_factory.torch_engine.loading import Keeping, load_pipeline, load_text_encoder
 from cogvideox_factory.torch_engine.low_bit import BASES
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks
+from cogvideox_factory.torch_engine.ranks import Ranks
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.torch_engine.stepping import CPU
 from tests.torch_engine.test_generate import settings

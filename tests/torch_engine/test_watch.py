@@ -10,9 +10,10 @@ import torch
 
 from cogvideox_factory.data.loader import CacheSource
 from cogvideox_factory.errors import StorageError
+from cogvideox_factory.ranks import Layout
 from cogvideox_factory.recipe import check
 from cogvideox_factory.torch_engine import prepare, train, watch
-from cogvideox_factory.torch_engine.ranks import Layout, Ranks
+from cogvideox_factory.torch_engine.ranks import Ranks
 from tests.clips import draw_clips
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.runs import assert_same, weights_of
