@@ -72,13 +72,17 @@ def multiply(a: Tensor, b: Tensor, *, scaling: str, bias: Tensor | None = None, 
     left, left_scale = _round(a, torch.float8_e5m2 if of_gradient and not rowwise else torch.float8_e4m3fn, rowwise)
     right, right_scale = (part.T for part in _round(b.T, torch.float8_e4m3fn, rowwise))
     if a.device.type == "cpu":
-        out = left.float() @ right.float() * left_scale * right_scale
-        return (out if bias is None else out + bias).to(a.dtype)
+        return _in_float32(left, right, left_scale, right_scale, bias).to(a.dtype)
     # Sums in the units' own, shorter registers do for the output; gradients are summed in whole ones, as in torchao.
     return torch._scaled_mm(
         left, right, scale_a=left_scale, scale_b=right_scale, bias=bias, out_dtype=a.dtype,
         use_fast_accum=not of_gradient,
     )  # fmt: skip
+
+
+def _in_float32(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, bias: Tensor | None) -> Tensor:
+    out = left.float() @ right.float() * left_scale * right_scale
+    return out if bias is None else out + bias
 
 
 def _round(x: Tensor, dtype: torch.dtype, rowwise: bool) -> tuple[Tensor, Tensor]:

@@ -158,11 +158,12 @@ def test_a_block_and_its_gradients_follow_the_rule(scaling):
 
     (made, theirs), (exact, plain) = expected(scaling), expected("exact")
     assert close(out, made) <= RULE
-    print(close(out, made), close(made, exact))
+    assert COST["rowwise"] / 2 < close(made, exact) <= 1.5 * COST["rowwise"]
     assert ours.keys() == theirs.keys()
-    for name, found in ours.items():
-        assert close(found, theirs[name]) <= RULE or name == "attn.norm_k.bias", name  # softmax does not see it
-    print({name: round(close(theirs[name], plain[name]), 4) for name in theirs})
+    print(max(close(found, theirs[name]) for name, found in ours.items() if name != "attn.norm_k.bias"))
+    for name in ours.keys() - {"attn.norm_k.bias"}:  # which softmax does not see
+        assert close(ours[name], theirs[name]) <= RULE, name
+        assert close(theirs[name], plain[name]) <= 4 * COST[scaling], name
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -247,8 +248,8 @@ def test_a_card_multiplies_the_same_numbers(scaling, of_gradient):
 # --- in the model -----------------------------------------------------------------------------------------------------
 
 
-def model_in(scaling, *, adapters=None, mode="none", dtype=torch.float32):
-    model = small_model(num_layers=2, dtype=dtype)
+def model_in(scaling, *, adapters=None, mode="none", dtype=torch.float32, num_layers=2):
+    model = small_model(num_layers=num_layers, dtype=dtype)
     if adapters is None:
         model.requires_grad_(True)
     else:
@@ -269,11 +270,10 @@ def test_gradients_stay_near_those_of_exact_products_and_without_gradients_nothi
     with torch.no_grad():
         assert torch.equal(loss_of(model), loss_of(plain))
     (loss, grads), (exact, others) = step(model), step(plain)
-    assert 0 < abs(loss - exact) <= 0.02 * exact
+    assert 0 < abs(loss - exact) <= 2e-3 * exact
     assert grads.keys() == others.keys()
     together = [torch.cat([found[name].flatten() for name in grads]) for found in (grads, others)]
-    print(close(*together), (loss / exact - 1).item())
-    assert close(*together) <= 3 * COST[scaling]
+    assert close(*together) <= 2 * COST[scaling]
 
 
 @pytest.mark.parametrize("adapters", KINDS)
@@ -316,24 +316,25 @@ def test_a_frozen_layer_under_adapters_multiplies_in_float8_and_they_do_not():
 
 @pytest.mark.parametrize("adapters", [None, {}])
 def test_nothing_more_is_kept_for_the_backward_pass(adapters):
-    def kept(scaling) -> list[tuple]:
-        found, model = [], model_in(scaling, adapters=adapters)
+    def kept(scaling) -> int:
+        found, model = {}, model_in(scaling, adapters=adapters)
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: found.append((tuple(t.shape), t.dtype)) or t, lambda t: t
+            lambda t: found.update({t.untyped_storage().data_ptr(): t}) or t, lambda t: t
         ):
             loss_of(model)
-        return sorted(found, key=str)
+        weights = {parameter.data_ptr() for parameter in model.parameters()}
+        return sum(t.untyped_storage().nbytes() for place, t in found.items() if place not in weights)
 
     assert kept("rowwise") == kept("tensorwise") == kept(None)
 
 
-@pytest.mark.parametrize("adapters", [None, EVERYTHING])
+@pytest.mark.parametrize("adapters", [None, {"target_modules": ["to_q", "ff.net.0.proj"]}])
 def test_compiled_blocks_multiply_the_same(adapters):
-    compiled, plain = (model_in("rowwise", adapters=adapters, mode="save_attention") for _ in range(2))
+    compiled, plain = (model_in("rowwise", adapters=adapters, mode="full", num_layers=1) for _ in range(2))
     compile_blocks(compiled, "default", num_shapes=1, backend="aot_eager")
     (loss, grads), (expected, others) = step(compiled), step(plain)
     torch._dynamo.reset()
-    assert loss == pytest.approx(expected, rel=1e-5)
+    assert close(loss, expected) <= 1e-5
     for name, grad in others.items():
         assert close(grads[name], grad) <= RULE, name
 
@@ -359,7 +360,7 @@ def settings(root, tiny_model, *, method="full", dtype="float32", parallel=None,
             "cache": {"dir": str(root / "cache")},
             "lora": {"rank": 4, "alpha": 8.0} if method == "lora" else {},
             "train": {
-                "method": method, "steps": 24, "log_every": 1, "save_every": 12, "learning_rate": 1e-3,
+                "method": method, "steps": 12, "log_every": 1, "save_every": 6, "learning_rate": 1e-3,
                 "batch_size": 2, "checkpointing": "none",
             } | training,
             "parallel": parallel or {},
@@ -371,8 +372,8 @@ def settings(root, tiny_model, *, method="full", dtype="float32", parallel=None,
 @pytest.mark.parametrize(
     "options",
     [
-        {"fp8": "rowwise", "ema_decay": 0.9},
-        {"fp8": "tensorwise", "method": "lora", "optimizer": "came", "learning_rate": 1e-2},
+        {"fp8": "rowwise", "ema_decay": 0.9, "steps": 24},
+        {"fp8": "tensorwise", "method": "lora"},
         {"fp8": "rowwise", "optimizer": "adamw8bit", "master_weights": "stochastic_bf16", "dtype": "bfloat16"},
     ],
 )
@@ -381,19 +382,18 @@ def test_a_run_follows_the_exact_one_and_resumes_to_the_bit(folder, tiny_model, 
         folder, tiny_model, **{**options, "dir": str(tmp_path / name), **changes}
     )
     whole, exact = train.run(make("whole")), train.run(make("exact", fp8="none"))
-    train.run(make("cut", steps=12))
+    train.run(make("cut", steps=6))
     cut = train.run(make("cut"))
     assert_same(whole, cut)
     assert losses(whole) == losses(cut)
     ours, theirs = np.array(losses(whole)), np.array(losses(exact))
-    print(np.abs(ours / theirs - 1).max(), theirs[0], theirs[-6:].mean(), ours[-6:].mean())
     assert (ours != theirs).all()
     np.testing.assert_allclose(ours, theirs, rtol=0.02)
     assert {name: (a.shape, a.dtype) for name, a in weights_of(whole).items()} == {
         name: (a.shape, a.dtype) for name, a in weights_of(exact).items()
     }
     assert (
-        json.loads((whole / "checkpoint-000012" / "state.json").read_text())["identity"]["train.fp8"] == options["fp8"]
+        json.loads((whole / "checkpoint-000006" / "state.json").read_text())["identity"]["train.fp8"] == options["fp8"]
     )
 
 
@@ -422,15 +422,7 @@ def test_two_processes_round_what_they_share_alike(tmp_path):
                 for name, grad in grads.items()
                 if np.abs(grad).max() > 1e-5 * largest
             }
-            print(
-                case.scaling,
-                layout.sequence,
-                case.adapters,
-                abs(their_loss / loss - 1),
-                abs(their_norm / norm - 1),
-                max(apart.values()),
-            )
-            assert their_loss == pytest.approx(loss, rel=1e-4), (case, layout)
+            assert their_loss == pytest.approx(loss, rel=1e-5), (case, layout)
             assert their_norm == pytest.approx(norm, rel=1e-3), (case, layout)
             assert max(apart.values()) <= 2e-2, (case, layout)
 
