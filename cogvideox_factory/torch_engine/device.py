@@ -228,12 +228,8 @@ def require_float8(device: torch.device) -> None:
     Raises:
         MissingError: a card that has none either.
     """
-    if device.type == "cpu":
-        return
-    capability = (0, 0)
-    if device.type == "cuda" and torch.version.hip is None:  # AMD's cards have other formats
-        capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
+    is_nvidia = device.type == "cuda" and torch.version.hip is None  # AMD's cards have other formats
+    if device.type != "cpu" and not (is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)):
         raise MissingError(
             f"train.fp8 needs a card that multiplies float8 (NVIDIA's of compute capability 8.9 and more, as L4, L40S, "
             f"RTX 4090, H100); {device_name(device)} does not. Use --train.fp8 none."
