@@ -388,12 +388,12 @@ def test_a_run_follows_the_exact_one_and_resumes_to_the_bit(folder, tiny_model, 
     assert losses(whole) == losses(cut)
     ours, theirs = np.array(losses(whole)), np.array(losses(exact))
     assert (ours != theirs).all()
-    np.testing.assert_allclose(ours, theirs, rtol=0.02)
+    np.testing.assert_allclose(ours, theirs, rtol=0.01)
     assert {name: (a.shape, a.dtype) for name, a in weights_of(whole).items()} == {
         name: (a.shape, a.dtype) for name, a in weights_of(exact).items()
     }
     assert (
-        json.loads((whole / "checkpoint-000006" / "state.json").read_text())["identity"]["train.fp8"] == options["fp8"]
+        json.loads((whole / "checkpoint-000012" / "state.json").read_text())["identity"]["train.fp8"] == options["fp8"]
     )
 
 
