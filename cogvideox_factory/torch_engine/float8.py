@@ -92,5 +92,5 @@ def _round(x: Tensor, dtype: torch.dtype, rowwise: bool) -> tuple[Tensor, Tensor
     scale = scale.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32)
     rounded = (x * scale.to(x.dtype)).to(dtype)
     if missing := -x.shape[1] % ALIGNMENT:
-        rounded = F.pad(rounded.view(torch.uint8), (0, missing)).view(dtype)
+        rounded = F.pad(rounded, (0, missing))
     return rounded.contiguous(), scale.reciprocal()

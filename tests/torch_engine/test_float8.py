@@ -22,12 +22,13 @@ from cogvideox_factory.torch_engine.device import require_float8
 from cogvideox_factory.torch_engine.float8 import SCALINGS, check_float8, multiply
 from cogvideox_factory.torch_engine.linear import Linear, linear, set_float8
 from cogvideox_factory.torch_engine.lora_linear import LoraFactors, LoraLinear, Rows
+from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from tests.clips import draw_clips
 from tests.torch_engine.processes import run_in
 from tests.torch_engine.runs import assert_same, losses, weights_of
 from tests.torch_engine.stepping import CPU, adapt, loss_of, small_model, step
 from tests.torch_engine.test_sharding import Case, Layout, Ranks, in_processes, loss_and_gradients
-from tests.torch_engine.test_transformer import config_of
+from tests.torch_engine.test_transformer import config_of, positions_for
 
 RULE = 2e-3
 COST = {"rowwise": 0.04, "tensorwise": 0.06}
@@ -326,6 +327,28 @@ def test_nothing_more_is_kept_for_the_backward_pass(adapters):
         return sum(t.untyped_storage().nbytes() for place, t in found.items() if place not in weights)
 
     assert kept("rowwise") == kept("tensorwise") == kept(None)
+
+
+@pytest.mark.parametrize("adapters", [None, {}, EVERYTHING])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_what_a_card_is_given_passes_the_checks_of_its_kernels(scaling, adapters, monkeypatch):
+    """On meta tensors torch holds sizes, strides and dtypes to what CUDA wants, before it computes nothing."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # which knows no such device
+    model = CogVideoXTransformer(config_of("cogvideox-5b", num_attention_heads=3, attention_head_dim=16))
+    model.requires_grad_(True)
+    if adapters is not None:
+        adapt(model, **adapters)
+    set_float8(model.transformer_blocks, scaling)
+    with torch.device("meta"):
+        model = model.to("meta", torch.bfloat16)
+        latents, prompt = (torch.empty(s, dtype=torch.bfloat16) for s in ((2, 3, 16, 8, 12), (2, 13, 32)))
+        out = model(latents, prompt, torch.empty(2), positions=positions_for(model, latents, prompt))
+        out.sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        with pytest.raises(RuntimeError, match="divisible by 16"):
+            multiply(
+                torch.empty(8, 32, dtype=torch.bfloat16), torch.empty(32, 40, dtype=torch.bfloat16), scaling=scaling
+            )
 
 
 @pytest.mark.parametrize("adapters", [None, {"target_modules": ["to_q", "ff.net.0.proj"]}])
