@@ -5,8 +5,8 @@ on attention) and SFT (bfloat16 states, rounded stochastically). Both models sta
 same objective and the same update, and keep what their own gradient checkpointing keeps: ours attention outputs, theirs
 block inputs. VAE, text encoder and data are outside: a step is forward, backward, clipping and optimizer.
 
-Ours runs with products in bfloat16 and, where the card has it, in float8 (`train.fp8=rowwise`); as it is and, but on a
-CPU, compiled.
+Ours runs with products in bfloat16 and, where the card has it, in float8 (`train.fp8=rowwise`); as it is and, on
+CUDA cards, compiled.
 
 TFLOP/s are of the model (`plan.flops`): three forward passes a step (for LoRA two in linear layers), with no credit for
 recomputing.
@@ -30,7 +30,7 @@ from cogvideox_factory.models import PUBLISHED, TransformerConfig, tiny_facts
 from cogvideox_factory.plan.flops import training_flops
 from cogvideox_factory.torch_engine.attention import backend_name
 from cogvideox_factory.torch_engine.compilation import compile_blocks
-from cogvideox_factory.torch_engine.device import peak_memory, require_float8, reset_peak_memory
+from cogvideox_factory.torch_engine.device import peak_memory, require_compiler, require_float8, reset_peak_memory
 from cogvideox_factory.torch_engine.layout import diffusers_names
 from cogvideox_factory.torch_engine.linear import set_float8
 from cogvideox_factory.torch_engine.lora import add_lora
@@ -181,16 +181,22 @@ def caller(model: nn.Module, case: Case, device: torch.device) -> Callable[[Tens
 
 
 def models(device: torch.device) -> dict[str, Callable[[Case, torch.device], nn.Module]]:
-    """Return what is measured on `device`, by name; what cannot be there is said."""
-    kinds = {"ours": {}, "ours, float8": {"float8": True}}
-    try:
-        require_float8(device)
-    except MissingError as error:
-        print(f"gpu: no rows in float8: {error}")
-        del kinds["ours, float8"]
-    if device.type != "cpu":  # where compiling takes longer than the rest
+    """Return what is measured on `device`, by name; what it has not got is said."""
+    kinds = {"ours": {}}
+    if _has(require_float8, device):
+        kinds["ours, float8"] = {"float8": True}
+    if device.type == "cuda" and _has(require_compiler, device):
         kinds |= {name.replace("ours", "ours, compiled"): {"compiled": True, **kind} for name, kind in kinds.items()}
     return {name: partial(our_model, **kind) for name, kind in kinds.items()} | {"diffusers": their_model}
+
+
+def _has(require: Callable[[torch.device], None], device: torch.device) -> bool:
+    try:
+        require(device)
+    except MissingError as error:
+        print(f"gpu: left out: {error}")
+        return False
+    return True
 
 
 def measure(
