@@ -5,6 +5,9 @@ on attention) and SFT (bfloat16 states, rounded stochastically). Both models sta
 same objective and the same update, and keep what their own gradient checkpointing keeps: ours attention outputs, theirs
 block inputs. VAE, text encoder and data are outside: a step is forward, backward, clipping and optimizer.
 
+Ours runs with products in bfloat16 and, where the card has it, in float8 (`train.fp8=rowwise`); as it is and, on
+CUDA cards, compiled.
+
 TFLOP/s are of the model (`plan.flops`): three forward passes a step (for LoRA two in linear layers), with no credit for
 recomputing.
 `--tiny` runs it all with a small model on whatever there is, to see that it runs.
@@ -13,6 +16,7 @@ recomputing.
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from statistics import median
 from time import perf_counter
@@ -21,11 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cogvideox_factory.errors import MissingError
 from cogvideox_factory.models import PUBLISHED, TransformerConfig, tiny_facts
 from cogvideox_factory.plan.flops import training_flops
 from cogvideox_factory.torch_engine.attention import backend_name
-from cogvideox_factory.torch_engine.device import peak_memory, reset_peak_memory
+from cogvideox_factory.torch_engine.compilation import compile_blocks
+from cogvideox_factory.torch_engine.device import peak_memory, require_compiler, require_float8, reset_peak_memory
 from cogvideox_factory.torch_engine.layout import diffusers_names
+from cogvideox_factory.torch_engine.linear import set_float8
 from cogvideox_factory.torch_engine.lora import add_lora
 from cogvideox_factory.torch_engine.optim import Update
 from cogvideox_factory.torch_engine.positions import make_positions
@@ -34,7 +41,8 @@ from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 RANK, NUM_STEPS, DTYPE = 64, 5, torch.bfloat16
 LIMIT = 0.02
-"""How far the first losses may be apart, relatively: both round everything to 8 bits, in another order."""
+"""How far the first losses may be apart, relatively: all round everything to 8 bits, in another order, or products of 4
+bits and sums of thousands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +124,7 @@ def fill(target: Tensor, name: str, place: int) -> None:
 
 
 @torch.no_grad()
-def our_model(case: Case, device: torch.device) -> nn.Module:
+def our_model(case: Case, device: torch.device, *, float8: bool = False, compiled: bool = False) -> nn.Module:
     """Return our model, ready to train."""
     with torch.device("meta"):
         model = CogVideoXTransformer(case.config)
@@ -127,7 +135,13 @@ def our_model(case: Case, device: torch.device) -> nn.Module:
     model.set_checkpointing("save_attention")
     if case.method == "lora":
         add_lora(model, rank=RANK, alpha=RANK, target_modules=TARGETS, seed=0)
-    return model.requires_grad_(True) if case.method == "sft" else model
+    else:
+        model.requires_grad_(True)
+    if float8:
+        set_float8(model.transformer_blocks, "rowwise")
+    if compiled:
+        compile_blocks(model, "default", num_shapes=1)
+    return model
 
 
 @torch.no_grad()
@@ -166,9 +180,29 @@ def caller(model: nn.Module, case: Case, device: torch.device) -> Callable[[Tens
     )[0]
 
 
-def measure(case: Case, who: str, device: torch.device) -> tuple[Row, float]:
+def models(device: torch.device) -> dict[str, Callable[[Case, torch.device], nn.Module]]:
+    """Return what is measured on `device`, by name; what it has not got is said."""
+    kinds = {"ours": {}}
+    if _has(require_float8, device):
+        kinds["ours, float8"] = {"float8": True}
+    if device.type == "cuda" and _has(require_compiler, device):
+        kinds |= {name.replace("ours", "ours, compiled"): {"compiled": True, **kind} for name, kind in kinds.items()}
+    return {name: partial(our_model, **kind) for name, kind in kinds.items()} | {"diffusers": their_model}
+
+
+def _has(require: Callable[[torch.device], None], device: torch.device) -> bool:
+    try:
+        require(device)
+    except MissingError as error:
+        print(f"gpu: left out: {error}")
+        return False
+    return True
+
+
+def measure(
+    case: Case, who: str, make: Callable[[Case, torch.device], nn.Module], device: torch.device
+) -> tuple[Row, float]:
     """Return what `NUM_STEPS` steps of one model took, after one that is not counted, and the first step's loss."""
-    make = {"ours": our_model, "diffusers": their_model}[who]
     reset_peak_memory(device)
     loss = float("nan")
     try:
@@ -233,11 +267,13 @@ def run(*, tiny: bool = False) -> Iterator[str]:
         print("gpu: skipped, there is no accelerator; `python -m benchmarks gpu --tiny` runs it with a small model")
         return
     yield heading(device)
+    entrants = models(device)
     for case in cases(tiny=tiny):
         losses = {}
-        for who in ("ours", "diffusers"):
-            row, losses[who] = measure(case, who, device)
+        for who, make in entrants.items():
+            row, losses[who] = measure(case, who, make, device)
             yield row.row
         theirs = losses["diffusers"]
-        apart = abs(losses["ours"] - theirs) / theirs
-        assert not apart > LIMIT, f"{case.name}: first losses differ by {apart:.2g}"
+        for who, loss in losses.items():
+            apart = abs(loss - theirs) / theirs
+            assert not apart > LIMIT, f"{case.name}: first losses of {who} and diffusers differ by {apart:.2g}"

@@ -36,17 +36,20 @@ def locked(run: Path) -> Iterator[None]:
 
 _LATER = {"weights"}
 """What the first checkpoints did not record, so nothing is held against them."""
+_BEFORE = {"train.fp8": "none"}
+"""What runs did before there was a choice, and did not record."""
 _FATAL = {"task", "engine", "model", "weights", "train.method", "train.master_weights", "train.optimizer", "run.dtype"}
 """Settings that decide what the state of a run is; so does every setting of `lora`."""
 
 
 def differences(recorded: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return {setting: (recorded, wanted)} of those that differ."""
-    return {
-        key: (recorded.get(key), wanted.get(key))
+    pairs = {
+        key: (recorded.get(key, _BEFORE.get(key)), wanted.get(key))
         for key in dict.fromkeys([*recorded, *wanted])
-        if recorded.get(key) != wanted.get(key) and (key in recorded or key not in _LATER)
+        if key in recorded or key not in _LATER
     }
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def require_same(

@@ -57,6 +57,8 @@ def test_numbers_mean_what_they_look_like(tmp_path):
         ("train: {compile: max_autotune}", "train.compile=max_autotune chooses kernels by the clock"),
         ("train: {compile: default, activation_offload: true}", "train.activation_offload is not for compiled"),
         ("train: {compile: default}\nlora: {base: nf4}", "lora.base=nf4 is not for compiled blocks"),
+        ("train: {fp8: rowwise}\nlora: {base: int8}", "train.fp8=rowwise rounds the base for each product"),
+        ("train: {fp8: e4m3}", "train.fp8"),
         ("train: {optimizer: came, optimizer_offload: true}", "train.optimizer_offload is for adamw and adam"),
         (
             "train: {method: full, optimizer: prodigy, master_weights: stochastic_bf16}",

@@ -35,6 +35,12 @@ def test_another_base_of_the_same_shape_is_refused_but_for_runs_that_did_not_rec
     assert require_same({"model": "m"}, {"model": "m", "weights": "b"}, source=tmp_path) == {}
 
 
+def test_a_run_of_before_there_was_float8_goes_on_without(tmp_path):
+    assert require_same({"a": 1}, {"a": 1, "train.fp8": "none"}, source=tmp_path) == {}
+    with pytest.raises(UnfitError, match=r"train\.fp8: the run has 'none', you ask for 'rowwise'"):
+        require_same({"a": 1}, {"a": 1, "train.fp8": "rowwise"}, source=tmp_path)
+
+
 def test_a_change_is_allowed_by_name_but_never_another_model(tmp_path):
     recorded, wanted = {"data": "x", "model": "a", "lora.rank": 4}, {"data": "y", "model": "b", "lora.rank": 8}
     allow = ["data", "model", "lora.rank"]

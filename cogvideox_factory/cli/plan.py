@@ -94,7 +94,7 @@ def training_of(config: Config, cards: int) -> tuple[Training, int, str]:
     training = Training(
         model=model, video_tokens=tokens, text_tokens=text, batch_size=-(-train.batch_size // groups),
         item_bytes=2 if half else 4, bfloat16=config.run.dtype != "float16", compiled=train.compile != "none",
-        method=train.method, rank=config.lora.rank,
+        fp8=train.fp8 != "none", method=train.method, rank=config.lora.rank,
         adapted=tuple(config.lora.target_modules), use_dora=config.lora.use_dora, base=config.lora.base,
         checkpointing=train.checkpointing, checkpointing_layers=train.checkpointing_layers,
         activation_offload=train.activation_offload, swapped_blocks=train.swapped_blocks, optimizer=train.optimizer,
@@ -154,6 +154,8 @@ def _print(report: dict[str, Any], config: Config, training: Training, ask: Plan
         size = groups * training.batch_size
         say(f"--train.batch-size {size}, for {groups} groups of cards that take clips of their own")
     _say_time(row, config, ask)
+    if training.fp8:
+        say("products in float8 (train.fp8) are counted as if in half precision: what they gain is for a card to show")
     if ask.clips:
         epochs = row["clips_a_step"] * config.train.steps / ask.clips
         say(f"{config.train.steps} steps are {epochs:.1f} epochs of {ask.clips} clips")

@@ -42,6 +42,11 @@ def problems_of(config: "Config") -> list[str]:
                 f"{name} keeps frozen weights whole in every process and parallel.zero={config.parallel.zero} divides "
                 f"them; choose one: parallel.zero=0, or no {name}"
             )
+    if config.train.fp8 != "none" and config.lora.base != "model":
+        problems.append(
+            f"train.fp8={config.train.fp8} rounds the base for each product, which lora.base={config.lora.base} "
+            "has done for good; choose one: train.fp8=none, or lora.base=model"
+        )
     if config.vae.config and config.vae.start:
         problems.append("vae.config starts from random weights and vae.start from given ones; give one")
     if config.vae.config and config.vae.parts == "decoder":
@@ -203,6 +208,7 @@ _LACKING: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
         "train", "compile", lambda value: value == "none",
         "it is torch.compile; --mindspore.mode 0 compiles here",
     ),
+    ("train", "fp8", lambda value: value == "none", "use none, or --engine torch"),
     ("train", "async_checkpoint", _is_off, "leave it off, or use --engine torch"),
     ("train", "spike_factor", _is_off, "remove it, or use --engine torch"),
     ("lora", "base", lambda value: value == "model", "use model, or --engine torch"),

@@ -76,6 +76,10 @@ class Train(Section):
     compile: Literal["none", "default", "max_autotune"] = "none"
     """torch.compile of each block, in training. Each shape is compiled once, which takes minutes. max_autotune tries
     kernels for each product, and may choose others in another run."""
+    fp8: Literal["none", "rowwise", "tensorwise"] = "none"
+    """Make the matrix products of the blocks' linear layers in float8, forward and backward, with a scale for each row
+    (closer) or each matrix (quicker). Weights stay as they are. Needs a card of compute capability 8.9 and bfloat16; a
+    CPU computes the same numbers and gains nothing. Meant for train.compile."""
     checkpointing_layers: Positive | None = None
     """Layers, from the first, that do so; the others keep everything and are faster. Default: all."""
     activation_offload: bool = False

@@ -130,7 +130,7 @@ def _rounding(run: Training, machine: Machine) -> Iterator[tuple[tuple[str, ...]
     """Yield the same with fewer bits, with and without moving."""
     for tier in (_exact, _moving):
         for settings, other in tier(run, machine):
-            if run.method == "lora" and not other.zero and not run.compiled:
+            if run.method == "lora" and not other.zero and not run.compiled and not run.fp8:
                 for base in MATRIX_BYTES:
                     yield (*settings, f"--lora.base {base}"), replace(other, base=base)
             if run.method == "full" and run.item_bytes == 2 and run.bfloat16 and not other.optimizer_offload:

@@ -55,6 +55,8 @@ class Training:
     """Linear layers of each block that carry an adapter, by the endings of their names."""
     use_dora: bool = False
     base: str = "model"
+    fp8: bool = False
+    """Products of the blocks' linear layers are made in float8."""
     checkpointing: str = "save_attention"
     checkpointing_layers: int | None = None
     activation_offload: bool = False
@@ -363,7 +365,7 @@ def _changes(run: Training, accelerator: bool) -> Iterator[tuple[str, Training]]
         yield f"--train.method lora{also}", replace(run, method="lora", stochastic=False)
     if run.method == "lora" and not run.zero:
         for base in MATRIX_BYTES:
-            if run.base == "model" and not run.compiled:
+            if run.base == "model" and not run.compiled and not run.fp8:
                 yield f"--lora.base {base}", replace(run, base=base)
         if accelerator and run.swapped_blocks < layers:
             yield f"--train.swapped-blocks {layers}", replace(run, swapped_blocks=layers)

@@ -44,6 +44,9 @@ def say_arithmetic(plan: Plan, sampler: Sampler, update: Update, start: Path | N
         f"checkpointing {train.checkpointing}, "
         f"attention {backend_name(plan.device, plan.dtype, plan.model.attention_head_dim)}"
     )
+    if train.fp8 != "none":
+        where = ", as a CPU can: the same numbers, no time saved" if plan.device.type == "cpu" else ""
+        say(f"matrix products of blocks in float8, scales {train.fp8}{where}")
     _say_optimizer(plan, update)
     say(f"going on from {start}" if start else f"a fresh run in {plan.run_folder}")
 

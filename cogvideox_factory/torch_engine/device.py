@@ -222,6 +222,20 @@ def set_tf32(enabled: bool, device: torch.device) -> None:
     torch.backends.cudnn.conv.fp32_precision = "tf32" if enabled else "ieee"  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def require_float8(device: torch.device) -> None:
+    """Check that `device` multiplies float8 matrices; a CPU has no units for it and multiplies the same in float32.
+
+    Raises:
+        MissingError: a card that has none either.
+    """
+    is_nvidia = device.type == "cuda" and torch.version.hip is None  # AMD's cards have other formats
+    if device.type != "cpu" and not (is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)):
+        raise MissingError(
+            f"train.fp8 needs a card that multiplies float8 (NVIDIA's of compute capability 8.9 and more, as L4, L40S, "
+            f"RTX 4090, H100); {device_name(device)} does not. Use --train.fp8 none."
+        )
+
+
 def require_compiler(device: torch.device) -> None:
     """Check for what turns graphs into machine code: a C++ compiler, and on a card Triton.
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cogvideox_factory.torch_engine.linear import dense, is_plain, linear, product
+from cogvideox_factory.torch_engine.linear import dense, is_plain, linear, product, scaling_of
 
 aten = torch.ops.aten
 
@@ -131,7 +131,9 @@ def gated_linear(
         text_length: rows at the front that are text.
     """
     if is_plain(module, a):
-        return _GatedLinear.apply(x, a, module.weight, module.bias, gate, text_gate, text_length)  # pyright: ignore
+        return _GatedLinear.apply(  # pyright: ignore[reportReturnType]
+            x, a, module.weight, module.bias, gate, text_gate, text_length, scaling_of(module)
+        )
     return gated_residual(x, module(a), gate, text_gate, text_length=text_length)
 
 
@@ -156,17 +158,19 @@ def gate_rows(grad: Tensor, gate: Tensor, text_gate: Tensor, text_length: int) -
     return out
 
 
-def gated_linear_backward(grad, a, weight, bias, gate, text_gate, text_length: int, needs: tuple[bool, bool, bool]):
+def gated_linear_backward(
+    grad, a, weight, bias, gate, text_gate, text_length: int, needs: tuple[bool, bool, bool], scaling: str | None
+):
     """Return the gradients of (weight, bias, gate, text_gate) of x + gate * (a weight^T + bias).
 
     With G = grad^T a over the rows that share a gate, the weight's gradient is gate * G summed over such groups and
     the gate's is rowsum(weight * G) + bias * sum(grad): the product `a weight^T` itself is not needed. `needs` says
-    which of weight, bias and gates want one.
+    which of weight, bias and gates want one, `scaling` is for products in float8.
     """
     needs_weight, needs_bias, needs_gates = needs
     if not needs_gates:
         gated = gate_rows(grad, gate, text_gate, text_length).flatten(0, 1)
-        d_weight = product(gated.T, a.flatten(0, 1)) if needs_weight else None
+        d_weight = product(gated.T, a.flatten(0, 1), scaling) if needs_weight else None
         return d_weight, gated.sum(0) if needs_bias else None, None, None
     d_weight = d_bias = None
     gates = text_gate.reshape(-1, grad.shape[-1]), gate.reshape(-1, grad.shape[-1])  # each [B, D]
@@ -176,7 +180,7 @@ def gated_linear_backward(grad, a, weight, bias, gate, text_gate, text_length: i
             if part == 0 and not text_length:
                 d_gates[part].append(torch.zeros_like(gates[part][sample]))
                 continue
-            g = product(grad[sample, rows].T, a[sample, rows])  # [O, I]
+            g = product(grad[sample, rows].T, a[sample, rows], scaling)  # [O, I]
             total = grad[sample, rows].sum(0)  # [O]
             d_gate = torch.linalg.vecdot(g, weight)
             d_gates[part].append(d_gate if bias is None else torch.addcmul(d_gate, bias, total))
@@ -191,10 +195,10 @@ def gated_linear_backward(grad, a, weight, bias, gate, text_gate, text_length: i
 
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, a, weight, bias, gate, text_gate, text_length):
+    def forward(ctx: Any, x, a, weight, bias, gate, text_gate, text_length, scaling):
         ctx.save_for_backward(a if any(ctx.needs_input_grad[2:6]) else None, weight, bias, gate, text_gate)
-        ctx.text_length = text_length
-        return add_gated(x, linear(a, dense(weight), bias), gate, text_gate, text_length)
+        ctx.text_length, ctx.scaling = text_length, scaling
+        return add_gated(x, linear(a, dense(weight), bias, scaling), gate, text_gate, text_length)
 
     @staticmethod
     @once_differentiable
@@ -204,7 +208,7 @@ class _GatedLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         d_a = None
         if needs[1]:
-            d_a = product(gate_rows(grad, gate, text_gate, ctx.text_length), weight)
+            d_a = product(gate_rows(grad, gate, text_gate, ctx.text_length), weight, ctx.scaling)
         others = (None, None, None, None)
         if any(needs[2:6]):
             others = gated_linear_backward(
@@ -216,8 +220,9 @@ class _GatedLinear(torch.autograd.Function):
                 text_gate,
                 ctx.text_length,
                 (needs[2], needs[3], needs[4] or needs[5]),
+                ctx.scaling,
             )
-        return grad, d_a, *others, None
+        return grad, d_a, *others, None, None
 
 
 class _GatedResidual(torch.autograd.Function):

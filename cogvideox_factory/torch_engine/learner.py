@@ -15,7 +15,7 @@ from cogvideox_factory.metrics import say
 from cogvideox_factory.models import VaeConfig
 from cogvideox_factory.publish import replace_folder
 from cogvideox_factory.torch_engine import lora
-from cogvideox_factory.torch_engine.linear import is_low_bit
+from cogvideox_factory.torch_engine.linear import is_low_bit, set_float8
 from cogvideox_factory.torch_engine.low_bit import quantize
 from cogvideox_factory.torch_engine.objective import Objective, Scales
 from cogvideox_factory.torch_engine.offload import Offload
@@ -28,13 +28,20 @@ from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 
 
 def load_transformer(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
-    """Load the transformer (or draw its weights), with a fresh LoRA or with all weights trainable.
+    """Load the transformer (or draw its weights), with a fresh LoRA or with all weights trainable."""
+    train = plan.config.train
+    load = _load_sparingly if plan.config.lora.base != "model" or train.swapped_blocks else _load_divided
+    transformer = load(plan, ranks)
+    if train.fp8 != "none":
+        set_float8(transformer.transformer_blocks, train.fp8)
+    if train.activation_offload:
+        Offload(transformer.blocks, device=plan.device)
+    return transformer.train()
 
-    It is divided before there is any memory behind it, so that a process reads and holds its own part alone.
-    """
+
+def _load_divided(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
+    """Divide the transformer before there is any memory behind it, so that a process reads and holds its own part."""
     config = plan.config
-    if config.lora.base != "model" or config.train.swapped_blocks:
-        return _load_sparingly(plan, ranks)
     dtype, is_lora = plan.dtype, config.train.method == "lora"
     if ranks.mesh is not None and not is_lora and config.train.master_weights == "float32":
         dtype = torch.float32  # what is kept; blocks are gathered in the run's dtype
@@ -54,9 +61,7 @@ def load_transformer(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
         transformer.load_folder(plan.transformer_folder, verify=leads_machine())
     if is_lora:
         lora.initialize_lora(transformer, seed=config.run.seed)
-    if config.train.activation_offload:
-        Offload(transformer.blocks, device=plan.device)
-    return transformer.train()
+    return transformer
 
 
 def _load_sparingly(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
@@ -79,9 +84,7 @@ def _load_sparingly(plan: Plan, ranks: Ranks) -> CogVideoXTransformer:
     transformer.to(plan.device)
     whole |= {parameter for parameter in transformer.parameters() if is_low_bit(parameter)}
     distribute(transformer, ranks, dtype=plan.dtype, whole=whole)
-    if config.train.activation_offload:
-        Offload(transformer.blocks, device=plan.device)
-    return transformer.train()
+    return transformer
 
 
 def make_objective(plan: Plan, transformer: CogVideoXTransformer) -> Objective:

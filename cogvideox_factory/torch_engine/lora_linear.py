@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.torch_engine.border import put_rows, whole
-from cogvideox_factory.torch_engine.linear import Linear, dense, emulated, is_low_bit, linear, product
+from cogvideox_factory.torch_engine.linear import Linear, dense, emulated, is_low_bit, linear, product, scaling_of
 
 # Legend: N tokens of all samples, I input channels, O output channels of the fused Linear, P rows of one
 # target, R rank (of all parts together where several are stacked)
@@ -65,6 +65,7 @@ class LoraLinear(Linear):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
+        self.float8 = base.float8 if isinstance(base, Linear) else None
         self.requires_grad_(False)
         self.adapters = nn.ModuleDict()  # adapter name -> target -> LoraFactors
         self.settings: dict[str, Mapping[str, Any]] = {}  # adapter name -> what it was made with
@@ -74,7 +75,7 @@ class LoraLinear(Linear):
     def plain(self) -> Linear:
         """Return a Linear without adapters, with the same parameters."""
         linear = Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
+        linear.weight, linear.bias, linear.float8 = self.weight, self.bias, self.float8
         return linear
 
     def parts(self, adapter_name: str) -> dict[str, LoraFactors]:
@@ -103,11 +104,12 @@ class LoraLinear(Linear):
         if not active or self.original is not None:
             return super().forward(input)
         dora = [part for _, part, _ in active if part.magnitude is not None]
+        scaling = scaling_of(self)
         if not dora:
-            return low_rank_linear(input, self.weight, self.bias, [part for _, *part in active])
+            return low_rank_linear(input, self.weight, self.bias, [part for _, *part in active], scaling)
         if len({name for name, _, _ in active}) > 1:  # row gains do not add up: go through the weight itself
-            return linear(input, self.updated_weight().to(input.dtype), self.bias)
-        y = low_rank_linear(input, self.weight, None, [part for _, *part in active])
+            return linear(input, self.updated_weight().to(input.dtype), self.bias, scaling)
+        y = low_rank_linear(input, self.weight, None, [part for _, *part in active], scaling)
         # Only the small difference to 1 is rounded to the dtype of the activations.
         excess = self._row_gain_minus_one(active).to(input.dtype)
         return torch.addcmul(y if self.bias is None else y + self.bias, y, excess)
@@ -186,7 +188,9 @@ class LoraLinear(Linear):
         return torch.cat([*pieces, zeros[end:]])
 
 
-def low_rank_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: list[Any]) -> torch.Tensor:
+def low_rank_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: list[Any], scaling: str | None = None
+) -> torch.Tensor:
     """Return `x W^T + bias` with `scale * x A^T B^T` added to the rows of each (factors, scale) of `parts`.
 
     Args:
@@ -194,21 +198,27 @@ def low_rank_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         weight: [O, I]. It gets a gradient only if it asks for one.
         bias: [O] or None.
         parts: pairs of `LoraFactors` and effective scale, their factors float32.
+        scaling: for products with `weight` in float8; those with factors are small.
     """
     slices = tuple((part.rows.start, part.rows.stop, scale) for part, scale in parts)
     factors = [factor for part, _ in parts for factor in (part.lora_A, part.lora_B)]
     if not torch.is_grad_enabled():  # compilers lose count of the function's arguments there
-        return _apply(x, weight, bias, slices, factors)[0]
-    return _LowRankLinear.apply(x, weight, bias, slices, *factors)  # pyright: ignore[reportReturnType]
+        return _apply(x, weight, bias, slices, factors, scaling)[0]
+    return _LowRankLinear.apply(x, weight, bias, slices, scaling, *factors)  # pyright: ignore[reportReturnType]
 
 
 def _apply(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, slices: Any, factors: Sequence[torch.Tensor]
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    slices: Any,
+    factors: Sequence[torch.Tensor],
+    scaling: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the output [..., O], and the down-projections [N, R] of all parts."""
     flat = x.reshape(-1, x.shape[-1])  # [N, I]
     hidden = product(flat, _stack(factors[::2], x.dtype).T)  # [N, R]
-    out = linear(flat, dense(weight), bias)  # [N, O]
+    out = linear(flat, dense(weight), bias, scaling)  # [N, O]
     ups = factors[1::2]
     for (start, stop, scale), up, low in zip(slices, ups, hidden.split([up.shape[1] for up in ups], dim=1)):
         # The sign is there for -0.0: with B = 0 this computes out - (+0), which keeps every bit of `out`,
@@ -221,9 +231,9 @@ class _LowRankLinear(torch.autograd.Function):
     """One graph node for base and adapters: saves `x` once, and adds in place of making wide temporaries."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, slices, *factors):
-        out, hidden = _apply(x, weight, bias, slices, factors)
-        ctx.slices = slices
+    def forward(ctx: Any, x, weight, bias, slices, scaling, *factors):
+        out, hidden = _apply(x, weight, bias, slices, factors, scaling)
+        ctx.slices, ctx.scaling = slices, scaling
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x, hidden, weight, *factors)
         return out
@@ -242,18 +252,18 @@ class _LowRankLinear(torch.autograd.Function):
         )  # [N, R]
         grad_x = None
         if needs_x:
-            grad_x = product(grad, dense(weight))  # [N, I]
+            grad_x = product(grad, dense(weight), ctx.scaling)  # [N, I]
             _add_product(grad_x, grad_hidden, _stack(downs, grad.dtype))
             grad_x = grad_x.view_as(x)
         grad_factors: list[torch.Tensor | None] = [None] * len(factors)
-        if any(ctx.needs_input_grad[4::2]):
+        if any(ctx.needs_input_grad[5::2]):
             grad_factors[::2] = product(grad_hidden.T, flat).float().split(ranks)  # each [R, I]
         for index, ((a, b, scale), low) in enumerate(zip(ctx.slices, hidden.split(ranks, dim=1))):
-            if ctx.needs_input_grad[5 + 2 * index]:
+            if ctx.needs_input_grad[6 + 2 * index]:
                 grad_factors[2 * index + 1] = product(grad[:, a:b].T, low).float() * scale  # [P, R]
-        grad_weight = product(grad.T, flat) if needs_weight else None
+        grad_weight = product(grad.T, flat, ctx.scaling) if needs_weight else None
         grad_bias = grad.sum(0) if needs_bias and ctx.has_bias else None
-        return grad_x, grad_weight, grad_bias, None, *grad_factors
+        return grad_x, grad_weight, grad_bias, None, None, *grad_factors
 
 
 def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, sign: int = 1) -> None:

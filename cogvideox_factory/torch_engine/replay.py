@@ -81,6 +81,8 @@ def _with_run(config: Config, **given: str | None) -> Config:
     train = config.train
     if pick_device(run.device).type == "cpu":
         train = train.model_copy(update={"activation_offload": False, "optimizer_offload": False, "swapped_blocks": 0})
+    if given.get("dtype") in ("float32", "float16"):  # products in float8 are of bfloat16
+        train = train.model_copy(update={"fp8": "none"})
     return config.model_copy(update={"run": run, "train": train})
 
 

@@ -13,7 +13,14 @@ from cogvideox_factory.plan.memory import Training
 from cogvideox_factory.plan.peaks import find_peak
 from cogvideox_factory.ranks import Layout
 from cogvideox_factory.run_plan import RunPlan, num_tokens, read_plan
-from cogvideox_factory.torch_engine.device import device_name, keep_freed_memory, pick_device, pick_dtype
+from cogvideox_factory.torch_engine.device import (
+    device_name,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+    require_float8,
+)
+from cogvideox_factory.torch_engine.float8 import check_float8
 from cogvideox_factory.torch_engine.lora_targets import adapted_layers
 from cogvideox_factory.torch_engine.low_bit import require_torchao
 
@@ -34,8 +41,12 @@ def make_plan(config: Config) -> Plan:
     if device.type == "cpu":
         keep_freed_memory()
     _check_memory(config, model, device)
+    dtype = pick_dtype(config.run.dtype, device, model)
+    if config.train.fp8 != "none":
+        require_float8(device)
+        check_float8(config.train.fp8, width=model.width, dtype=dtype, device=device)
     known = {field.name: getattr(given, field.name) for field in fields(given)}
-    return Plan(**known, device=device, dtype=pick_dtype(config.run.dtype, device, model))
+    return Plan(**known, device=device, dtype=dtype)
 
 
 def _check_memory(config: Config, model: TransformerConfig, device: torch.device) -> None:
@@ -96,7 +107,7 @@ def training_numbers(plan: Plan, sizes: Mapping[str, int], layout: Layout) -> Tr
     return Training(
         model=plan.model, video_tokens=num_tokens(plan, Bucket.parse(largest)), text_tokens=plan.text_length,
         batch_size=per_pass, item_bytes=plan.dtype.itemsize, bfloat16=plan.dtype == torch.bfloat16,
-        compiled=train.compile != "none", method=train.method, rank=config.lora.rank,
+        compiled=train.compile != "none", fp8=train.fp8 != "none", method=train.method, rank=config.lora.rank,
         adapted=adapted_layers(plan.model, config.lora.target_modules),
         use_dora=config.lora.use_dora, base=config.lora.base, checkpointing=train.checkpointing,
         checkpointing_layers=train.checkpointing_layers, activation_offload=train.activation_offload,

@@ -16,7 +16,7 @@ def test_it_runs_with_small_models_and_leaves_the_table_alone(capsys):
         [f"| `gpu.{method}.{model}.tiny`", who]
         for model in ("5b.49", "15.77")
         for method in ("lora", "sft")
-        for who in ("ours", "diffusers")
+        for who in ("ours", "ours, float8", "diffusers")
     ]
     assert all(float(cell) > 0 for row in rows for cell in row.strip("| ").split(" | ")[3:])
     assert README.read_bytes() == before

@@ -14,6 +14,8 @@ from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.models import PUBLISHED, tiny_facts
 from cogvideox_factory.plan.memory import Training, need, savings
 from cogvideox_factory.recipe import check
+from cogvideox_factory.torch_engine import float8
+from cogvideox_factory.torch_engine.linear import set_float8
 from cogvideox_factory.torch_engine.lora import add_lora
 from cogvideox_factory.torch_engine.low_bit import BASES, quantize
 from cogvideox_factory.torch_engine.optim import Ema, Update
@@ -46,6 +48,7 @@ def model_of(run: Training) -> CogVideoXTransformer:
     if run.method == "lora":
         add_lora(model, rank=run.rank, alpha=4, seed=0, use_dora=run.use_dora, target_modules=run.adapted)
     model.set_checkpointing(run.checkpointing, run.checkpointing_layers)
+    set_float8(model.transformer_blocks, "rowwise" if run.fp8 else None)
     return model
 
 
@@ -205,6 +208,18 @@ def test_activations_and_peak(options):
     assert told.activations + told.working == pytest.approx(peak + rotary, rel=0.15)
 
 
+@pytest.mark.parametrize("options", [{"method": "full"}, {"adapted": EVERYTHING, "checkpointing": "full"}])
+def test_float8_needs_no_more_than_is_told(options, monkeypatch):
+    """Matrices are rounded where a card rounds them; its product makes nothing but the result, and so does this one."""
+    monkeypatch.setattr(float8, "_in_float32", lambda left, right, *scales: torch.zeros(left.shape[0], right.shape[1]))
+    run = numbers(fp8=True, **options)
+    held, peak = traced(run)
+    assert held == traced(replace(run, fp8=False))[0]
+    assert need(run) == need(replace(run, fp8=False))
+    told, rotary = need(run), 2 * 4 * 32 * (run.video_tokens + run.text_tokens)
+    assert told.activations + told.working == pytest.approx(peak + rotary, rel=0.15)
+
+
 def test_offloaded_activations_are_on_the_host():
     run = numbers()
     plain, moved = need(run), need(replace(run, activation_offload=True))
@@ -257,9 +272,9 @@ def test_nothing_is_advised_that_is_set_already():
     ]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("compiled", "fp8"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_what_is_advised_is_allowed(method, compiled):
+def test_what_is_advised_is_allowed(method, compiled, fp8):
     """Every advice, put into the recipe it is for, makes a valid recipe."""
     advised = set()
     for optimizer, offload, stochastic, bfloat16 in itertools.product(
@@ -267,12 +282,14 @@ def test_what_is_advised_is_allowed(method, compiled):
     ):
         train = {"method": method, "optimizer": optimizer, "optimizer_offload": offload, "checkpointing": "none"}
         train |= {"master_weights": "stochastic_bf16"} if stochastic else {}
-        values = {"train": train | ({"compile": "default"} if compiled else {}), "data": {"root": "clips"}}
+        train |= {"compile": "default"} if compiled else {}
+        train |= {"fp8": "rowwise"} if fp8 else {}
+        values = {"train": train, "data": {"root": "clips"}}
         if not is_valid(values) or (stochastic and not bfloat16):
             continue
         run = real(
             method=method, optimizer=optimizer, optimizer_offload=offload, stochastic=stochastic, bfloat16=bfloat16,
-            compiled=compiled, batch_size=1,
+            compiled=compiled, fp8=fp8, batch_size=1,
         )  # fmt: skip
         for _, setting in savings(run, accelerator=True):
             advised.add(setting)
@@ -285,7 +302,7 @@ def test_what_is_advised_is_allowed(method, compiled):
             assert is_valid(changed), (setting, values)
             assert bfloat16 or "stochastic" not in setting
     assert ("--train.activation-offload True" in advised) == (not compiled)
-    assert ("--lora.base nf4" in advised) == (method == "lora" and not compiled)
+    assert ("--lora.base nf4" in advised) == (method == "lora" and not compiled and not fp8)
     assert ("--train.master-weights stochastic_bf16" in advised) == (method == "full")
 
 

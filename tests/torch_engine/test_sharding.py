@@ -10,7 +10,7 @@ from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.ranks import Layout
 from cogvideox_factory.torch_engine import lora
 from cogvideox_factory.torch_engine.border import whole
-from cogvideox_factory.torch_engine.linear import is_low_bit
+from cogvideox_factory.torch_engine.linear import is_low_bit, set_float8
 from cogvideox_factory.torch_engine.low_bit import quantize
 from cogvideox_factory.torch_engine.offload import Offload
 from cogvideox_factory.torch_engine.ranks import Ranks, make_ranks
@@ -32,6 +32,8 @@ class Case:
     micros: int = 1
     small: bool = False
     """A base of few bits, a block whose weights come and go, activations elsewhere."""
+    scaling: str | None = None
+    """Of products in float8."""
 
 
 def loss_and_gradients(case: Case, ranks: Ranks):
@@ -48,6 +50,7 @@ def loss_and_gradients(case: Case, ranks: Ranks):
             parameter.data.add_(0.1)
     else:
         model.requires_grad_(True)
+    set_float8(model.transformer_blocks, case.scaling)
     whole_weights = {p for p in model.parameters() if is_low_bit(p)}
     if case.small:
         whole_weights |= Swap(model.blocks, 1, device=torch.device("cpu")).parameters
