@@ -229,7 +229,11 @@ def test_a_process_ends_with_its_own_exit_code_and_leaves_word_of_it_while_there
     ("words", "says"),
     [
         (["--nproc", "2"], "nothing follows `--`"),
-        (["--nproc", "2", "--", "generate"], "'generate' runs in one process"),
+        (
+            ["--nproc", "2", "--", "generate"],
+            "start this as `torchrun --nproc-per-node N -m cogvideox_factory generate",
+        ),
+        (["--nproc", "2", "--", "evaluate"], "launch is for train; start this as `cogvideox evaluate"),
         (["--nproc", "2", "--node-rank", "1", "--", "train"], "--node-rank 1 has no effect with one machine"),
         (["--nproc", "2", "--nodes", "2", "--", "train"], "needs --master-addr"),
         (

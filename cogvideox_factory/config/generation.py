@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cogvideox_factory.config.section import NotNegative, Positive, Section, Share
+from cogvideox_factory.config.section import FrameRate, NotNegative, Positive, Section, Share
 
 Threshold = Annotated[float, Field(ge=0)]
 
@@ -55,8 +55,8 @@ class Generate(Section):
     """Pixels, a multiple of 16. Default: the model's."""
     width: Positive | None = None
     """Pixels, a multiple of 16. Default: the model's."""
-    fps: Annotated[float, Field(gt=0)] | None = None
-    """Frame rate of the video. Default: the model's."""
+    fps: FrameRate | None = None
+    """Frame rate of the video, 0.01 to 1000 a second. Default: the model's."""
     base: Literal["model", "int8", "fp8", "nf4"] = "model"
     """How the matrices of the transformer's blocks are kept: in run.dtype, in 8 bits a weight (int8, fp8: a scale a
     row) or in 4 (nf4). Needs the extra lowbit."""

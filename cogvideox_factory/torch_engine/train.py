@@ -68,7 +68,7 @@ def run(config: Config) -> Path:
     if not config.cache.dir and not config.data_sets:
         raise FactoryError("train on what? give --cache.dir FOLDER (prepared) or --data.root FOLDER (raw clips)")
     started = time.monotonic()
-    take_card()
+    take_card(config.run.device)
     plan = make_plan(config)
     _check_validation(plan)
     if config.parallel.guidance > 1:
@@ -80,6 +80,8 @@ def run(config: Config) -> Path:
     if config.train.compile != "none":
         require_compiler(plan.device)
     layout = Layout(size=num_processes(), **config.parallel.layout)
+    if layout.size == 1 and layout.zero:
+        say(f"one process: parallel.zero={layout.zero} divides among those that torchrun starts, and changes nothing")
     heads = plan.model.num_attention_heads
     set_determinism(config.run.deterministic)
     seconds = config.parallel.timeout_seconds
