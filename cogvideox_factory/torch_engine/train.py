@@ -28,7 +28,7 @@ from cogvideox_factory.run_folder import check_allowed, locked
 from cogvideox_factory.run_plan import Clips, make_draws, model_flops, num_tokens, open_clips
 from cogvideox_factory.step_records import Work
 from cogvideox_factory.time_limit import TimeLimit
-from cogvideox_factory.torch_engine.announce import say_arithmetic
+from cogvideox_factory.torch_engine.announce import say_arithmetic, say_memory
 from cogvideox_factory.torch_engine.bad_steps import BadSteps
 from cogvideox_factory.torch_engine.compilation import compile_blocks
 from cogvideox_factory.torch_engine.device import (
@@ -115,7 +115,7 @@ def _run(plan: Plan, ranks: Ranks, tracker: Tracker | None, started: float) -> P
         numbers, in_hand = training_numbers(plan, clips.sizes, ranks.layout), InHand("before the first step")
         accelerator = plan.device.type != "cpu"
         with told(plan.device, in_hand, lambda: memory.savings(numbers, accelerator=accelerator)):
-            say(memory.in_words(memory.need(numbers)))
+            say_memory(plan, numbers, raw=isinstance(clips.source, RawSource))
             data = _make_data(plan, clips, ranks)
             _train(plan, data, ranks, in_hand, tracker, start=start, record=record, started=started)
     return plan.run_folder
