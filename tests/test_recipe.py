@@ -88,6 +88,7 @@ def test_numbers_mean_what_they_look_like(tmp_path):
             "validation.images has no effect with no validation.prompts",
         ),
         ("generate: {fps: 5000.0}", "generate.fps=5000.0"),
+        ("sampling: {steps: 1001}", "sampling.steps=1001"),
         ("data: {fps: 0.0001}", "data.fps=0.0001"),
         ("generate: {lora: [a, b], lora_weight: [1.0]}", "one each"),
         ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),

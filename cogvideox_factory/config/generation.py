@@ -18,8 +18,8 @@ class Sampling(Section):
     """Classifier-free guidance; 1 turns it off and halves the work."""
     dynamic_guidance: bool = False
     """Let guidance rise steeply towards the end of the steps, from 1 to 1 + guidance_scale."""
-    steps: Positive = 50
-    """Denoising steps."""
+    steps: Annotated[int, Field(gt=0, le=1000)] = 50
+    """Denoising steps, at most the 1000 that the models were trained on."""
     sampler: Literal["auto", "ddim", "dpm"] = "auto"
     """auto: ddim for 2B, dpm for the others, as their authors sample."""
     tiling: Literal["auto"] | bool = "auto"
