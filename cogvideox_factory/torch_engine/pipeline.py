@@ -24,6 +24,7 @@ from torch import Tensor
 from cogvideox_factory import draws, weights
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.diffusion.samplers import SamplerTable, guidance_scales, sampler_table
+from cogvideox_factory.entries import report_cut_captions
 from cogvideox_factory.errors import FactoryError, NonFiniteError
 from cogvideox_factory.lora_files import load_lora, resolve_lora
 from cogvideox_factory.models import SchedulerConfig, TransformerConfig
@@ -162,6 +163,7 @@ class CogVideoXPipeline:
         if self.text_encoder is None:
             raise FactoryError("the text encoder was dropped; pass prompt_embeds, or load the pipeline again")
         length = max_sequence_length or self.transformer.config.max_text_seq_length
+        report_cut_captions(self.text_encoder.truncated_tokens, list(prompts), length, strict=False, called="prompts")
         # One by one: the last bits of a batch depend on its size, and a video must not depend on the others.
         embeds = [self.text_encoder.encode([prompt], length) for prompt in prompts]
         return torch.cat(embeds).to(self.device, self.dtype)
