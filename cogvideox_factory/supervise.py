@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from cogvideox_factory.attempt import FOLDER, Ends, Processes, last_lines, read_ends
+from cogvideox_factory.attempt import FOLDER, STARTED, Ends, Processes, last_lines, read_ends
 from cogvideox_factory.checkpoints import list_checkpoints
 from cogvideox_factory.errors import PeerError, StorageError
 from cogvideox_factory.metrics import say
@@ -54,6 +54,8 @@ class Launch:
     """After crashes, in all."""
     grace_seconds: float = 10.0
     """How long the other processes may go on once one has crashed."""
+    started: float = field(default_factory=time.monotonic)
+    """When it began; what limits a run's time counts from there, whatever attempt it is in."""
 
     @property
     def ranks(self) -> range:
@@ -75,7 +77,7 @@ class Agent(Protocol):
 
 def start_torchrun(launch: Launch, folder: Path, port: int) -> Agent:
     """Start an attempt that is recorded in `folder`."""
-    environment = os.environ | {FOLDER: str(folder.absolute())}
+    environment = os.environ | {FOLDER: str(folder.absolute()), STARTED: repr(launch.started)}
     if launch.num_nodes == 1 and sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine needs no network
     words = [

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cogvideox_factory import supervise
-from cogvideox_factory.attempt import FOLDER, Processes, read_ends, record
+from cogvideox_factory.attempt import FOLDER, STARTED, Processes, read_ends, record, run_started
 from cogvideox_factory.cli import main
 from cogvideox_factory.errors import StorageError
 from cogvideox_factory.supervise import Launch, Supervisor
@@ -201,6 +201,22 @@ def test_one_machine_talks_to_itself_alone(tmp_path, monkeypatch):
     assert started["words"][-2:] == ["train", "my recipe.yaml"]
     assert started["env"]["GLOO_SOCKET_IFNAME"] == "lo"
     assert started["env"][FOLDER] == str(tmp_path)
+
+
+def test_a_time_limit_counts_from_the_first_attempt(tmp_path, monkeypatch):
+    """A scheduler's does, and knows nothing of restarts."""
+    environments = []
+    monkeypatch.setattr(supervise.subprocess, "Popen", lambda words, env, **options: environments.append(env))
+    launch = Launch(words=("train",), run_folder=tmp_path, num_processes=2)
+    for number in (1, 2):
+        supervise.start_torchrun(launch, tmp_path, number)
+    seen = []
+    for environment in environments:
+        monkeypatch.setenv(STARTED, environment[STARTED])
+        seen.append(run_started())
+    assert seen == [launch.started, launch.started]
+    monkeypatch.delenv(STARTED)
+    assert run_started() > launch.started
 
 
 def test_a_process_alone_is_not_recorded(monkeypatch):

@@ -4,13 +4,13 @@
 four trainers; the loop itself is in `loop.py`.
 """
 
-import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cogvideox_factory.attempt import run_started
 from cogvideox_factory.checkpoints import list_checkpoints
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.buckets import Bucket
@@ -67,7 +67,7 @@ def run(config: Config) -> Path:
     """
     if not config.cache.dir and not config.data_sets:
         raise FactoryError("train on what? give --cache.dir FOLDER (prepared) or --data.root FOLDER (raw clips)")
-    started = time.monotonic()
+    started = run_started()
     take_card(config.run.device)
     plan = make_plan(config)
     _check_validation(plan)
