@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from cogvideox_factory.errors import FactoryError, MissingError, nearest
-from cogvideox_factory.host_memory import resident_memory
+from cogvideox_factory.host_memory import available_memory, resident_memory
 from cogvideox_factory.metrics import say
 from cogvideox_factory.models import TransformerConfig, facts_for
 
@@ -195,11 +195,7 @@ def free_memory(device: torch.device) -> int | None:
         # What torch keeps for itself is free for us.
         kept = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
         return torch.accelerator.get_memory_info(device)[0] + kept
-    table = Path("/proc/meminfo")
-    if not table.exists():
-        return None
-    line = next(line for line in table.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
+    return available_memory()
 
 
 def set_determinism(enabled: bool) -> None:
