@@ -61,6 +61,7 @@ def test_damage_to_one_kind_of_file_is_one_row_of_the_page():
 def test_a_zero_has_its_bound():
     assert bound(0, 300) == "0 (< 1 %)"
     assert bound(2, 300) == "2"
+    assert bound(0, 2) == "0", "two trials bound nothing"
 
 
 def test_a_failed_control_is_a_false_refusal():
