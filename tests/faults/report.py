@@ -135,7 +135,7 @@ def to_markdown(entries: Sequence[Entry]) -> str:
         f"| damaged clips that decode to other pixels without a complaint | {told['clips told only by their hash']} of "
         f"{told['clips']}, see below |",
         f"| bit-identical after a kill and the same command again | {told['bit-identical after a kill']} |",
-        f"| steps of training done again after a kill, median / most | {told['steps redone, median / most']} (saved every 2 or 4) |",
+        f"| steps done again after a kill, median / most | {told['steps redone, median / most']} (saves at 2 or 4) |",
         f"| s from a process's death to the next step of `launch`, p50 / p95 | {told['recovery seconds, p50 / p95']} |",
         f"| seconds | {told['seconds']} |",
         "",
