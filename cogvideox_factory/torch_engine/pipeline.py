@@ -218,6 +218,8 @@ class CogVideoXPipeline:
             negative = negative_prompt_embeds
             if negative is None:
                 negative = self.encode_prompts([negative_prompt], max_sequence_length=prompt_embeds.shape[1])
+        for embeds in (prompt_embeds, *([] if negative is None else [negative])):
+            self._check_embeds(tuple(embeds.shape))
         table = self.sampler_table(sampler, num_inference_steps)
         start = 0
         if video is not None:
@@ -301,6 +303,13 @@ class CogVideoXPipeline:
         )  # fmt: skip
         drawn = torch.from_numpy(draws.normal(seed, purpose, *coordinates, shape=size))
         return pin(drawn).to(self.device, non_blocking=True)  # from other memory the host would wait for the device
+
+    def _check_embeds(self, shape: tuple[int, ...]) -> None:
+        width = self.transformer.config.text_embed_dim
+        if len(shape) != 3 or shape[2] != width:
+            raise FactoryError(
+                f"prompt embeddings of shape {list(shape)} are not this model's: [prompts, tokens, {width}]."
+            )
 
     def _check_image(self, given: bool) -> None:
         if given != self.transformer.config.is_image_to_video:
