@@ -13,7 +13,7 @@ help:
 	@echo "make test-mindspore  the tests of the MindSpore engine, in an environment of its own (.venv-mindspore)"
 	@echo "make test-slow  the tests that take tens of seconds each (CI runs them too)"
 	@echo "make test-lessons  teach the embedded models in all four ways and hold them to their scores (10 minutes)"
-	@echo "make faults   the full tier of faults made on purpose, and docs/faults.md (a quarter of an hour)"
+	@echo "make faults   the full tier of faults made on purpose, and docs/faults.md (some hours, F3 most of them)"
 	@echo "make check    format, lint and type checks"
 	@echo "make format   rewrite files in the house format"
 	@echo "make bench    ratios against diffusers, interleaved in one process"

@@ -16,6 +16,7 @@ import re
 import select
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -29,8 +30,15 @@ from cogvideox_factory.publish import publish_text
 
 FOLDER = "COGVIDEOX_ATTEMPT"
 """Variable that tells a process where its attempt is recorded."""
+STARTED = "COGVIDEOX_STARTED"
+"""Variable that tells a process when the first attempt began, by the machine's monotonic clock."""
 _FAILURE = re.compile(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)")
 _FAILURE_OF_MSRUN = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
+
+
+def run_started() -> float:
+    """Return when the run began, by `time.monotonic`: its first attempt, if it is supervised, otherwise now."""
+    return float(os.environ.get(STARTED, time.monotonic()))
 
 
 def record(main: Callable[[], int]) -> int:

@@ -118,9 +118,10 @@ def image_variants(content: str, count: int, shape: tuple[int, ...], *, seed: in
 
 
 def report_cut_captions(
-    truncated_tokens: Callable[[str, int], int], captions: list[str], length: int, *, strict: bool
-) -> None:
-    """Say which captions are longer than the model reads and how much of them is lost.
+    truncated_tokens: Callable[[str, int], int], captions: list[str], length: int, *, strict: bool,
+    called: str = "captions",
+) -> None:  # fmt: skip
+    """Say which captions, or what else they are `called`, are longer than the model reads and how much is lost.
 
     `truncated_tokens` is the text encoder's: how many tokens of a caption do not fit.
 
@@ -131,7 +132,7 @@ def report_cut_captions(
     if not cut:
         return
     worst = sorted(cut, key=lambda text: -cut[text])[:20]
-    lines = [f"{len(cut)} of {len(captions)} captions are longer than {length} tokens and will be cut; the longest:"]
+    lines = [f"{len(cut)} of {len(captions)} {called} are longer than {length} tokens and will be cut; the longest:"]
     lines += [f"  {cut[text]} tokens lost: {printable(text[:60])}…" for text in worst]
     if strict:
         raise DataError("\n".join([*lines, "Shorten them, or turn --data.strict off."]))

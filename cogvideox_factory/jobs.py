@@ -26,6 +26,8 @@ from cogvideox_factory.weights import resolve_transformer, sample_digest
 
 FORMAT = 1
 _ENDINGS = (".mp4", ".gif", ".webp", ".npy")
+_FOREIGN_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".webm", ".jpeg", ".jpg", ".png")
+"""Of files that are not written here: a folder is hardly meant."""
 _OF_A_BATCH = ("prompt_file", "num_videos", "seeds", "out", "overwrite", "format", "prompt_cache")
 """Settings of `generate` that say which videos there are and where things lie, not what one of them is."""
 _OF_THE_MACHINE = ("offload", "offload_group")
@@ -74,7 +76,7 @@ def plan_jobs(config: Config) -> list[Job]:
         for prompt, image, video, seed in zip(prompts, images, videos, seeds, strict=True)
         for number in range(ask.num_videos)
     ]
-    paths = _paths(ask.out, ask.format, [(prompt, suffix) for prompt, *_, suffix in named])
+    paths = _paths(ask.out, ask.format, ask.codec, [(prompt, suffix) for prompt, *_, suffix in named])
     return [
         Job(prompt=prompt, image=image, video=video, seed=seed, path=path)
         for (prompt, image, video, seed, _), path in zip(named, paths, strict=True)
@@ -96,15 +98,25 @@ def _one_each(name: str, given: Sequence[str], prompts: list[str], *, needed: bo
     return [Path(file) for file in given] * (len(prompts) if len(given) == 1 else 1)
 
 
-def _paths(out: str, kind: str, named: Sequence[tuple[str, str]]) -> list[Path]:
+def _paths(out: str, kind: str, codec: str, named: Sequence[tuple[str, str]]) -> list[Path]:
     folder, ending = Path(out), Path(out).suffix.lower()
+    if ending in _FOREIGN_ENDINGS:
+        raise FactoryError(
+            f"generate.out={out}: {ending} is not written; end the name with {', '.join(_ENDINGS)}, or give a folder "
+            "(with --generate.format png for pictures)"
+        )
     if ending not in _ENDINGS:
         ending = "" if kind == "png" else f".{kind}"
         return [folder / file_name(index, prompt, suffix + ending) for index, (prompt, suffix) in enumerate(named)]
     if len(named) > 1:
         raise FactoryError(f"generate.out={out} is one file for {len(named)} videos; give a folder")
     if kind not in ("mp4", ending[1:]):
-        raise FactoryError(f"generate.out={out} and generate.format={kind} name two formats; leave one out")
+        raise FactoryError(
+            f"generate.out={out} and generate.format={kind} name two formats; pass --generate.format {ending[1:]}, or "
+            "give a folder"
+        )
+    if ending != ".mp4" and codec != "h264":
+        raise FactoryError(f"generate.codec={codec} has no effect with generate.out={out}; remove it")
     return [folder]
 
 
@@ -258,7 +270,7 @@ def read_record(video: Path) -> dict[str, Any]:
 
 
 def settings_like(video: Path) -> Config:
-    """Return the settings that make `video` again.
+    """Return the settings that make `video` again, in its own format.
 
     Raises:
         FactoryError: it does not say how it was made.
@@ -273,7 +285,8 @@ def settings_like(video: Path) -> Config:
     for name, digest in (record["files"] | record.get("folders", {})).items():
         if found.get(name, digest) != digest:
             raise UnfitError(f"{name} is another than the one that went into {video}. Bring that one back.")
-    return config
+    kind = {"format": video.suffix.lower().removeprefix(".") or "png"}
+    return config.model_copy(update={"generate": config.generate.model_copy(update=kind)})
 
 
 def to_note(record: Mapping[str, Any]) -> str:

@@ -44,9 +44,10 @@ class Layout:
         if self.sequence < 1 or halves % self.sequence:
             fitting = [n for n in range(1, halves + 1) if halves % n == 0]
             also = f" x parallel.guidance={self.guidance}" if self.guidance > 1 else ""
+            more = ", or start more processes (cogvideox launch)" if self.sequence > halves else ""
             raise FactoryError(
-                f"parallel.sequence={self.sequence}{also} does not divide the {self.size} processes. "
-                f"Use one of {fitting}."
+                f"parallel.sequence={self.sequence}{also} does not divide the {self.size} process(es). "
+                f"Use one of {fitting}{more}."
             )
         if self.replicas < 1 or self.size % self.replicas or (self.zero == 0 and self.replicas not in (1, self.size)):
             raise FactoryError(

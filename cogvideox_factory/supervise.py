@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from cogvideox_factory.attempt import FOLDER, Ends, Processes, last_lines, read_ends
+from cogvideox_factory.attempt import FOLDER, STARTED, Ends, Processes, last_lines, read_ends
 from cogvideox_factory.checkpoints import list_checkpoints
 from cogvideox_factory.errors import PeerError, StorageError
 from cogvideox_factory.metrics import say
@@ -59,6 +59,8 @@ class Launch:
     """After crashes, in all."""
     grace_seconds: float = 10.0
     """How long the other processes may go on once one has crashed."""
+    started: float = field(default_factory=time.monotonic)
+    """When it began; what limits a run's time counts from there, whatever attempt it is in."""
 
     @property
     def launcher(self) -> str:
@@ -130,7 +132,7 @@ class _Msrun:
 
 
 def _start(words: list[str], environment: dict[str, str], launch: Launch, folder: Path) -> Agent:
-    environment = environment | {FOLDER: str(folder.absolute())}
+    environment = environment | {FOLDER: str(folder.absolute()), STARTED: repr(launch.started)}
     with (folder / f"node-{launch.node_rank}.log").open("ab") as log:
         # In a session of its own: Ctrl-C in a terminal reaches every process once, through the supervisor.
         return subprocess.Popen(

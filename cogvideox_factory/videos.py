@@ -132,7 +132,15 @@ def finished_frames(
 
 
 def write_video(config: Config, job: Job, record: dict[str, Any], frames: np.ndarray, shape: ClipShape) -> None:
-    """Write the frames uint8 [F, H, W, 3] and how they were made."""
-    note = to_note(record)
-    publish_text(job.record_path, note)
+    """Write the frames uint8 [F, H, W, 3] and how they were made.
+
+    Whatever ends it on the way, no record is left beside a video that it does not tell of.
+    """
+    note, replaces = to_note(record), job.path.exists()
+    if replaces:
+        job.record_path.unlink(missing_ok=True)
+    else:
+        publish_text(job.record_path, note)
     export_to_video(frames, job.path, fps=shape.fps, codec=config.generate.codec, note=note)
+    if replaces:
+        publish_text(job.record_path, note)

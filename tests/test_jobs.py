@@ -63,6 +63,20 @@ def test_a_transformer_that_was_trained_again_makes_other_videos(tmp_path, image
     jobs.settings_like(made[0].path)
 
 
+@pytest.mark.parametrize(
+    ("ask", "says"),
+    [
+        ({"out": "fox.mov"}, r"generate\.out=fox\.mov: \.mov is not written; end the name with \.mp4, \.gif"),
+        ({"out": "fox.gif", "codec": "h265"}, r"generate\.codec=h265 has no effect with generate\.out=fox\.gif"),
+        ({"out": "fox.gif", "format": "webp"}, r"name two formats; pass --generate\.format gif"),
+    ],
+)
+def test_a_name_that_does_not_go_with_what_is_asked_for_is_refused(ask, says):
+    config = check({"model": {"path": "some/model"}, "generate": {"prompt": ["a"], **ask}}, source="test")
+    with pytest.raises(FactoryError, match=says):
+        jobs.plan_jobs(config)
+
+
 @pytest.mark.parametrize("record", ["[" * 100_000, "[]", '{"settings": {}}', '{"settings": {}, "files": []}',
                                     '{"settings": {}, "files": {}, "folders": 1}'])  # fmt: skip
 def test_a_record_of_another_form_is_none(tmp_path, record):

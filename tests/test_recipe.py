@@ -80,7 +80,18 @@ def test_numbers_mean_what_they_look_like(tmp_path):
             "sampling: {guidance_scale: 1.0}\ngenerate: {guidance_interval: [0.1, 0.8]}",
             "generate.guidance_interval has no effect with sampling.guidance_scale=1",
         ),
+        (
+            "sampling: {guidance_scale: 1.0, negative_prompt: blurred}",
+            "sampling.negative_prompt has no effect with sampling.guidance_scale=1",
+        ),
         ("validation: {prompts: [x]}", "validation.prompts has no effect with validation.every=0"),
+        (
+            "task: i2v\nvalidation: {every: 5, images: [a.png]}",
+            "validation.images has no effect with no validation.prompts",
+        ),
+        ("generate: {fps: 5000.0}", "generate.fps=5000.0"),
+        ("sampling: {steps: 1001}", "sampling.steps=1001"),
+        ("data: {fps: 0.0001}", "data.fps=0.0001"),
         ("generate: {lora: [a, b], lora_weight: [1.0]}", "one each"),
         ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),
     ],

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cogvideox_factory import supervise
-from cogvideox_factory.attempt import FOLDER, Processes, read_ends, record
+from cogvideox_factory.attempt import FOLDER, STARTED, Processes, read_ends, record, run_started
 from cogvideox_factory.cli import main
 from cogvideox_factory.errors import StorageError
 from cogvideox_factory.supervise import Launch, Supervisor
@@ -264,6 +264,22 @@ def test_what_brings_processes_together_is_none_of_them(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_time_limit_counts_from_the_first_attempt(tmp_path, monkeypatch):
+    """A scheduler's does, and knows nothing of restarts."""
+    environments = []
+    monkeypatch.setattr(supervise.subprocess, "Popen", lambda words, env, **options: environments.append(env))
+    launch = Launch(words=("train",), run_folder=tmp_path, num_processes=2)
+    for number in (1, 2):
+        supervise.start_torchrun(launch, tmp_path, number)
+    seen = []
+    for environment in environments:
+        monkeypatch.setenv(STARTED, environment[STARTED])
+        seen.append(run_started())
+    assert seen == [launch.started, launch.started]
+    monkeypatch.delenv(STARTED)
+    assert run_started() > launch.started
+
+
 def test_a_process_alone_is_not_recorded(monkeypatch):
     monkeypatch.delenv(FOLDER, raising=False)
     assert record(lambda: 3) == 3
@@ -290,7 +306,11 @@ def test_a_process_ends_with_its_own_exit_code_and_leaves_word_of_it_while_there
     ("words", "says"),
     [
         (["--nproc", "2"], "nothing follows `--`"),
-        (["--nproc", "2", "--", "generate"], "'generate' runs in one process"),
+        (
+            ["--nproc", "2", "--", "generate"],
+            "start this as `torchrun --nproc-per-node N -m cogvideox_factory generate",
+        ),
+        (["--nproc", "2", "--", "evaluate"], "launch is for train; start this as `cogvideox evaluate"),
         (["--nproc", "2", "--node-rank", "1", "--", "train"], "--node-rank 1 has no effect with one machine"),
         (["--nproc", "2", "--nodes", "2", "--", "train"], "needs --master-addr"),
         (

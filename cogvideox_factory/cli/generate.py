@@ -56,6 +56,11 @@ def settings_of_run(folder: Path) -> Config:
     from cogvideox_factory.recipe import read_recipe
     from cogvideox_factory.weights import resolve_transformer
 
+    if (folder / "state.json").is_file():
+        raise FactoryError(
+            f"{folder} is a checkpoint. `cogvideox export {folder} --to diffusers` makes of it what --generate.lora or "
+            "--model.transformer takes."
+        )
     if not (folder / "config.yaml").is_file():
         raise FactoryError(f"{folder} is no run folder: it has no config.yaml. Give a run folder or a recipe file.")
     config = read_recipe(folder / "config.yaml")

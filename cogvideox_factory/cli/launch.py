@@ -11,6 +11,8 @@ from cogvideox_factory.config.section import NotNegative, Positive
 from cogvideox_factory.errors import FactoryError
 
 USAGE = "cogvideox launch --nproc 8 -- train RECIPE.yaml [--section.setting VALUE ...]"
+_BY_TORCHRUN = ("prepare", "generate")
+"""Commands that many processes share too, and that need no checkpoint to go on."""
 DESCRIPTION = f"""Train in many processes: {USAGE}
 Each attempt is a fresh torchrun (msrun with engine=mindspore). A process that crashes or is killed ends the others, and
 all start again from the newest checkpoint; what a process refuses (exit codes 2 to 7) is not tried again. Outputs lie
@@ -61,8 +63,10 @@ def run(argv: list[str]) -> int:
     chosen = tyro.cli(Launch, args=own, prog="cogvideox launch", description=DESCRIPTION, config=options)
     chosen.check()
     if words[:1] != ["train"]:
-        asked = f"{words[0]!r} runs in one process" if words else "nothing follows `--`"
-        raise FactoryError(f"{asked}; usage: {USAGE}")
+        if not words:
+            raise FactoryError(f"nothing follows `--`; usage: {USAGE}")
+        way = "torchrun --nproc-per-node N -m cogvideox_factory" if words[0] in _BY_TORCHRUN else "cogvideox"
+        raise FactoryError(f"launch is for train; start this as `{way} {words[0]} …`. Usage: {USAGE}")
     ours = expand("train", words[1:], launched=chosen.nproc * chosen.nodes)
     config = parse("train", ours, sections=train.SECTIONS, description=train.DESCRIPTION)
     require_able(config, train.SECTIONS)

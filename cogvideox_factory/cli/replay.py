@@ -25,6 +25,8 @@ class Replay(BaseModel):
     """auto, cpu, cuda, npu, or cuda:1 and so on. Default: the run's."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Arithmetic of the model. Default: the run's."""
+    checkpoint: str | None = None
+    """Checkpoint whose weights are taken. Default: the newest at the time of the step."""
 
 
 def run(argv: list[str]) -> None:
@@ -36,5 +38,6 @@ def run(argv: list[str]) -> None:
     settings = tyro.cli(Replay, args=argv, prog="cogvideox replay", description=DESCRIPTION)
     from cogvideox_factory.torch_engine import replay
 
-    if not replay.run(Path(settings.file), device=settings.device, dtype=settings.dtype):
-        raise NonFiniteError("the step went wrong again. Try --dtype float32, or another checkpoint of the run.")
+    weights_of = None if settings.checkpoint is None else Path(settings.checkpoint)
+    if not replay.run(Path(settings.file), device=settings.device, dtype=settings.dtype, weights_of=weights_of):
+        raise NonFiniteError("the step went wrong again. Try --dtype float32, or another --checkpoint of the run.")

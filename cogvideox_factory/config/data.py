@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cogvideox_factory.config.section import NotNegative, Positive, Section, Share
+from cogvideox_factory.config.section import FrameRate, NotNegative, Positive, Section, Share
 
 
 class DataSet(Section):
@@ -73,8 +73,8 @@ class Data(Section):
     """Pixels, a multiple of 16. Default: the model's."""
     width: Positive | None = None
     """Pixels, a multiple of 16. Default: the model's."""
-    fps: Annotated[float, Field(gt=0)] | None = None
-    """Frames per second the clips are resampled to. Default: the model's (8, or 16 for 1.5)."""
+    fps: FrameRate | None = None
+    """Frames per second, 0.01 to 1000, the clips are resampled to. Default: the model's (8, or 16 for 1.5)."""
     fps_policy: Literal["resample", "stretch"] = "resample"
     """resample: keep the speed of the source. stretch: spread the frames over the whole clip."""
     crop: Literal["center", "random", "smart", "stretch"] = "center"

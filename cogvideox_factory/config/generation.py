@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cogvideox_factory.config.section import NotNegative, Positive, Section, Share
+from cogvideox_factory.config.section import FrameRate, NotNegative, Positive, Section, Share
 
 Threshold = Annotated[float, Field(ge=0)]
 
@@ -18,8 +18,8 @@ class Sampling(Section):
     """Classifier-free guidance; 1 turns it off and halves the work."""
     dynamic_guidance: bool = False
     """Let guidance rise steeply towards the end of the steps, from 1 to 1 + guidance_scale."""
-    steps: Positive = 50
-    """Denoising steps."""
+    steps: Annotated[int, Field(gt=0, le=1000)] = 50
+    """Denoising steps, at most the 1000 that the models were trained on."""
     sampler: Literal["auto", "ddim", "dpm"] = "auto"
     """auto: ddim for 2B, dpm for the others, as their authors sample."""
     tiling: Literal["auto"] | bool = "auto"
@@ -55,8 +55,8 @@ class Generate(Section):
     """Pixels, a multiple of 16. Default: the model's."""
     width: Positive | None = None
     """Pixels, a multiple of 16. Default: the model's."""
-    fps: Annotated[float, Field(gt=0)] | None = None
-    """Frame rate of the video. Default: the model's."""
+    fps: FrameRate | None = None
+    """Frame rate of the video, 0.01 to 1000 a second. Default: the model's."""
     base: Literal["model", "int8", "fp8", "nf4"] = "model"
     """How the matrices of the transformer's blocks are kept: in run.dtype, in 8 bits a weight (int8, fp8: a scale a
     row) or in 4 (nf4). Needs the extra lowbit."""

@@ -8,6 +8,7 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+FrameRate = Annotated[float, Field(ge=0.01, le=1000)]
 
 
 class Section(BaseModel):

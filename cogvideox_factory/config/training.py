@@ -107,8 +107,8 @@ class Train(Section):
     """Write checkpoints while training goes on, from a copy in the host's memory (of the size that each process writes
     of one)."""
     time_limit_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Save and leave (exit code 75) when another step and its save would end later than this after the start. Each
-    start makes one step at least. Default: no limit."""
+    """Save and leave (exit code 75) when another step and its save would end later than this after the start (with
+    `cogvideox launch` the first one, restarts included). Each start makes one step at least. Default: no limit."""
     resume: str = "auto"
     """auto: go on from the newest checkpoint of the run folder if there is one. never: refuse a used run folder.
     Or the path of a checkpoint."""

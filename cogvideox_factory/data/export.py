@@ -67,8 +67,8 @@ def export_to_video(
             f"{path}: videos are written as .mp4, .gif, .webp or .npy, or into a folder of PNG (a name without an "
             "ending); end the name so."
         )
-    if not 0 < fps <= 1000:
-        raise FactoryError(f"fps={fps:g}: a frame rate is above 0 and at most 1000.")
+    if not 0.01 <= fps <= 1000:
+        raise FactoryError(f"fps={fps:g}: a frame rate is 0.01 to 1000 a second.")
     pictures = [to_uint8(picture) for picture in frames]
     if not pictures:
         raise FactoryError(f"{path}: there are no frames to write.")

@@ -165,8 +165,12 @@ def guidance_scales(
     in a Limited Interval", 2024, arXiv 2404.07724).
 
     Raises:
-        FactoryError: an interval that is none, or that no step falls into.
+        FactoryError: a scale below 1; no step; an interval that is none, or that no step falls into.
     """
+    if not guidance_scale >= 1:
+        raise FactoryError(f"guidance_scale={guidance_scale:g} must be 1 (no guidance) or more; usual: 6.")
+    if num_steps < 1:
+        raise FactoryError(f"num_inference_steps={num_steps} must be 1 or more; usual: 50.")
     start, stop = interval
     first, end = round(start * num_steps), round(stop * num_steps)
     if not 0 <= start < stop <= 1 or first == end:

@@ -8,6 +8,9 @@ import torch
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.metrics import say
+from cogvideox_factory.models import VaeConfig
+from cogvideox_factory.plan import memory
+from cogvideox_factory.plan.decoding import parameters
 from cogvideox_factory.plan.optimizer import optimizer_memory
 from cogvideox_factory.run_plan import num_tokens
 from cogvideox_factory.torch_engine.attention import backend_name
@@ -49,6 +52,16 @@ def say_arithmetic(plan: Plan, sampler: Sampler, update: Update, start: Path | N
         say(f"matrix products of blocks in float8, scales {train.fp8}{where}")
     _say_optimizer(plan, update)
     say(f"going on from {start}" if start else f"a fresh run in {plan.run_folder}")
+
+
+def say_memory(plan: Plan, numbers: memory.Training, *, raw: bool) -> None:
+    """Say what training needs, and what works beside it; `raw` says whether clips are encoded on the way."""
+    say(memory.in_words(memory.need(numbers)))
+    work = ["encodes raw clips (a cache, made by `cogvideox prepare`, spares that)"] if raw else []
+    work += ["decodes sample videos"] if plan.config.validation.prompts else []
+    if work:
+        weights = sum(parameters(VaeConfig.from_folder(plan.folder / "vae"))) * plan.dtype.itemsize
+        say(f"  and beside it the VAE, which {' and '.join(work)}: {weights / 2**30:.2f} GiB of weights, and its work")
 
 
 def _say_optimizer(plan: Plan, update: Update) -> None:

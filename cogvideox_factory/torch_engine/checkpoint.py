@@ -189,12 +189,12 @@ def _write_shard(file: Path, parts: Mapping[str, Part]) -> None:
 
 
 def load_checkpoint(
-    folder: Path, tensors: Mapping[str, Tensor], *, ranks: Ranks = _ALONE, verified: bool = False
+    folder: Path, tensors: Mapping[str, Tensor], *, ranks: Ranks = _ALONE, verified: bool = False, only: str = ""
 ) -> dict[str, Any]:
     """Verify `folder`, fill `tensors` in place and return its state; it may come from any other layout of processes.
 
     The leading process reads all of it once, unless it is `verified`; then every process reads the rows it holds, and
-    no others.
+    no others. `tensors` are all that it holds, or all whose names begin with `only`.
 
     Raises:
         UnfitError: missing, damaged, or made by a run with other weights; names what differs.
@@ -203,8 +203,7 @@ def load_checkpoint(
     state = read_state(folder)
     if not verified:
         ranks.from_lead(lambda: verify_checkpoint(folder))
-    if state["tensors"] != sorted(tensors):
-        extra = sorted(set(state["tensors"]) ^ set(tensors))
+    if extra := sorted({name for name in state["tensors"] if name.startswith(only)} ^ set(tensors)):
         raise UnfitError(
             f"{folder} holds the state of another kind of run; {len(extra)} names differ, such as {extra[:3]}. "
             "Resume with the method, LoRA targets and EMA setting the run was started with."

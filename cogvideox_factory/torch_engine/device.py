@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from cogvideox_factory.errors import FactoryError, MissingError, nearest
-from cogvideox_factory.host_memory import resident_memory
+from cogvideox_factory.host_memory import available_memory, resident_memory
 from cogvideox_factory.metrics import say
 from cogvideox_factory.models import TransformerConfig, facts_for
 
@@ -31,7 +31,7 @@ def pick_device(name: str = "auto") -> torch.device:
     """Return the device called `name`: "auto" (an accelerator if there is one), "cpu", "cuda", "npu", "cuda:1", …
 
     Raises:
-        FactoryError: no such kind of device.
+        FactoryError: no such kind of device, or one card for several processes.
         MissingError: it is not in this machine.
     """
     if name == "auto":
@@ -50,17 +50,27 @@ def pick_device(name: str = "auto") -> torch.device:
             f"device={name!r} is not there; this machine has {_inventory()}. "
             "Use --run.device auto, or install the driver and the torch build for that card."
         )
+    if index and (count := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
+        raise FactoryError(
+            f"device={name!r} is one card for the {count} processes of this machine, which take one each; use "
+            f"--run.device {kind}."
+        )
     return torch.device(kind, int(index)) if index else here
 
 
-def take_card() -> None:
-    """Of several processes on a machine (torchrun numbers them), make each use a card of its own."""
-    if torch.accelerator.is_available() and "LOCAL_RANK" in os.environ:
+def take_card(name: str) -> None:
+    """Of several processes on a machine (torchrun numbers them), make each use a card of its own, unless they run on
+    the device called `name` "cpu".
+
+    Raises:
+        MissingError: more processes than cards.
+    """
+    if name != "cpu" and torch.accelerator.is_available() and "LOCAL_RANK" in os.environ:
         index, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
         if index >= count:
             raise MissingError(
                 f"process {index} of this machine finds {count} cards; start as many processes as there are cards "
-                f"(torchrun --nproc-per-node {count})."
+                f"(torchrun --nproc-per-node {count}), or use --run.device cpu."
             )
         torch.accelerator.set_device_index(index)
 
@@ -185,11 +195,7 @@ def free_memory(device: torch.device) -> int | None:
         # What torch keeps for itself is free for us.
         kept = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
         return torch.accelerator.get_memory_info(device)[0] + kept
-    table = Path("/proc/meminfo")
-    if not table.exists():
-        return None
-    line = next(line for line in table.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
+    return available_memory()
 
 
 def set_determinism(enabled: bool) -> None:

@@ -42,7 +42,9 @@ def load_frozen(plan: Plan, source: CacheSource | RawSource, ranks: Ranks) -> Fr
     text_encoder = TextEncoder.from_folder(plan.folder, dtype=plan.dtype, device=plan.device)
     embeds = None
     if prompts:
-        embeds = text_encoder.encode([config.sampling.negative_prompt, *prompts], plan.text_length).to(plan.dtype)
+        texts = [config.sampling.negative_prompt, *prompts]
+        report_cut_captions(text_encoder.truncated_tokens, texts, plan.text_length, strict=False, called="prompts")
+        embeds = text_encoder.encode(texts, plan.text_length).to(plan.dtype)
     vae = CogVideoXVAE.from_folder(plan.folder / "vae", dtype=plan.dtype, device=plan.device).requires_grad_(False)
     if config.data.vae_tiling:
         vae.enable_tiling()

@@ -53,7 +53,7 @@ def run(config: Config) -> list[Path]:
     Raises:
         ExhaustedError: the device has too little memory.
     """
-    take_card()
+    take_card(config.run.device)
     folder = weights.resolve_model(config.model.path, revision=config.model.revision)
     if config.model.transformer_config and not config.model.transformer:
         raise FactoryError(
@@ -93,7 +93,7 @@ def run(config: Config) -> list[Path]:
                     encode_prompts, prompts, folder, length=intake.text_length(config, transformer), device=device,
                     dtype=dtype, keeping=keeping, cache=Path(ask.prompt_cache) if ask.prompt_cache else None,
                 )  # fmt: skip
-                embeds = ranks.from_lead(make).to(device)
+                embeds = ranks.from_lead(make)
                 pipe = load_pipeline(
                     folder, transformer_folder=intake.transformer_folder(config, folder), config=transformer,
                     dtype=dtype, device=device, tiling=video.tiling, loras=ask.lora, lora_weights=ask.lora_weight,
@@ -118,7 +118,8 @@ def _make_all(
     ranks: Ranks,
     in_hand: InHand,
 ) -> None:
-    """Make this process' share of what is `left`; `embeds` [1 + B, S, E] begin with the negative prompt."""
+    """Make this process' share of what is `left`; `embeds` [1 + B, S, E], on the host, begin with the negative
+    prompt. Two of them at a time are on the device, however many prompts there are."""
     if ranks.layout.size > 1:
         layout = ranks.layout
         say(
@@ -127,12 +128,13 @@ def _make_all(
             f"{layout.grid[1]} parts"
         )
     started = time.monotonic()
-    share = share_of(len(left), ranks)
+    share, negative = share_of(len(left), ranks), embeds[:1].to(pipe.device)
     with progress_bar("denoising", len(share) * num_steps(config)) as advance:
         for index, writes in share:
             job, record = left[index]
             in_hand.what = f"while making {job.path.name}"
-            frames = _make(config, pipe, job, shape, embeds[1 + index : 2 + index], embeds[:1], advance)
+            own = embeds[1 + index : 2 + index].to(pipe.device)
+            frames = _make(config, pipe, job, shape, own, negative, advance)
             if writes:
                 write_video(config, job, record, frames, shape)
     ranks.agree(None)  # nobody leaves while another's group is at work

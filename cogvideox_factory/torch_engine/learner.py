@@ -9,7 +9,7 @@ from torch import nn
 
 from cogvideox_factory import weights
 from cogvideox_factory.diffusion.schedule import alphas_cumprod
-from cogvideox_factory.errors import FactoryError, StorageError
+from cogvideox_factory.errors import StorageError
 from cogvideox_factory.lora_files import save_lora
 from cogvideox_factory.metrics import say
 from cogvideox_factory.models import VaeConfig
@@ -100,23 +100,14 @@ def make_objective(plan: Plan, transformer: CogVideoXTransformer) -> Objective:
 
 
 def make_update(plan: Plan, transformer: CogVideoXTransformer, ranks: Ranks) -> Update:
-    """Return what turns gradients into weights.
-
-    Raises:
-        FactoryError: stochastic bf16 for a run that is not in bf16.
-    """
+    """Return what turns gradients into weights."""
     train = plan.config.train
-    stochastic = train.master_weights == "stochastic_bf16"
-    if stochastic and plan.dtype != torch.bfloat16:
-        raise FactoryError(
-            f"train.master_weights=stochastic_bf16 is for full fine-tuning in bfloat16; this run is in {plan.dtype}. "
-            "Use float32 master weights."
-        )
     return Update(
         transformer.named_parameters(), dtype=plan.dtype, device=plan.device, betas=(train.beta1, train.beta2),
         eps=train.epsilon, weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm,
-        stochastic_bf16=stochastic, seed=plan.config.run.seed, optimizer=train.optimizer, beta3=train.beta3,
-        offload=train.optimizer_offload, ranks=ranks, spike_factor=train.spike_factor,
+        stochastic_bf16=train.master_weights == "stochastic_bf16", seed=plan.config.run.seed,
+        optimizer=train.optimizer, beta3=train.beta3, offload=train.optimizer_offload, ranks=ranks,
+        spike_factor=train.spike_factor,
     )  # fmt: skip
 
 

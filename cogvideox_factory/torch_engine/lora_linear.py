@@ -224,7 +224,7 @@ def _apply(
         # The sign is there for -0.0: with B = 0 this computes out - (+0), which keeps every bit of `out`,
         # whereas -0.0 + 0.0 is +0.0.
         _add_product(out[:, start:stop], low, (up * -scale).to(x.dtype).T, sign=-1)
-    return out.view(*x.shape[:-1], -1), hidden
+    return out.view(*x.shape[:-1], out.shape[-1]), hidden  # N is 0 where another rank has all text
 
 
 class _LowRankLinear(torch.autograd.Function):

@@ -24,6 +24,7 @@ from torch import Tensor
 from cogvideox_factory import draws, weights
 from cogvideox_factory.data.image import read_image
 from cogvideox_factory.diffusion.samplers import SamplerTable, guidance_scales, sampler_table
+from cogvideox_factory.entries import report_cut_captions
 from cogvideox_factory.errors import FactoryError, NonFiniteError
 from cogvideox_factory.lora_files import load_lora, resolve_lora
 from cogvideox_factory.models import SchedulerConfig, TransformerConfig
@@ -162,6 +163,7 @@ class CogVideoXPipeline:
         if self.text_encoder is None:
             raise FactoryError("the text encoder was dropped; pass prompt_embeds, or load the pipeline again")
         length = max_sequence_length or self.transformer.config.max_text_seq_length
+        report_cut_captions(self.text_encoder.truncated_tokens, list(prompts), length, strict=False, called="prompts")
         # One by one: the last bits of a batch depend on its size, and a video must not depend on the others.
         embeds = [self.text_encoder.encode([prompt], length) for prompt in prompts]
         return torch.cat(embeds).to(self.device, self.dtype)
@@ -216,6 +218,8 @@ class CogVideoXPipeline:
             negative = negative_prompt_embeds
             if negative is None:
                 negative = self.encode_prompts([negative_prompt], max_sequence_length=prompt_embeds.shape[1])
+        for embeds in (prompt_embeds, *([] if negative is None else [negative])):
+            self._check_embeds(tuple(embeds.shape))
         table = self.sampler_table(sampler, num_inference_steps)
         start = 0
         if video is not None:
@@ -299,6 +303,13 @@ class CogVideoXPipeline:
         )  # fmt: skip
         drawn = torch.from_numpy(draws.normal(seed, purpose, *coordinates, shape=size))
         return pin(drawn).to(self.device, non_blocking=True)  # from other memory the host would wait for the device
+
+    def _check_embeds(self, shape: tuple[int, ...]) -> None:
+        width = self.transformer.config.text_embed_dim
+        if len(shape) != 3 or shape[2] != width:
+            raise FactoryError(
+                f"prompt embeddings of shape {list(shape)} are not this model's: [prompts, tokens, {width}]."
+            )
 
     def _check_image(self, given: bool) -> None:
         if given != self.transformer.config.is_image_to_video:

@@ -47,7 +47,7 @@ class TorchEngine:
 
     def encode(self, work: preparation.Work) -> dict[str, ClipError]:
         """Write the entries of `work`; return what went wrong, as `preparation.Engine.encode`."""
-        take_card()
+        take_card(work.device)
         device = pick_device(work.device)
         set_determinism(work.deterministic)
         set_tf32(False, device)  # a cache that says float32 holds float32

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cogvideox_factory.entries import report_cut_captions
 from cogvideox_factory.metrics import say
 from cogvideox_factory.prompt_cache import PromptCache
 from cogvideox_factory.torch_engine.border import to_array, to_tensor
@@ -52,6 +53,7 @@ def encode_prompts(
         say(f"{len(known)} of {len(known) + len(missing)} prompt(s) were encoded before, in {cache}")
     if missing:
         encoder = load_text_encoder(model, dtype=dtype, device=device, keeping=keeping)
+        report_cut_captions(encoder.truncated_tokens, missing, length, strict=False, called="prompts")
         for prompt in missing:
             known[prompt] = encoder.encode([prompt], length)[0].to("cpu", dtype)
             if kept is not None:

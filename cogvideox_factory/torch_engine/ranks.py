@@ -168,7 +168,7 @@ def joined(layout: Layout, *, num_heads: int, device: torch.device, timeout_seco
     try:
         if mine:
             dist.init_process_group(timeout=timedelta(seconds=timeout_seconds), device_id=_indexed(device))
-        ranks = make_ranks(layout, num_heads=num_heads, device_type=device.type)
+        ranks = make_ranks(layout, num_heads=num_heads, device_type=device.type, timeout_seconds=timeout_seconds)
         yield ranks
         _part(ranks)
     except RuntimeError as error:
@@ -216,23 +216,33 @@ def _indexed(device: torch.device) -> torch.device | None:
     return device if device.index is not None else None
 
 
-def make_ranks(layout: Layout, *, num_heads: int, device_type: str) -> Ranks:
-    """Return this process' place; the process group must exist, and every process must call this alike."""
-    assert layout.size == dist.get_world_size(), layout
-    talk = _new_group(range(layout.size), backend="gloo")
-    _require_agreement({f"parallel.{name}": value for name, value in asdict(layout).items()}, talk)
-    from torch.distributed.device_mesh import init_device_mesh  # with DTensor, which takes a second
+def make_ranks(layout: Layout, *, num_heads: int, device_type: str, timeout_seconds: float = 1800) -> Ranks:
+    """Return this process' place; the process group must exist, and every process must call this alike.
 
-    mesh = init_device_mesh(device_type, layout.grid, mesh_dim_names=("replicas", "shards"))
-    sequence = _sequence_group(layout, num_heads) if layout.sequence > 1 else None
+    Every group made here waits `timeout_seconds`: torch would give each its own default, ten minutes on a card.
+    """
+    assert layout.size == dist.get_world_size(), layout
+    patience = timedelta(seconds=timeout_seconds)
+    talk = _new_group(range(layout.size), patience, backend="gloo")
+    _require_agreement({f"parallel.{name}": value for name, value in asdict(layout).items()}, talk)
+    sequence = _sequence_group(layout, num_heads, patience) if layout.sequence > 1 else None
     guidance, video = None, sequence.group if sequence else None
     if layout.guidance > 1:
         videos = _neighbours(layout, layout.num_video_ranks)
-        guidance = _own_group(members[i :: layout.sequence] for members in videos for i in range(layout.sequence))
-        video = _own_group(videos)
+        pairs = (members[i :: layout.sequence] for members in videos for i in range(layout.sequence))
+        guidance, video = _own_group(pairs, patience), _own_group(videos, patience)
     return Ranks(
-        layout=layout, rank=dist.get_rank(), mesh=mesh, sequence=sequence, guidance=guidance, video=video, talk=talk,
+        layout=layout, rank=dist.get_rank(), mesh=_mesh(layout, device_type, patience), sequence=sequence,
+        guidance=guidance, video=video, talk=talk,
     )  # fmt: skip
+
+
+def _mesh(layout: Layout, device_type: str, patience: timedelta) -> "DeviceMesh":
+    from torch.distributed.device_mesh import DeviceMesh  # with DTensor, which takes a second
+
+    grid = torch.arange(layout.size).view(layout.grid)
+    groups = [_own_group(axis.tolist(), patience) for axis in (grid.T, grid)]
+    return DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=("replicas", "shards"))
 
 
 def _require_agreement(facts: Mapping[str, Any], talk: dist.ProcessGroup) -> None:
@@ -251,16 +261,18 @@ def _require_agreement(facts: Mapping[str, Any], talk: dist.ProcessGroup) -> Non
             raise error
 
 
-def _sequence_group(layout: Layout, num_heads: int) -> SequenceGroup:
+def _sequence_group(layout: Layout, num_heads: int, patience: timedelta) -> SequenceGroup:
     """Make the groups of all sequences, as every process must, and return this one's."""
     size = layout.sequence
     ulysses = ulysses_degree(size, num_heads, layout.ring)
     sequences = _neighbours(layout, size)
+    neighbours = [members[i : i + ulysses] for members in sequences for i in range(0, size, ulysses)]
+    rings = [members[i::ulysses] for members in sequences for i in range(ulysses)]
     return SequenceGroup(
         rank=dist.get_rank() % size,
-        group=_own_group(sequences),
-        ulysses=_own_group([members[i : i + ulysses] for members in sequences for i in range(0, size, ulysses)]),
-        ring=_own_group([members[i::ulysses] for members in sequences for i in range(ulysses)]),
+        group=_own_group(sequences, patience),
+        ulysses=_own_group(neighbours, patience),
+        ring=_own_group(rings, patience),
     )
 
 
@@ -268,16 +280,16 @@ def _neighbours(layout: Layout, count: int) -> list[list[int]]:
     return [list(range(first, first + count)) for first in range(0, layout.size, count)]
 
 
-def _own_group(groups: Iterable[Iterable[int]]) -> dist.ProcessGroup:
+def _own_group(groups: Iterable[Iterable[int]], patience: timedelta) -> dist.ProcessGroup:
     """Make all `groups`, which every process is in one of, and return this one's."""
     found = None
     for ranks in map(list, groups):
-        group = _new_group(ranks)
+        group = _new_group(ranks, patience)
         found = group if dist.get_rank() in ranks else found
     assert found is not None
     return found
 
 
-def _new_group(ranks: Iterable[int], backend: str | None = None) -> dist.ProcessGroup:
+def _new_group(ranks: Iterable[int], patience: timedelta, backend: str | None = None) -> dist.ProcessGroup:
     """Make a group of processes; those outside get a placeholder."""
-    return cast(dist.ProcessGroup, dist.new_group(list(ranks), backend=backend))
+    return cast(dist.ProcessGroup, dist.new_group(list(ranks), timeout=patience, backend=backend))

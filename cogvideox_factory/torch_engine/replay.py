@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cogvideox_factory.checkpoints import checkpoint_folder, list_checkpoints
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.replay import read_batch
 from cogvideox_factory.errors import UnfitError
@@ -22,7 +23,6 @@ from cogvideox_factory.torch_engine.device import pick_device
 from cogvideox_factory.torch_engine.encode import Encoder
 from cogvideox_factory.torch_engine.examine import first_not_finite
 from cogvideox_factory.torch_engine.learner import load_transformer, make_objective, make_update
-from cogvideox_factory.torch_engine.optim import Ema
 from cogvideox_factory.torch_engine.ranks import Ranks
 from cogvideox_factory.torch_engine.start import Plan, make_plan
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
@@ -30,29 +30,29 @@ from cogvideox_factory.torch_engine.vae import CogVideoXVAE
 from cogvideox_factory.torch_engine.watch import to_device
 
 
-def run(file: Path, *, device: str | None = None, dtype: str | None = None) -> bool:
+def run(file: Path, *, device: str | None = None, dtype: str | None = None, weights_of: Path | None = None) -> bool:
     """Compute the step of `RUN/replay/step-N.json` again, say what comes out, and return whether all is finite.
 
     Args:
         file: what the run kept.
         device: instead of the run's.
         dtype: instead of the run's.
+        weights_of: a checkpoint of the run, instead of the newest at that time.
 
     Raises:
-        MissingError, UnfitError: no such file, or one of something else.
+        MissingError, UnfitError: no such file, or one of something else; a checkpoint that is no longer there.
     """
     known, run_folder = _read(file), file.resolve().parent.parent
+    folder = weights_of or _checkpoint(run_folder, known["checkpoint"])
     plan = make_plan(_with_run(read_recipe(run_folder / "config.yaml"), device=device, dtype=dtype))
     ranks = Ranks(layout=Layout())
     transformer = load_transformer(plan, ranks)
     update = make_update(plan, transformer, ranks)
-    if known["checkpoint"]:
-        ema = Ema(update, decay=plan.config.train.ema_decay) if plan.config.train.ema_decay else None
-        folder = run_folder / known["checkpoint"]
-        state = checkpoint.load_checkpoint(folder, update.tensors() | (ema.tensors() if ema else {}))
-        update.restore(state["scalars"])
+    if folder is not None:
+        weights = {name: tensor for name, tensor in update.tensors().items() if name.startswith("model.")}
+        update.restore(checkpoint.load_checkpoint(folder, weights, only="model.")["scalars"])
     objective = make_objective(plan, transformer)
-    say(f"step {known['step']} ({known['reason']}) with the weights of {known['checkpoint'] or 'the start'}")
+    say(f"step {known['step']} ({known['reason']}) with the weights of {folder or 'the start'}")
     batches = [to_device(read_batch(file.parent / name), plan.device) for name in known["files"]]
     if any("pixels" in batch for batch in batches):
         encoder = _load_encoder(plan)
@@ -75,10 +75,26 @@ def _read(file: Path) -> dict[str, Any]:
         raise UnfitError(f"{file} is no step that training kept ({error}); give a RUN/replay/step-N.json.") from error
 
 
+def _checkpoint(run_folder: Path, name: str | None) -> Path | None:
+    """Return the checkpoint that was the newest at the time, None for the start of the run."""
+    if name is None:
+        return None
+    if (run_folder / name).is_dir():
+        return run_folder / name
+    there = ", ".join(str(checkpoint_folder(run_folder, step)) for step in list_checkpoints(run_folder))
+    raise UnfitError(
+        f"{run_folder / name} is no longer there (train.keep_checkpoints). The weights of another one may do: "
+        f"--checkpoint with one of {there or 'none, for the run has none left'}."
+    )
+
+
 def _with_run(config: Config, **given: str | None) -> Config:
-    """Return the settings of the step, `given` ones changed; on a CPU nothing is moved out of a card's way."""
+    """Return the settings of the step, `given` ones changed; on a CPU nothing is moved out of a card's way.
+
+    Weights are rounded by no update here, so any dtype will do.
+    """
     run = config.run.model_copy(update={key: value for key, value in given.items() if value is not None})
-    train = config.train
+    train = config.train.model_copy(update={"master_weights": "float32"})
     if pick_device(run.device).type == "cpu":
         train = train.model_copy(update={"activation_offload": False, "optimizer_offload": False, "swapped_blocks": 0})
     if given.get("dtype") in ("float32", "float16"):  # products in float8 are of bfloat16

@@ -73,10 +73,10 @@ class Reuse:
     def _changes(self, embeddings: Tensor) -> list[float]:
         """Return what each of T - 1 steps adds to the sum."""
         embeddings = embeddings.float()
-        changes = (embeddings.diff(dim=0).abs().mean(1) / embeddings[:-1].abs().mean(1)).cpu()
+        changes = embeddings.diff(dim=0).abs().mean(1) / embeddings[:-1].abs().mean(1)
         if self.group is not None:  # the same numbers everywhere, but for the last bits of cards that differ
-            dist.broadcast(changes, group=self.group, group_src=0)
-        values = changes.double()
+            dist.broadcast(changes, group=self.group, group_src=0)  # on the card: its groups carry nothing else
+        values = changes.cpu().double()
         if self.tea_polynomial:
             total = torch.zeros_like(values)
             for factor in self.tea_polynomial:

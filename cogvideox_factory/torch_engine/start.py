@@ -38,13 +38,18 @@ def make_plan(config: Config) -> Plan:
     given = read_plan(config)
     config, model = given.config, given.model
     device = pick_device(config.run.device)
+    dtype = pick_dtype(config.run.dtype, device, model)
     if device.type == "cpu":
         keep_freed_memory()
     _check_memory(config, model, device)
-    dtype = pick_dtype(config.run.dtype, device, model)
     if config.train.fp8 != "none":
         require_float8(device)
         check_float8(config.train.fp8, width=model.width, dtype=dtype, device=device)
+    if config.train.master_weights == "stochastic_bf16" and dtype != torch.bfloat16:
+        raise FactoryError(
+            f"train.master_weights=stochastic_bf16 is for full fine-tuning in bfloat16; this run is in {dtype}. "
+            "Use float32 master weights, or --run.dtype bfloat16."
+        )
     known = {field.name: getattr(given, field.name) for field in fields(given)}
     return Plan(**known, device=device, dtype=dtype)
 

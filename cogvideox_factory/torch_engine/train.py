@@ -4,13 +4,13 @@
 four trainers; the loop itself is in `loop.py`.
 """
 
-import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cogvideox_factory.attempt import run_started
 from cogvideox_factory.checkpoints import list_checkpoints
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.buckets import Bucket
@@ -29,7 +29,7 @@ from cogvideox_factory.run_folder import check_allowed, locked
 from cogvideox_factory.run_plan import Clips, make_draws, model_flops, num_tokens, open_clips
 from cogvideox_factory.step_records import Work
 from cogvideox_factory.time_limit import TimeLimit
-from cogvideox_factory.torch_engine.announce import say_arithmetic
+from cogvideox_factory.torch_engine.announce import say_arithmetic, say_memory
 from cogvideox_factory.torch_engine.bad_steps import BadSteps
 from cogvideox_factory.torch_engine.compilation import compile_blocks
 from cogvideox_factory.torch_engine.device import (
@@ -68,8 +68,8 @@ def run(config: Config) -> Path:
     """
     if not config.cache.dir and not config.data_sets:
         raise FactoryError("train on what? give --cache.dir FOLDER (prepared) or --data.root FOLDER (raw clips)")
-    started = time.monotonic()
-    take_card()
+    started = run_started()
+    take_card(config.run.device)
     plan = make_plan(config)
     _check_validation(plan)
     if config.parallel.guidance > 1:
@@ -81,6 +81,8 @@ def run(config: Config) -> Path:
     if config.train.compile != "none":
         require_compiler(plan.device)
     layout = Layout(size=num_processes(), **config.parallel.layout)
+    if layout.size == 1 and layout.zero:
+        say(f"one process: parallel.zero={layout.zero} divides among those that torchrun starts, and changes nothing")
     heads = plan.model.num_attention_heads
     set_determinism(config.run.deterministic)
     seconds = config.parallel.timeout_seconds
@@ -114,7 +116,7 @@ def _run(plan: Plan, ranks: Ranks, tracker: Tracker | None, started: float) -> P
         numbers, in_hand = training_numbers(plan, clips.sizes, ranks.layout), InHand("before the first step")
         accelerator = plan.device.type != "cpu"
         with told(plan.device, in_hand, lambda: memory.savings(numbers, accelerator=accelerator)):
-            say(memory.in_words(memory.need(numbers)))
+            say_memory(plan, numbers, raw=isinstance(clips.source, RawSource))
             data = _make_data(plan, clips, ranks)
             _train(plan, data, ranks, in_hand, tracker, start=start, record=record, started=started)
     return plan.run_folder

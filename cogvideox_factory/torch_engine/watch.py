@@ -61,19 +61,27 @@ def held_out_loss(
 ) -> dict[str, float]:
     """Return the mean loss over `clip_ids` in all and at each of `TIMESTEPS`; nothing is dropped or noised.
 
+    Processes that take clips of their own also divide these forward passes. They make equally many, because they may
+    share the model; where passes run out, the last one is made again and dropped.
+
     Raises:
         AgreedError: a clip could not be read.
     """
     sums = torch.zeros(len(TIMESTEPS), device=device)
-    for clip_id in clip_ids:
-        for index, timestep in enumerate(TIMESTEPS):
-            # Training counts epochs from 0, so a negative one has noise of its own.
-            pick = Pick(clip_id, -1 - index)
-            sample = ranks.together(lambda pick=pick: source.sample(pick, draws))
-            batch = to_device(collate([sample], [pick]), device)
-            batch["timesteps"] = torch.full_like(batch["timesteps"], timestep)
-            sums[index] += objective(encoder.batch(batch) if encoder else batch).sum()
-    losses = (sums / len(clip_ids)).tolist()
+    passes = [(clip_id, index) for clip_id in clip_ids for index in range(len(TIMESTEPS))]
+    side_by_side = ranks.layout.num_data_ranks
+    for first in range(0, len(passes), side_by_side):
+        number = first + ranks.data_rank
+        clip_id, index = passes[min(number, len(passes) - 1)]
+        # Training counts epochs from 0, so a negative one has noise of its own.
+        pick = Pick(clip_id, -1 - index)
+        sample = ranks.together(lambda pick=pick: source.sample(pick, draws))
+        batch = to_device(collate([sample], [pick]), device)
+        batch["timesteps"] = torch.full_like(batch["timesteps"], TIMESTEPS[index])
+        loss = objective(encoder.batch(batch) if encoder else batch).sum()
+        if number < len(passes):
+            sums[index] += loss
+    losses = (ranks.mean(sums) * side_by_side / len(clip_ids)).tolist()
     by_timestep = {f"validation_loss_t{t}": loss for t, loss in zip(TIMESTEPS, losses, strict=True)}
     return {"validation_loss": float(np.mean(losses)), **by_timestep}
 

@@ -68,6 +68,7 @@ def test_odd_sizes_are_padded_and_said(tmp_path, caplog):
         (clip(), "v.avi", 8, "end the name"),
         (clip(), "v.png", 8, "end the name"),
         (clip(), "v.mp4", 0, "fps=0"),
+        (clip(), "v.mp4", 0.0004, "fps=0.0004: a frame rate is 0.01 to 1000"),
         (clip()[0], "v.mp4", 8, "height, width, 3"),
         (clip() / 100.0, "v.mp4", 8, r"must be in \[0, 1\]"),
         (clip().astype(int), "v.mp4", 8, "int64"),

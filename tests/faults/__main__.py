@@ -1,7 +1,8 @@
 """`python -m tests.faults --tier quick|full [--only F1 F9] [--json FILE] [--markdown FILE]`.
 
-Ends in 0 when every trial passed, else 1. The last line is one a program can read. `--replay F9:NAME` runs the family
-with the same seed and tier and prints that trial alone, with all that its child said.
+Ends in 0 when every trial passed, else 1. The last line is one a program can read. Families that the JSON file already
+holds stay in it, and on the page, until they run again. `--replay F9:NAME` runs the family with the same seed and tier
+and prints that trial alone, with all that its child said.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: its threads and forks do not go together
 
 from tests.faults.families import FAMILIES, SEED, Result, run_family
-from tests.faults.report import figures, to_json, to_markdown
+from tests.faults.report import Entry, figures, merged, read, to_entry, to_json, to_markdown
 
 
 def main() -> int:
@@ -22,23 +23,31 @@ def main() -> int:
     parser.add_argument("--tier", choices=("quick", "full"), default="quick")
     parser.add_argument("--only", nargs="+", default=[], metavar="FAMILY", choices=[f.id for f in FAMILIES])
     parser.add_argument("--seed", type=int, default=SEED, help="of all that is drawn")
+    parser.add_argument("--count", type=int, help="trials of each family, in place of the tier's number")
     parser.add_argument("--replay", metavar="FAMILY:NAME", help="a failed trial, as the report names it")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     asked = parser.parse_args()
     family, _, name = (asked.replay or "").partition(":")
     chosen = [f for f in FAMILIES if f.id == family or (not family and (not asked.only or f.id in asked.only))]
-    results: list[Result] = []
+    entries: list[Entry] = []
     for family in chosen:
-        results.append(run_family(family, getattr(family, asked.tier), seed=asked.seed))
-        _say(results[-1], name)
-    if asked.json:
-        asked.json.write_text(json.dumps(to_json(results, tier=asked.tier, seed=asked.seed), indent=1) + "\n")
-    if asked.markdown:
-        asked.markdown.write_text(to_markdown(results, tier=asked.tier, seed=asked.seed))
-    told = figures(results)
+        result = run_family(family, asked.count or getattr(family, asked.tier), seed=asked.seed)
+        entries.append(to_entry(result, tier="sampled" if asked.count else asked.tier, seed=asked.seed))
+        _say(result, name)
+        _write(entries, asked.json, asked.markdown)
+    told = figures(entries)
     print("faults " + json.dumps(told))
     return 0 if told["tried"] == told["passed"] else 1
+
+
+def _write(entries: list[Entry], data: Path | None, page: Path | None) -> None:
+    """Write what has run so far: a run that is stopped has its finished families on the page."""
+    everything = merged(read(data), entries) if data else entries
+    if data:
+        data.write_text(json.dumps(to_json(everything), indent=1) + "\n")
+    if page:
+        page.write_text(to_markdown(everything))
 
 
 def _say(result: Result, name: str) -> None:

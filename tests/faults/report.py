@@ -1,11 +1,14 @@
-"""What came out of a run, as JSON and as a Markdown table."""
+"""What came out of runs, as JSON and as a Markdown page: one entry a family, each of the run that tried it last."""
 
+import datetime
+import json
 import platform
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from tests.faults.families import Result
+from tests.faults.families import FAMILIES, Result
 from tests.faults.media import HASH_ONLY
 from tests.faults.trial import Trial, Verdict
 
@@ -13,34 +16,89 @@ _FAILED_SHOWN = 5
 _RECOVER = ("F1", "F2", "F3", "F4", "F5", "F17", "F18", "F19", "F20", "F21")
 """Families in which something is killed or ends early and the same command goes on."""
 
+Entry = dict[str, Any]
+"""What is kept of a family: counts, and what figures over several families are computed from."""
+
 
 def bound(found: int, tried: int) -> str:
-    """Return a count, with the 95 % upper bound on the true rate beside a zero (the rule of three)."""
-    return f"0 (< {300 / tried:.2g} %)" if not found and tried else str(found)
+    """Return a count, with the 95 % upper bound on the true rate beside a zero (the rule of three, from four on)."""
+    return f"0 (< {300 / tried:.2g} %)" if not found and tried > 3 else str(found)
 
 
-def figures(results: Sequence[Result]) -> dict[str, Any]:
-    """Return the figures over all families."""
-    trials = [trial for result in results for trial in result.trials]
-    counts = Counter(trial.verdict for trial in trials)
-    controls = [trial for trial in trials if trial.is_control]
-    recovered = [t for r in results if r.family.id in _RECOVER for t in r.trials]
-    same = sum(trial.passed for trial in recovered)
-    redone = sorted(trial.steps_redone for trial in trials if trial.steps_redone is not None)
-    seconds = sorted(trial.recovery_seconds for trial in trials if trial.recovery_seconds is not None)
+def to_entry(result: Result, *, tier: str, seed: int) -> Entry:
+    """Return what the report keeps of a family."""
+    trials = result.trials
     return {
-        "tried": len(trials),
-        "passed": sum(trial.passed for trial in trials),
-        **{verdict.value: counts[verdict] for verdict in Verdict},
-        "false refusals": sum(not trial.passed for trial in controls),
-        "controls": len(controls),
-        "clips": sum(trial.family == "F11" for trial in trials),
-        "clips told only by their hash": sum(trial.layer == HASH_ONLY for trial in trials),
-        "bit-identical after a kill": f"{same} of {len(recovered)}",
+        "id": result.family.id, "fault": result.family.fault, "tier": tier, "seed": seed,
+        "day": datetime.date.today().isoformat(), "python": platform.python_version(), "system": platform.system(),
+        "tried": len(trials), "passed": sum(trial.passed for trial in trials), "seconds": round(result.seconds, 1),
+        "controls": sum(trial.is_control for trial in trials),
+        "verdicts": dict(Counter(trial.verdict.value for trial in trials)),
+        "layers": dict(Counter(trial.layer for trial in trials if trial.layer)),
+        "noticed": _noticed(trials) if result.family.id in ("F8", "F9", "F11") else [],
+        "steps redone": sorted(trial.steps_redone for trial in trials if trial.steps_redone is not None),
+        "recovery seconds": sorted(round(t.recovery_seconds, 2) for t in trials if t.recovery_seconds is not None),
+        "failed": [
+            {"name": trial.name, "verdict": trial.verdict.value, "detail": trial.detail[-2000:]}
+            for trial in trials if not trial.passed
+        ],
+    }  # fmt: skip
+
+
+def _noticed(trials: Sequence[Trial]) -> list[list[str]]:
+    """Return rows of (file, damage, which layers noticed it and how often)."""
+    groups: dict[tuple[str, str], Counter[str]] = {}
+    for trial in trials:
+        groups.setdefault(_group(trial), Counter())[trial.layer or "nothing: the same meaning"] += 1
+    return [
+        [file, damage, str(layers.total()), ", ".join(f"{layer} {count}" for layer, count in layers.most_common())]
+        for (file, damage), layers in sorted(groups.items())
+    ]
+
+
+def _group(trial: Trial) -> tuple[str, str]:
+    if trial.family == "F11":
+        _, suffix, damage = trial.name.split(" ", 2)
+        return suffix, damage
+    kind = trial.name.rsplit(" ", 2)[0].rstrip("0123456789 ")  # what is flipped in a run's files is numbered
+    return kind, "cut" if trial.family == "F8" else "one bit flipped"
+
+
+def read(path: Path) -> list[Entry]:
+    """Return the entries of a report that was written before; none where there is no file."""
+    return json.loads(path.read_text())["families"] if path.exists() else []
+
+
+def merged(before: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:
+    """Return the entries of both, in the order of the families; a new one takes the place of the one before."""
+    by_id = {entry["id"]: entry for entry in [*before, *new]}
+    return [by_id[family.id] for family in FAMILIES if family.id in by_id]
+
+
+def figures(entries: Sequence[Entry]) -> dict[str, Any]:
+    """Return the figures over all families."""
+    counts: Counter[str] = sum((Counter(entry["verdicts"]) for entry in entries), Counter())
+    recovered = [entry for entry in entries if entry["id"] in _RECOVER]
+    controls = [entry for entry in entries if entry["controls"]]
+    redone = sorted(steps for entry in entries for steps in entry["steps redone"])
+    seconds = sorted(value for entry in entries for value in entry["recovery seconds"])
+    return {
+        "tried": _sum(entries, "tried"),
+        "passed": _sum(entries, "passed"),
+        **{verdict.value: counts[verdict.value] for verdict in Verdict},
+        "false refusals": _sum(controls, "tried") - _sum(controls, "passed"),
+        "controls": _sum(controls, "controls"),
+        "clips": sum(entry["tried"] for entry in entries if entry["id"] == "F11"),
+        "clips told only by their hash": sum(entry["layers"].get(HASH_ONLY, 0) for entry in entries),
+        "bit-identical after a kill": f"{_sum(recovered, 'passed')} of {_sum(recovered, 'tried')}",
         "steps redone, median / most": f"{redone[len(redone) // 2]} / {redone[-1]}" if redone else "-",
         "recovery seconds, p50 / p95": _percentiles(seconds),
-        "seconds": round(sum(result.seconds for result in results), 1),
+        "seconds": round(_sum(entries, "seconds"), 1),
     }
+
+
+def _sum(entries: Sequence[Entry], name: str) -> Any:
+    return sum(entry[name] for entry in entries)
 
 
 def _percentiles(values: list[float]) -> str:
@@ -49,37 +107,20 @@ def _percentiles(values: list[float]) -> str:
     return " / ".join(f"{values[min(len(values) - 1, int(share * len(values)))]:.1f}" for share in (0.5, 0.95))
 
 
-def to_json(results: Sequence[Result], *, tier: str, seed: int) -> dict[str, Any]:
+def to_json(entries: Sequence[Entry]) -> dict[str, Any]:
     """Return the whole report."""
-    return {
-        "tier": tier, "seed": seed, "python": platform.python_version(), "system": platform.system(),
-        "figures": figures(results),
-        "families": [
-            {
-                "id": result.family.id, "fault": result.family.fault, "tried": len(result.trials),
-                "passed": sum(trial.passed for trial in result.trials), "seconds": round(result.seconds, 1),
-                "verdicts": dict(Counter(trial.verdict.value for trial in result.trials)),
-                "layers": dict(Counter(trial.layer for trial in result.trials if trial.layer)),
-                "failed": [_row(trial) for trial in result.trials if not trial.passed],
-            }
-            for result in results
-        ],
-    }  # fmt: skip
+    return {"figures": figures(entries), "families": list(entries)}
 
 
-def _row(trial: Trial) -> dict[str, str]:
-    return {"name": trial.name, "verdict": trial.verdict.value, "detail": trial.detail[-2000:]}
-
-
-def to_markdown(results: Sequence[Result], *, tier: str, seed: int) -> str:
+def to_markdown(entries: Sequence[Entry]) -> str:
     """Return the report as a page; a failed trial stands there with the words that replay it."""
-    told = figures(results)
+    told = figures(entries)
     tried = told["tried"]
     lines = [
         "# Faults made on purpose",
         "",
         "Written by `make faults` (`python -m tests.faults`); the default tests run the quick tier of these families.",
-        f"Tier {tier}, seed {seed}, Python {platform.python_version()} on {platform.system()}, no accelerator.",
+        f"{_where(entries)}, no accelerator.",
         "",
         "Each trial ends in one verdict: *ok-identical* (the result is that of an undisturbed run), *refused* (a clear "
         "error with the right code, and nothing else harmed), *degraded-reported* (it went on and the loss is told), "
@@ -94,39 +135,44 @@ def to_markdown(results: Sequence[Result], *, tier: str, seed: int) -> str:
         f"| damaged clips that decode to other pixels without a complaint | {told['clips told only by their hash']} of "
         f"{told['clips']}, see below |",
         f"| bit-identical after a kill and the same command again | {told['bit-identical after a kill']} |",
-        f"| steps of training done again, median / most | {told['steps redone, median / most']} (saved every 2 or 4) |",
+        f"| steps done again after a kill, median / most | {told['steps redone, median / most']} (saves at 2 or 4) |",
         f"| s from a process's death to the next step of `launch`, p50 / p95 | {told['recovery seconds, p50 / p95']} |",
         f"| seconds | {told['seconds']} |",
         "",
-        "| | fault | tried | identical | refused | reported | failed | s | a pass means |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(_line(result) for result in results),
-        *_detection(results),
+        "| | fault | tier, day | tried | identical | refused | reported | failed | s | a pass means |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(_line(entry) for entry in entries),
+        *_detection(entries),
         *_differences(),
-        *_failures(results),
+        *_failures(entries),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _line(result: Result) -> str:
-    counts, tried = Counter(trial.verdict for trial in result.trials), len(result.trials)
-    failed = bound(sum(not trial.passed for trial in result.trials), tried)
-    told = " | ".join(str(counts[v]) for v in (Verdict.OK, Verdict.REFUSED, Verdict.DEGRADED))
-    family = result.family
-    return f"| {family.id} | {family.fault} | {tried} | {told} | {failed} | {result.seconds:.0f} | {family.passes} |"
+def _where(entries: Sequence[Entry]) -> str:
+    """Return seed and Python of the runs; where they differ, side by side."""
+
+    def all_of(name: str) -> str:
+        return " and ".join(dict.fromkeys(str(entry[name]) for entry in entries))
+
+    return f"Seed {all_of('seed')}, Python {all_of('python')} on {all_of('system')}"
 
 
-def _detection(results: Sequence[Result]) -> list[str]:
+def _line(entry: Entry) -> str:
+    tried, verdicts = entry["tried"], entry["verdicts"]
+    told = " | ".join(str(verdicts.get(v.value, 0)) for v in (Verdict.OK, Verdict.REFUSED, Verdict.DEGRADED))
+    failed = bound(tried - entry["passed"], tried)
+    passes = next(family.passes for family in FAMILIES if family.id == entry["id"])
+    return (
+        f"| {entry['id']} | {entry['fault']} | {entry['tier']}, {entry['day']} | {tried} | {told} | {failed} | "
+        f"{entry['seconds']:.0f} | {passes} |"
+    )
+
+
+def _detection(entries: Sequence[Entry]) -> list[str]:
     """Tell which layer noticed damaged clips (F11) and damaged entries (F8, F9)."""
     lines = ["", "## What notices damage", "", "| | file | damage | tried | noticed by |", "|---|---|---|---|---|"]
-    for result in results:
-        if result.family.id in ("F8", "F9", "F11"):
-            groups: dict[tuple[str, str], Counter[str]] = {}
-            for trial in result.trials:
-                groups.setdefault(_group(trial), Counter())[trial.layer or "nothing: the same meaning"] += 1
-            for (file, damage), layers in sorted(groups.items()):
-                told = ", ".join(f"{layer} {count}" for layer, count in layers.most_common())
-                lines.append(f"| {result.family.id} | {file} | {damage} | {layers.total()} | {told} |")
+    lines += [f"| {' | '.join([entry['id'], *row])} |" for entry in entries for row in entry["noticed"]]
     return [
         *lines,
         "",
@@ -136,14 +182,6 @@ def _detection(results: Sequence[Result]) -> list[str]:
         "known from the sizes they declare; MPEG-TS declares none, so a cut at a packet's end is only a shorter clip. "
         "`survey.jsonl` only saves time: its damaged lines are not read.",
     ]
-
-
-def _group(trial: Trial) -> tuple[str, str]:
-    if trial.family == "F11":
-        _, suffix, damage = trial.name.split(" ", 2)
-        return suffix, damage
-    kind = trial.name.rsplit(" ", 2)[0]
-    return kind, "cut" if trial.family == "F8" else "one bit flipped"
 
 
 def _differences() -> list[str]:
@@ -158,9 +196,10 @@ def _differences() -> list[str]:
     return lines
 
 
-def _failures(results: Sequence[Result]) -> list[str]:
-    lines: list[str] = []
-    for result in results:
-        failed = [trial for trial in result.trials if not trial.passed]
-        lines += [f"- {t.family}:{t.name}: {t.verdict.value}: {t.detail[:300]}" for t in failed[:_FAILED_SHOWN]]
+def _failures(entries: Sequence[Entry]) -> list[str]:
+    lines = [
+        f"- {entry['id']}:{trial['name']}: {trial['verdict']}: {trial['detail'][:300]}"
+        for entry in entries
+        for trial in entry["failed"][:_FAILED_SHOWN]
+    ]
     return ["", "## Failed", "", *lines] if lines else []

@@ -131,8 +131,10 @@ def killed_at_random(count: int, seed: int, work: Path) -> Iterator[Trial]:
             kills.append(round(delay, 3))
             verdict, detail = _killed_where_asked(outcomes, rank)
             if verdict == Verdict.OK:
-                lost += redone(run)
+                lost = max(lost, redone(run))  # of one kill; several in a row may cost an interval each
                 verdict, detail = left_intact(run, want)
+            if verdict == Verdict.OK and lost > LONGER["save_every"]:
+                verdict, detail = Verdict.LOST, f"{lost} steps are to be done again"
         if verdict == Verdict.OK:
             verdict, detail = goes_on(run, want, size, **LONGER)
         name = f"{trial}: {size} processes, killed after {kills} s"

@@ -9,6 +9,7 @@ import torch
 from cogvideox_factory.cli import main
 from cogvideox_factory.data.loader import CacheSource
 from cogvideox_factory.errors import FactoryError, NonFiniteError
+from cogvideox_factory.publish import remove_folder
 from cogvideox_factory.recipe import check, read_recipe, write_recipe
 from cogvideox_factory.step_records import Sample, Step, bad_among, too_many
 from cogvideox_factory.torch_engine import loop, prepare, spikes, train
@@ -116,12 +117,17 @@ def test_the_first_bad_module_is_found_and_found_again_by_replay(tiny_model, fol
     assert main(["replay", file]) == 0
     assert "all is finite" in capsys.readouterr().out
     config = read_recipe(run / "config.yaml")  # as a run on a card that spares its memory leaves it
-    spared = {"activation_offload": True, "optimizer_offload": True}
-    write_recipe(run / "config.yaml", config.model_copy(update={"train": config.train.model_copy(update=spared)}))
-    assert main(["replay", file, "--device", "cpu"]) == 0
-    assert "all is finite" in capsys.readouterr().out
+    for spared in ({"activation_offload": True, "optimizer_offload": True}, {"master_weights": "stochastic_bf16"}):
+        write_recipe(run / "config.yaml", config.model_copy(update={"train": config.train.model_copy(update=spared)}))
+        assert main(["replay", file, "--device", "cpu"]) == 0
+        assert "all is finite" in capsys.readouterr().out
+    remove_folder(run / "checkpoint-000003")
+    assert main(["replay", file]) == 5
+    assert f"--checkpoint with one of {run / 'checkpoint-000006'}." in capsys.readouterr().err
+    assert main(["replay", file, "--checkpoint", str(run / "checkpoint-000006")]) == 0
+    assert f"with the weights of {run / 'checkpoint-000006'}" in capsys.readouterr().out
     monkeypatch.setattr(FeedForward, "forward", lambda *args: original_forward(*args) * float("inf"))
-    assert main(["replay", file, "--dtype", "float32"]) == 7
+    assert main(["replay", file, "--dtype", "float32", "--checkpoint", str(run / "checkpoint-000006")]) == 7
     assert "first not finite: the output of transformer_blocks.0.ff" in capsys.readouterr().out
     assert main(["replay", str(run / "config.yaml")]) == 5
 

@@ -18,6 +18,7 @@ from cogvideox_factory.torch_engine.device import (
     set_determinism,
     set_tf32,
     synchronize,
+    take_card,
     total_memory,
 )
 
@@ -52,6 +53,24 @@ def test_with_cards(two_cards):
     for name in ("npu", "cuda:2"):
         with pytest.raises(MissingError, match="cpu and 2 x cuda"):
             pick_device(name)
+
+
+def test_processes_of_a_machine_take_a_card_each_and_a_cpu_is_enough_for_all(two_cards, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", taken.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for rank in range(2):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        take_card("auto")
+    assert taken == [0, 1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(MissingError, match=r"process 2 of this machine finds 2 cards.*--run\.device cpu"):
+        take_card("cuda")
+    take_card("cpu")
+    assert pick_device("cpu") == CPU
+    with pytest.raises(FactoryError, match=r"'cuda:1' is one card for the 3 processes.*--run\.device cuda"):
+        pick_device("cuda:1")
+    assert taken == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:0", "", "auto:1"])

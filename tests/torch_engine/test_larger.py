@@ -34,7 +34,7 @@ LAYOUT = Layout(size=8, sequence=4, zero=3)
 def rank_0_of_8(monkeypatch):
     """A group of which only this process exists; what the others would send is whatever memory holds."""
     monkeypatch.setattr(linear, "_SOFTWARE", set())  # as on a card
-    monkeypatch.setattr(ranks, "_new_group", lambda ranks, backend=None: dist.new_group(list(ranks)))
+    monkeypatch.setattr(ranks, "_new_group", lambda ranks, patience, backend=None: dist.new_group(list(ranks)))
     dist.init_process_group("fake", rank=0, world_size=LAYOUT.size, store=FakeStore())
     yield make_ranks(LAYOUT, num_heads=48, device_type="cpu")
     dist.destroy_process_group()

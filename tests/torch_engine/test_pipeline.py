@@ -166,6 +166,13 @@ def test_wrong_use_says_what_is_right(tiny_model):
         t2v(PROMPT, video=np.zeros((9, 32, 96, 3), np.uint8), **CALL)
     with pytest.raises(FactoryError, match="give a prompt"):
         t2v(**CALL)
+    for scale in (0.0, 0.5, float("nan")):
+        with pytest.raises(FactoryError, match=rf"guidance_scale={scale:g} must be 1 \(no guidance\) or more"):
+            t2v(PROMPT, **CALL | {"guidance_scale": scale})
+    with pytest.raises(FactoryError, match="num_inference_steps=0 must be 1 or more"):
+        t2v(PROMPT, **CALL | {"num_inference_steps": 0})
+    with pytest.raises(FactoryError, match=r"shape \[1, 5, 7\] are not this model's: \[prompts, tokens, "):
+        t2v(prompt_embeds=torch.zeros(1, 5, 7), **CALL)
     with pytest.raises(FactoryError, match="no LoRA there"):
         t2v.load_lora_weights("/nowhere")
 

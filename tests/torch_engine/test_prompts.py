@@ -1,5 +1,7 @@
 """Prompts of `generate`: encoded once, and never again where a cache is kept."""
 
+import re
+
 import pytest
 
 from cogvideox_factory.errors import MissingError
@@ -72,3 +74,9 @@ def test_an_encoder_that_is_not_there_is_missed_only_where_it_is_needed(tiny_mod
     generate.run(settings(tiny_model, tmp_path, prompt=["a"], **SMALL, **ask))
     with pytest.raises(MissingError):
         generate.run(settings(tiny_model, tmp_path, prompt=["b"], **SMALL, **ask))
+
+
+def test_a_prompt_that_is_longer_than_the_model_reads_is_told(tiny_model, tmp_path, capsys):
+    generate.run(settings(tiny_model, tmp_path, prompt=["a red circle moves on " * 20], **SMALL))
+    told = r"1 of 2 prompts are longer than \d+ tokens and will be cut.*\n  \d+ tokens lost: a red circle"
+    assert re.search(told, capsys.readouterr().out)

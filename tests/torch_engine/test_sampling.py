@@ -202,6 +202,20 @@ def test_the_plan_of_teacache_sums_changes_up_to_the_threshold():
     assert tea_plan([float("nan")] * 2, 1.0, fresh[:3]) == [True] * 3, "what is no number leaves nothing out"
 
 
+def test_what_processes_agree_on_is_sent_from_the_device_it_is_on(monkeypatch):
+    """The groups of cards have no way for what is in host memory."""
+    sent = []
+
+    def broadcast(tensor, **options):
+        sent.append(tensor.device.type)
+        raise InterruptedError
+
+    monkeypatch.setattr("torch.distributed.broadcast", broadcast)
+    with pytest.raises(InterruptedError):
+        Reuse(tea=1.0, group=object())._changes(torch.empty(3, 4, device="meta"))
+    assert sent == ["meta"]
+
+
 def test_the_polynomial_is_of_the_change():
     embeddings = torch.tensor([[1.0, -1.0], [1.5, -1.5], [1.5, -1.5]])  # changes by a half, then by nothing
     assert Reuse(tea=1.0)._changes(embeddings) == [0.5, 0.0]

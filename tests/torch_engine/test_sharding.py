@@ -127,7 +127,11 @@ def test_loss_gradients_and_norm_equal_one_process(size, tmp_path):
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"size": 4, "sequence": 3}, r"parallel\.sequence=3 does not divide the 4 processes.*\[1, 2, 4\]"),
+        ({"size": 4, "sequence": 3}, r"parallel\.sequence=3 does not divide the 4 process\(es\).*\[1, 2, 4\]\.$"),
+        (
+            {"size": 1, "sequence": 4},
+            r"the 1 process\(es\)\. Use one of \[1\], or start more processes \(cogvideox launch\)\.",
+        ),
         ({"size": 4, "zero": 3, "replicas": 3}, r"parallel\.replicas=3 with 4 processes"),
         ({"size": 4, "zero": 0, "replicas": 2}, r"parallel\.replicas=2 with 4 processes and parallel\.zero=0"),
         ({"size": 4, "zero": 4}, r"parallel\.zero=4"),

@@ -239,7 +239,7 @@ def test_full_fine_tuning_in_bfloat16_follows_float32(tiny_model, clips, caches,
 
 @pytest.mark.parametrize(("method", "optimizer"), [("lora", "prodigy"), ("full", "came")])
 def test_raw_clips_flips_dora_and_validation_resume_exactly(
-    tiny_model, clips, tmp_path, monkeypatch, method, optimizer
+    tiny_model, clips, tmp_path, monkeypatch, capsys, method, optimizer
 ):
     """Everything that draws numbers or keeps state at once, logged every third step, without a cache."""
     prompts = {"every": 2, "num_clips": 1, "prompts": ["a red circle"]}
@@ -267,6 +267,9 @@ def test_raw_clips_flips_dora_and_validation_resume_exactly(
             train.run(make("cut"))
     assert_same(whole, train.run(make("cut")))
     assert losses(whole) == losses(tmp_path / "cut")
+    said = capsys.readouterr().out
+    assert "and beside it the VAE, which encodes raw clips (a cache" in said
+    assert "and decodes sample videos: 0.0" in said
 
 
 @pytest.mark.parametrize(("method", "optimizer"), [("lora", "adamw8bit"), ("full", "adam")])

@@ -94,6 +94,35 @@ def test_videos_and_losses_of_divided_models_are_those_of_one_process(tiny_model
                     assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (name, key)
 
 
+@pytest.mark.parametrize("size", [1, 3, 8, 16])
+def test_processes_divide_the_passes_of_a_held_out_loss_and_come_to_the_model_equally_often(size):
+    """Two clips at four timesteps: eight passes, each of which counts once, however many processes there are."""
+
+    class Source:
+        def sample(self, pick, draws):
+            return {"timesteps": np.int64(0), "clip": np.float32(pick.clip_id), "epoch": np.int64(pick.epoch)}
+
+    parts, calls = [], []
+    for rank in range(size):
+        own = Ranks(layout=Layout(size=size), rank=rank)
+        seen = []
+
+        def objective(batch, seen=seen):
+            seen.append((batch["clip_ids"][0], int(batch["timesteps"])))
+            return batch["clip"] * batch["timesteps"]
+
+        parts.append(
+            watch.held_out_loss(
+                objective, Source(), ["1", "2"], None, encoder=None, device=torch.device("cpu"), ranks=own
+            )  # pyright: ignore[reportArgumentType]
+        )
+        calls.append(len(seen))
+    assert set(calls) == {-(-8 // size)}
+    # Without a group `mean` is a process' own value, times as many as there are.
+    assert sum(part["validation_loss_t375"] for part in parts) / size == pytest.approx(375 * 1.5)
+    assert sum(part["validation_loss"] for part in parts) / size == pytest.approx(500 * 1.5)
+
+
 def test_three_failures_end_the_watching_and_none_the_run(tiny_model, folder, tmp_path, monkeypatch, capsys):
     plain = train.run(settings(tiny_model, folder, tmp_path / "plain", steps=4, save_every=4))
     calls = []
