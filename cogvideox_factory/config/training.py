@@ -133,7 +133,7 @@ class Train(Section):
 
 
 class Parallel(Section):
-    """How the processes that torchrun starts divide a training run or the making of videos, and how long they wait."""
+    """How the processes that a launcher starts divide a run of training or of making videos, and how long they wait."""
 
     sequence: Positive = 1
     """Processes that divide each video's tokens among them (sequence parallelism); others take other clips, prompts."""
