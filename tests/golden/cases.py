@@ -185,14 +185,13 @@ def batch_of(variant: str, step: int, micro: int) -> dict[str, np.ndarray]:
 def trained_tolerances(case: str, count: int) -> list[float]:
     """Return by how much each of `count` trained weights may differ, in the order of names, in parts of its largest.
 
-    Where nothing turns k, nothing depends on the bias of its norm, which adds the same to every score of a query: its
-    gradient is rounding, and AdamW makes whole steps of that.
+    The bias of k's norm adds the same to every score of a query, so nothing depends on it where nothing turns k, and
+    hardly anything in channels that turn slowly: its gradient is rounding, and AdamW makes whole steps of that.
     """
-    variant, method = TRAININGS[case], case.split()[1]
-    config = config_of(variant)
-    if method == "lora" or config.use_rotary_positional_embeddings:
+    if case.endswith("lora"):
         return [1e-4] * count
-    return [1e-3 if name.endswith("norm_k.bias") else 1e-4 for name in sorted(transformer_shapes(config))]
+    names = sorted(transformer_shapes(config_of(TRAININGS[case])))
+    return [1e-3 if name.endswith("norm_k.bias") else 1e-4 for name in names]
 
 
 # --- denoising --------------------------------------------------------------------------------------------------------

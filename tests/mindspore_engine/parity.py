@@ -165,7 +165,7 @@ def training(case: str, mode: Mode) -> list[Apart]:
         *(
             Apart(what=what, error=max(e for e, most in zip(of_weights, allowed, strict=True) if most == limit),
                   limit=limit)
-            for limit, what in ((1e-4, "weights"), (1e-3, "weights on which nothing depends")) if limit in allowed
+            for limit, what in ((1e-4, "weights"), (1e-3, "biases of k's norm")) if limit in allowed
         ),
     ]  # fmt: skip
 
