@@ -84,7 +84,8 @@ def _judge(artefact: Artefact, spoilt: bytes, work: Path) -> tuple[Verdict, str,
         found = artefact.read(work)
     except FactoryError as error:
         layer = "digest" if "changed or damaged" in str(error) or "not the one" in str(error) else "header and size"
-        return (Verdict.REFUSED, layer, "") if error.exit_code == 5 else (Verdict.SILENT, layer, str(error))
+        is_named = str(work) in str(error)
+        return (Verdict.REFUSED if error.exit_code == 5 and is_named else Verdict.SILENT), layer, str(error)
     finally:
         logging.getLogger("cogvideox_factory").removeHandler(heard)
     if any("is not the one these weights were saved with" in line for line in told):
@@ -114,5 +115,5 @@ def flipped_bits(count: int, seed: int, work: Path) -> Iterator[Trial]:
             spoilt = bytearray(data)
             spoilt[place // 8] ^= 1 << place % 8
             verdict, layer, detail = _judge(artefact, bytes(spoilt), work / "spoilt")
-            name = f"{artefact.kind} {number} bit {place}"
+            name = f"{artefact.kind} bit {place} at {number}"
             yield Trial(family="F9", name=name, verdict=verdict, layer=layer, detail=detail)
