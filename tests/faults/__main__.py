@@ -38,18 +38,23 @@ def main() -> int:
     if lacking := [name for name in wanted if name not in able]:
         parser.error(f"--engine {asked.engine} has {', '.join(able)}, not {', '.join(lacking)}")
     results: list[Result] = []
-    for family in (family for name, family in able.items() if name in wanted):
+    for family in map(able.__getitem__, wanted):
         count = min(getattr(family, asked.tier), asked.most or 10**9, 10**9 if is_torch else family.in_mindspore)
         results.append(run_family(family, count, seed=asked.seed))
         _say(results[-1], name)
+        _write(results, asked)
+    told = figures(results)
+    print("faults " + json.dumps(told))
+    return 0 if told["tried"] == told["passed"] else 1
+
+
+def _write(results: list[Result], asked: argparse.Namespace) -> None:
+    """Write the report of what is done: one that is interrupted is there."""
     run = {"tier": asked.tier, "seed": asked.seed, "engine": asked.engine}
     if asked.json:
         asked.json.write_text(json.dumps(to_json(results, **run), indent=1) + "\n")
     if asked.markdown:
         asked.markdown.write_text(to_markdown(results, **run))
-    told = figures(results)
-    print("faults " + json.dumps(told))
-    return 0 if told["tried"] == told["passed"] else 1
 
 
 def _say(result: Result, name: str) -> None:

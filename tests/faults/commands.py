@@ -9,10 +9,10 @@ from pathlib import Path
 import yaml
 
 from cogvideox_factory import draws
-from cogvideox_factory.checkpoints import MANIFEST, STATE
+from cogvideox_factory.checkpoints import MANIFEST, STATE, checkpoint_folders
 from tests.faults import engine
-from tests.faults.training import STEPS, bench, command, folder, recipe, same, wanted
-from tests.faults.trial import Outcome, Trial, Verdict, folder_of_this_run, in_child
+from tests.faults.training import bench, command, finished, recipe, same, wanted
+from tests.faults.trial import Outcome, Trial, Verdict, in_child
 
 _UNFIT = 5
 
@@ -32,19 +32,15 @@ class Given:
 @once
 def given() -> tuple[Given, ...]:
     """Return a file of each kind that commands read, of a finished run of either method and of a cache."""
-    work = folder_of_this_run("commands")
-    for method in ("lora", "full"):
-        ended = in_child(command, "train", recipe(work / method, method=method))
-        assert ended.value == 0, ended.output
-    cache = bench() / "cache"
-    shard = next(path.name for path in folder(work / "lora", STEPS).glob("*.safetensors"))
+    work, cache = finished(), bench() / "cache"
+    newest = checkpoint_folders(work / "lora")[-1]
+    shard = next(path.name for path in newest.glob("*.safetensors"))
     entries = {kind: next((cache / kind).rglob("*.safetensors")) for kind in ("clips", "text")}
-    newest = folder(work / "lora", STEPS).name
     adapter, transformer = work / "lora/final", work / "full/final/transformer"
     return (
         *(Given(f"cache entry in {kind}/, trained on", cache, str(path.relative_to(cache)), _train_on)
           for kind, path in entries.items()),
-        *(Given(f"checkpoint {name}, resumed from", work / "lora", f"{newest}/{name}", _resume)
+        *(Given(f"checkpoint {name}, resumed from", work / "lora", f"{newest.name}/{name}", _resume)
           for name in (shard, STATE, MANIFEST)),
         Given("LoRA file, generated with", adapter, "pytorch_lora_weights.safetensors", _generate),
         Given("transformer, generated with", transformer, "diffusion_pytorch_model.safetensors", _generate),

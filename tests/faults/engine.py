@@ -31,10 +31,16 @@ def starts_fast() -> bool:
     return _chosen == "torch"
 
 
+def run_settings() -> dict[str, dict[str, Any]]:
+    """Return what its runs have in place of the usual, by section: less to compute where operators are slow."""
+    if _chosen == "torch":
+        return {}
+    return {"train": {"steps": 3, "save_every": 1}, "lora": {"target_modules": ["to_q"]}}
+
+
 def warm() -> None:
     """Import, once and in the parent, what every child would import; no kernel runs here."""
     if _chosen == "torch":
-        import tensorboard.summary.writer.event_file_writer  # noqa: F401
         import torch
         import torch.distributed.checkpoint
         import torch.distributed.fsdp
@@ -49,3 +55,4 @@ def warm() -> None:
         import cogvideox_factory.mindspore_engine.generate
         import cogvideox_factory.mindspore_engine.prepare
         import cogvideox_factory.mindspore_engine.train  # noqa: F401
+    import tensorboard.summary.writer.event_file_writer  # noqa: F401  (after MindSpore, which has its own protobuf)

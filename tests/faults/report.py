@@ -86,7 +86,7 @@ def to_markdown(results: Sequence[Result], *, tier: str, seed: int, engine: str 
         "",
         "| figure | value |",
         "|---|---|",
-        *(f"| {figure} | {value} |" for figure, value in _table_of(figures(results))),
+        *(f"| {figure} | {value} |" for figure, value in _table_of(figures(results), saved=_SAVED[engine])),
         "",
         "| | fault | tried | identical | refused | reported | failed | s | a pass means |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -113,7 +113,10 @@ _HEADS = {
 }
 
 
-def _table_of(told: dict[str, Any]) -> Iterator[tuple[str, object]]:
+_SAVED = {"torch": "every 2 or 4", "mindspore": "every step"}
+
+
+def _table_of(told: dict[str, Any], *, saved: str) -> Iterator[tuple[str, object]]:
     """Yield name and value of the figures that these families have."""
     yield "faults tried / passed", f"{told['tried']} / {told['passed']}"
     for verdict in list(Verdict)[3:]:
@@ -125,7 +128,7 @@ def _table_of(told: dict[str, Any]) -> Iterator[tuple[str, object]]:
         yield "damaged clips that decode to other pixels without a complaint", f"{only} of {clips}, see below"
     yield "bit-identical after a kill and the same command again", told["bit-identical after a kill"]
     redone, recovery = told["steps redone, median / most"], told["recovery seconds, p50 / p95"]
-    yield "steps of training done again, median / most", f"{redone} (saved every 2 or 4)"
+    yield "steps of training done again, median / most", f"{redone} (saved {saved})"
     if recovery != "-":
         yield "s from a process's death to the next step of `launch`, p50 / p95", recovery
     yield "seconds", told["seconds"]

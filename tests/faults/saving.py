@@ -121,7 +121,8 @@ def after_a_kill(run: Path, size: int, **settings: Any) -> tuple[Verdict, str, i
     want = wanted(size, **settings)
     lost = redone(run)
     verdict, detail = left_intact(run, want)
-    if verdict == Verdict.OK and lost > settings.get("save_every", SAVE_EVERY):
+    settings_of_train = {"save_every": SAVE_EVERY} | engine.run_settings().get("train", {}) | settings
+    if verdict == Verdict.OK and lost > settings_of_train["save_every"]:
         verdict, detail = Verdict.LOST, f"{lost} steps are to be done again"
     if verdict == Verdict.OK:
         verdict, detail = goes_on(run, want, size, **settings)

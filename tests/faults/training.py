@@ -45,16 +45,17 @@ def recipe(
     run: Path, *, method: str = "lora", parallel: dict | None = None, cache: Path | None = None, **train: Any
 ) -> Path:
     """Write the recipe of a run and return where it lies; without flags nothing but it has to be parsed."""
-    work = bench()
+    work, own = bench(), engine.run_settings()
+    adapter = {"rank": 4, "alpha": 8.0} | own.get("lora", {})
     values = {
         "engine": engine.chosen(), "model": {"path": str(work / "model")}, "run": {"device": "cpu", "dtype": "float32"},
         "data": {"root": str(work / "set"), "num_frames": 9, "height": 64, "width": 64, "fps": 8.0},
-        "cache": {"dir": str(cache or work / "cache")}, "lora": {"rank": 4, "alpha": 8.0} if method == "lora" else {},
+        "cache": {"dir": str(cache or work / "cache")}, "lora": adapter if method == "lora" else {},
         "parallel": {"timeout_seconds": 30.0} | (parallel or {}),
         "train": {
             "dir": str(run), "method": method, "steps": STEPS, "batch_size": 2, "log_every": 1, "learning_rate": 1e-2,
             "save_every": SAVE_EVERY, "keep_checkpoints": 2, "checkpointing": "none", "num_workers": 1,
-        } | train,
+        } | own.get("train", {}) | train,
     }  # fmt: skip
     run.parent.mkdir(parents=True, exist_ok=True)
     path = run.with_name(f"{run.name}.yaml")
@@ -97,6 +98,16 @@ def _prepare_recipe(work: Path) -> str:
         f"model: {{path: {work / 'model'}}}\ncache: {{dir: {work / 'cache'}}}\nrun: {{device: cpu, dtype: float32}}\n"
         f"data: {{root: {work / 'set'}, num_frames: 9, height: 64, width: 64, fps: 8.0}}\n"
     )
+
+
+@once
+def finished() -> Path:
+    """Return a folder with a finished run of either method, lora/ and full/."""
+    work = folder_of_this_run("finished")
+    for method in ("lora", "full"):
+        ended = in_child(command, "train", recipe(work / method, method=method), limit=_PATIENCE_SECONDS)
+        assert ended.value == 0, ended.output
+    return work
 
 
 @once
