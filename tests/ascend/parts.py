@@ -67,18 +67,27 @@ def _pick_dtype() -> Results:
 
     for name, facts in PUBLISHED.items():
         yield "told", f"auto for {name} is {dtype_name(pick_dtype('auto', facts.transformer))}"
-    for name, limit in _dtypes().items():
-        yield result(f"product in {name}", product(pick_dtype(name)), limit)
+
+    def one(name: str, limit: float) -> Callable[[], Results]:
+        return lambda: iter([result("product", product(pick_dtype(name)), limit)])
+
+    yield from each({name: one(name, limit) for name, limit in _dtypes().items()})
 
 
 def _flash_attention() -> Results:
     from cogvideox_factory.mindspore_engine.device import DTYPES, flash_attention
     from tests.ascend.oracles import attention
 
-    for name, limit in _dtypes(with_float32=False).items():
-        for shape in ((2, 3, 274, 64), (1, 30, 1576, 64), (1, 2, 500, 96)):  # heads and sizes of the models
-            for what, error in attention(flash_attention, DTYPES[name], shape).items():
-                yield result(f"{name} {list(shape)} {what}", error, limit)
+    def one(name: str, limit: float, shape: tuple[int, int, int, int]) -> Callable[[], Results]:
+        return lambda: (
+            result(what, error, limit) for what, error in attention(flash_attention, DTYPES[name], shape).items()
+        )
+
+    shapes = ((2, 3, 274, 64), (1, 30, 1576, 64), (1, 2, 500, 96))  # heads and head sizes of the models
+    return each({
+        f"{name} {list(shape)}": one(name, limit, shape)
+        for name, limit in _dtypes(with_float32=False).items() for shape in shapes
+    })  # fmt: skip
 
 
 def _causal_conv3d() -> Results:
@@ -197,11 +206,11 @@ def _steps(level: str) -> Callable[[], Results]:
     return run
 
 
-def _tests() -> Results:
+def _tests(*words: str) -> Results:
     """Run the engine's own tests; what they print is the report."""
     import subprocess
 
-    words = [sys.executable, "-m", "pytest", "tests/mindspore_engine", "--tb=short", "-p", "no:cacheprovider"]
+    words = (sys.executable, "-m", "pytest", "tests/mindspore_engine", "--tb=short", "-p", "no:cacheprovider", *words)
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     yield "held" if done.returncode == 0 else "apart", "\n           ".join(done.stdout.splitlines()[-200:])
 
@@ -222,6 +231,9 @@ PARTS: dict[str, Part] = {
     "convolution": Part(what="Conv3D in each dtype, against float64", run=_causal_conv3d, of=("causal_conv3d",)),
     "layers": Part(what="a block compiled once, however many there are", run=inlined_once, of=("inlined_once",)),
     "determinism": Part(what="the same bits twice", run=_set_determinism, of=("set_determinism",)),
+    "collectives": Part(what="what processes send one another, by the engine's tests (2 and 4 cards)",
+                        run=lambda: _tests("-k", "collectives"),
+                        of=("communicator", "reduce_scatter", "all_to_all")),
     "memory": Part(what="the peak of the card's memory", run=_peak_memory, of=("peak_memory",)),
     **{
         f"{room}-{level}": Part(

@@ -42,7 +42,6 @@ def test_every_function_that_only_a_card_can_verify_is_tried_and_is_in_the_page(
     assert len(unseen) >= 3
     tried = {name for part in PARTS.values() for name in part.of}
     assert unseen <= tried
-    assert all(hasattr(device, name) for name in tried)
     for page in ("docs/ascend.md", "docs/zh/ascend.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
         assert all(f"| `{name}` |" in text for name, part in PARTS.items() if part.of and part.needs_card), page

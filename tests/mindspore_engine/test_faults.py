@@ -29,6 +29,6 @@ def test_cut_files_and_flipped_bits_are_refused_by_name(tmp_path):
 
 
 def test_a_run_that_is_killed_in_a_save_goes_on_to_the_same_bits(tmp_path):
-    rows = tried(tmp_path / "report.json", "--only", "F3", "F5", "--most", "3")
+    """Before the first boundary of three saves, in the middle and after the last, which removes a checkpoint."""
+    rows = tried(tmp_path / "report.json", "--only", "F3", "--most", "3")
     assert rows["F3"]["verdicts"] == {"ok-identical": 3}
-    assert rows["F5"]["verdicts"] == {"ok-identical": 3}
