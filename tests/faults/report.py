@@ -108,8 +108,9 @@ _HEADS = {
         "# Faults made on purpose, in runs of the MindSpore engine",
         "",
         "Written by `make faults-mindspore` (`python -m tests.faults --engine mindspore`) in an environment without "
-        "torch; `make test-mindspore` tries some. What no engine has a part in is in [faults.md](faults.md). F3 kills before "
-        "each kind of boundary of three saves; of the writes of a file's tensors before the first, the middle and the last.",
+        "torch; `make test-mindspore` tries some. What no engine has a part in is in [faults.md](faults.md). F3 kills "
+        "before each kind of boundary of three saves; of the writes of a file's tensors before the first, the middle and "
+        "the last.",
     ),
 }
 
