@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MINDSPORE_VENV := .venv-mindspore
 
-.PHONY: help install demo test test-mindspore test-slow test-lessons faults check format bench clean
+.PHONY: help install demo test test-mindspore test-slow test-lessons faults faults-mindspore check format bench clean
 
 help:
 	@echo "make demo     install, then run the whole factory on embedded data"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  the tests that take tens of seconds each (CI runs them too)"
 	@echo "make test-lessons  teach the embedded models in all four ways and hold them to their scores (10 minutes)"
 	@echo "make faults   the full tier of faults made on purpose, and docs/faults.md (some hours, F3 most of them)"
+	@echo "make faults-mindspore  the same in runs of the MindSpore engine, and docs/faults-mindspore.md"
 	@echo "make check    format, lint and type checks"
 	@echo "make format   rewrite files in the house format"
 	@echo "make bench    ratios against diffusers, interleaved in one process"
@@ -51,6 +52,10 @@ test-lessons: install
 
 faults: install
 	$(BIN)/python -m tests.faults --tier full --json docs/faults.json --markdown docs/faults.md
+
+faults-mindspore: $(MINDSPORE_VENV)/.installed
+	$(MINDSPORE_VENV)/bin/python -m tests.faults --engine mindspore --tier full \
+		--json docs/faults-mindspore.json --markdown docs/faults-mindspore.md
 
 check: install
 	$(BIN)/ruff format --check .

@@ -5,11 +5,11 @@ engine that wrote it. `write` makes the folder. Whole models go tensor by tensor
 """
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -208,3 +208,15 @@ def _deferred(file: TensorFile, name: str, dtype: str | None) -> Deferred:
 def transformer_weights(folder: Path) -> Weights:
     """Return the weights of a transformer folder."""
     return Weights(config=TransformerConfig.from_folder(folder), arrays=lambda: iterate_tensors(folder), folder=folder)
+
+
+def stored_kind(state: Mapping[str, Any], asked: str, *, source: Path) -> str:
+    """Return where the weights asked for (raw, average, auto) lie in a checkpoint: under "model" or "ema".
+
+    Raises:
+        FactoryError: the average of a run that keeps none.
+    """
+    has_average = any(name.startswith("ema.") for name in state["tensors"])
+    if asked == "average" and not has_average:
+        raise FactoryError(f"{source} holds no average: the run had no train.ema_decay. Use --weights raw.")
+    return "ema" if has_average and asked != "raw" else "model"

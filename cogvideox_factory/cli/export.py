@@ -1,12 +1,14 @@
 """`cogvideox export`: what a run learnt, in the form another program reads, with a card beside it."""
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from cogvideox_factory.errors import FactoryError
+from cogvideox_factory.errors import FactoryError, MissingError
 from cogvideox_factory.metrics import say
 
 if TYPE_CHECKING:
@@ -123,10 +125,31 @@ def _weights_of(source: "Source", ask: Export) -> "Weights":
     from cogvideox_factory.export import Weights, transformer_weights
 
     if source.is_checkpoint:
-        from cogvideox_factory.torch_engine import checkpoint_weights
-
-        return checkpoint_weights.read(source.path, asked=ask.weights, base=ask.base)
+        return _reader_of(source.path)(source.path, asked=ask.weights, base=ask.base)
     return transformer_weights(source.transformer) if source.transformer else Weights(lora=source.lora)
+
+
+def _reader_of(checkpoint: Path) -> Callable[..., "Weights"]:
+    """Return what reads a checkpoint: the engine that wrote it.
+
+    Raises:
+        MissingError: it takes torch, which is not here.
+    """
+    from cogvideox_factory.checkpoints import read_state
+
+    engine = read_state(checkpoint).get("settings", {}).get("engine", "torch")
+    if engine == "mindspore":
+        from cogvideox_factory.mindspore_engine import checkpoint_weights
+
+        return checkpoint_weights.read
+    if find_spec("torch") is None:
+        raise MissingError(
+            f"{checkpoint} is of the PyTorch engine, whose checkpoints take torch to read, and it is not installed "
+            "here. Install: pip install -c constraints.txt -e . Or export the run folder once it is finished."
+        )
+    from cogvideox_factory.torch_engine import checkpoint_weights
+
+    return checkpoint_weights.read
 
 
 def _transformer_of(base: str, settings: dict[str, Any]) -> Path:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from cogvideox_factory import intake, weights
 from cogvideox_factory.checkpoints import STATE, read_state, verify_checkpoint
-from cogvideox_factory.errors import FactoryError, UnfitError
-from cogvideox_factory.export import Weights
+from cogvideox_factory.errors import UnfitError
+from cogvideox_factory.export import Weights, stored_kind
 from cogvideox_factory.lora_files import LoraFile
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.recipe import check
@@ -46,7 +46,7 @@ def read(folder: Path, *, asked: str, base: str | None = None) -> Weights:
     verify_checkpoint(folder)
     state = read_state(folder)
     config = check(state["settings"], source=str(folder / STATE))
-    kind = _kind(state, asked, source=folder)
+    kind = stored_kind(state, asked, source=folder)
     start = weights.resolve_model(
         base or config.model.path, revision=config.model.revision, subfolders=("transformer",)
     )
@@ -58,14 +58,6 @@ def read(folder: Path, *, asked: str, base: str | None = None) -> Weights:
     many = state["layout"]["size"] > 1 and config.train.master_weights == "float32"
     dtype, frozen = "float32" if many else state["identity"]["run.dtype"], intake.transformer_folder(config, start)
     return Weights(config=model, arrays=lambda: _read_transformer(folder, model, frozen, kind=kind, dtype=dtype))
-
-
-def _kind(state: dict[str, Any], asked: str, *, source: Path) -> str:
-    """Return where the weights asked for lie in a checkpoint: under "model" or "ema"."""
-    has_average = any(name.startswith("ema.") for name in state["tensors"])
-    if asked == "average" and not has_average:
-        raise FactoryError(f"{source} holds no average: the run had no train.ema_decay. Use --weights raw.")
-    return "ema" if has_average and asked != "raw" else "model"
 
 
 def _read_lora(folder: Path, model: TransformerConfig, settings: dict[str, Any], *, kind: str) -> LoraFile:

@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")])
 CHINESE = {ROOT / "README.md": ROOT / "README_zh.md"} | {
-    page: page.parent / "zh" / page.name for page in (ROOT / "docs").glob("*.md") if page.name != "faults.md"
+    page: page.parent / "zh" / page.name for page in (ROOT / "docs").glob("*.md") if not page.name.startswith("faults")
 }
-"""Each page and its translation; `faults.md` is written by a program."""
+"""Each page and its translation; `faults.md` and `faults-mindspore.md` are written by a program."""
 ENGLISH = [page for page in PAGES if page not in CHINESE.values()]
 
 _BLOCK = re.compile(

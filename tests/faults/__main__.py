@@ -1,8 +1,9 @@
-"""`python -m tests.faults --tier quick|full [--only F1 F9] [--json FILE] [--markdown FILE]`.
+"""`python -m tests.faults --tier quick|full [--engine mindspore] [--only F1 F9] [--json FILE] [--markdown FILE]`.
 
 Ends in 0 when every trial passed, else 1. The last line is one a program can read. Families that the JSON file already
 holds stay in it, and on the page, until they run again. `--replay F9:NAME` runs the family with the same seed and tier
-and prints that trial alone, with all that its child said.
+and prints that trial alone, with all that its child said. The MindSpore engine has some of the families, and is run
+where it is installed.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: its threads and forks do not go together
 
+from tests.faults import engine
 from tests.faults.families import FAMILIES, SEED, Result, run_family
 from tests.faults.report import Entry, figures, merged, read, to_entry, to_json, to_markdown
 
@@ -21,6 +23,7 @@ def main() -> int:
     """Run the families and write what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--tier", choices=("quick", "full"), default="quick")
+    parser.add_argument("--engine", choices=("torch", "mindspore"), default="torch", help="whose runs are disturbed")
     parser.add_argument("--only", nargs="+", default=[], metavar="FAMILY", choices=[f.id for f in FAMILIES])
     parser.add_argument("--seed", type=int, default=SEED, help="of all that is drawn")
     parser.add_argument("--count", type=int, help="trials of each family, in place of the tier's number")
@@ -28,12 +31,20 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     asked = parser.parse_args()
-    family, _, name = (asked.replay or "").partition(":")
-    chosen = [f for f in FAMILIES if f.id == family or (not family and (not asked.only or f.id in asked.only))]
+    engine.choose(asked.engine)
+    replayed, _, name = (asked.replay or "").partition(":")
+    is_torch = asked.engine == "torch"
+    able = {f.id: f for f in FAMILIES if is_torch or f.in_mindspore}
+    wanted = [replayed] if replayed else asked.only or list(able)
+    if lacking := [name for name in wanted if name not in able]:
+        parser.error(f"--engine {asked.engine} has {', '.join(able)}, not {', '.join(lacking)}")
     entries: list[Entry] = []
-    for family in chosen:
-        result = run_family(family, asked.count or getattr(family, asked.tier), seed=asked.seed)
-        entries.append(to_entry(result, tier="sampled" if asked.count else asked.tier, seed=asked.seed))
+    for family in map(able.__getitem__, wanted):
+        of_tier = getattr(family, asked.tier)
+        count = asked.count or (of_tier if is_torch else min(of_tier, family.in_mindspore))
+        result = run_family(family, count, seed=asked.seed)
+        tier = "sampled" if asked.count else asked.tier
+        entries.append(to_entry(result, tier=tier, seed=asked.seed, engine=asked.engine))
         _say(result, name)
         _write(entries, asked.json, asked.markdown)
     told = figures(entries)

@@ -6,7 +6,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults import artefacts, caches, hostile, launching, lists, media, numbers, preparing, saving, storage
+from tests.faults import (
+    artefacts,
+    caches,
+    commands,
+    hostile,
+    launching,
+    lists,
+    media,
+    numbers,
+    preparing,
+    saving,
+    storage,
+)
 from tests.faults.trial import Trial
 
 SEED = 20261124
@@ -25,16 +37,21 @@ class Family:
     """At least so many trials; some kinds have a natural number of their own."""
     passes: str
     """What a passing verdict took."""
+    in_mindspore: int = 0
+    """Trials of a tier at most in runs of the MindSpore engine; 0: it has no part in them, or lacks what they need."""
 
 
 def _each(*parts: Callable[[int, int, Path], Iterator[Trial]]) -> Callable[[int, int, Path], Iterator[Trial]]:
-    """Return trials of several kinds; the first part's count is for its seven kinds together."""
-    first, *others = parts
+    """Return trials of several kinds.
+
+    The first part's count is for its seven kinds together; whole commands, the last part, take seconds each.
+    """
+    files, of_runs, by_command = parts
 
     def trials(count: int, seed: int, work: Path) -> Iterator[Trial]:
-        yield from first(count, seed, work)
-        for part in others:
-            yield from part(count // 7, seed, work)
+        yield from files(count, seed, work)
+        yield from of_runs(count // 7, seed, work)
+        yield from by_command(count // 28, seed, work)
 
     return trials
 
@@ -46,25 +63,28 @@ FAMILIES = (
            "entry again, leaves no temporary"),
     Family(id="F2", fault="`prepare` killed (SIGKILL) at random times", trials=preparing.killed_at_random, quick=5,
            full=100, passes="as F1"),
-    Family(id="F3", fault="training killed (SIGKILL) at each boundary of a checkpoint's save, 1 and 2 processes",
-           trials=saving.killed_in_saves, quick=12, full=10_000,
+    Family(id="F3", fault="training killed (SIGKILL) at each boundary of a checkpoint's save, in each process",
+           trials=saving.killed_in_saves, quick=12, full=10_000, in_mindspore=10_000,
            passes="every checkpoint under its name is whole, at most one interval is lost, the same command ends in "
            "the same bits and losses, and leaves nothing over"),
     Family(id="F4", fault="training killed (SIGKILL) at random times, again and again", trials=saving.killed_at_random,
            quick=3, full=40, passes="as F3"),
     Family(id="F5", fault="killed in an export (LoRA, all weights; the first, a later one), and in a video's encoding",
-           trials=saving.killed_in_exports, quick=8, full=100,
+           trials=saving.killed_in_exports, quick=8, full=100, in_mindspore=24,
            passes="the old, the new or none under the final name, then as F3"),
     Family(id="F6", fault="disk full: cache, checkpoint, export on disks of 12 sizes", trials=storage.full_disks,
            quick=9, full=36, passes="exit 6, nothing half-written, done when there is room"),
     Family(id="F7", fault="read-only, forbidden, a file in the way, failing calls (EIO, ENOSPC) at boundaries",
            trials=storage.failing_folders, quick=14, full=60, passes="exit 6 with the folder's name, then as F1"),
-    Family(id="F8", fault="each of 7 kinds of cache files and of 6 of a run's cut",
-           trials=_each(caches.cut_files, artefacts.cut_files), quick=35, full=140,
+    Family(id="F8", fault="each of 7 kinds of cache files and of 6 of a run's cut; 7 kinds given to commands",
+           trials=_each(caches.cut_files, artefacts.cut_files, commands.cut_files), quick=35, full=140,
+           in_mindspore=140,
            passes="told by name; in a cache, exactly that entry is made again, to the same bytes; *reported*: a "
-           "changed config.json, which a user may have meant"),
-    Family(id="F9", fault="one bit of each of 7 kinds of cache files and of 6 of a run's flipped",
-           trials=_each(caches.flipped_bits, artefacts.flipped_bits), quick=35, full=700, passes="as F8"),
+           "changed config.json, which a user may have meant, and a checkpoint that is passed over for the one before, "
+           "which ends in the same bits"),
+    Family(id="F9", fault="one bit of each of 7 kinds of cache files and of 6 of a run's flipped; as above",
+           trials=_each(caches.flipped_bits, artefacts.flipped_bits, commands.flipped_bits), quick=35, full=700,
+           in_mindspore=700, passes="as F8"),
     Family(id="F10", fault="entries deleted, swapped, doubled; other lists; each setting changed, one at a time",
            trials=caches.wrong_files, quick=47, full=60,
            passes="told by name; a changed setting is named, and no other"),

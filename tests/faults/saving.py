@@ -5,15 +5,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache as once
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from cogvideox_factory import draws
 from cogvideox_factory.data.export import export_to_video
+from tests.faults import engine
 from tests.faults.boundaries import KILL_AFTER, KILL_BEFORE, Boundaries
 from tests.faults.makers import moving
 from tests.faults.training import (
-    BOTH,
     KILLED,
     LONGER,
     SAVE_EVERY,
@@ -32,8 +33,6 @@ from tests.faults.training import (
 )
 from tests.faults.trial import Child, Outcome, Trial, Verdict, in_child, spread
 
-WAYS: dict[str, dict[str, Any]] = {"": {}, "in the background, ": {"async_checkpoint": True}}
-"""How a checkpoint can be saved: name and settings of `train`."""
 _PEER = 8
 _MOST_KILLS = 5
 
@@ -82,14 +81,13 @@ def killed_in_saves(count: int, seed: int, work: Path) -> Iterator[Trial]:
     """F3: killed before and after each boundary of three saves, the last of which removes a checkpoint."""
     every = [
         (way, size, rank, number, fault)
-        for way, settings in WAYS.items()
-        for size in BOTH
+        for way, settings in engine.ways_to_save().items()
+        for size in engine.sizes()
         for rank, seen in enumerate(boundaries_of(_SAVES, size, **settings))
-        for number in range(len(seen))
-        for fault in (KILL_BEFORE, KILL_AFTER)
+        for number, fault in _places(seen)
     ]
     for way, size, rank, number, fault in spread(every, count):
-        run, settings = empty(work / "run"), WAYS[way]
+        run, settings = empty(work / "run"), engine.ways_to_save()[way]
         breaks = In(rank=rank, function=Boundaries(run, number, fault, among=_SAVES).install)
         outcomes = in_children(size, command, "train", recipe(run, **settings), breaks)
         verdict, detail = _killed_where_asked(outcomes, rank)
@@ -101,12 +99,30 @@ def killed_in_saves(count: int, seed: int, work: Path) -> Iterator[Trial]:
         yield Trial(family="F3", name=name, verdict=verdict, detail=detail, steps_redone=lost)
 
 
+def _places(seen: list[str]) -> list[tuple[int, str]]:
+    """Return where to kill: before and after each boundary.
+
+    Where a process takes seconds to start, of equal ones in a row (an entry's tensors) only before the first, the one
+    in the middle and the last; and after none but a rename or removal, as that is before the next.
+    """
+    if engine.starts_fast():
+        return [(number, fault) for number in range(len(seen)) for fault in (KILL_BEFORE, KILL_AFTER)]
+    places: list[tuple[int, str]] = []
+    for name, run in groupby(range(len(seen)), key=seen.__getitem__):
+        numbers = list(run)
+        places += [(number, KILL_BEFORE) for number in spread(numbers, 3)]
+        if name.startswith(("rename", "remove")):
+            places.append((numbers[-1], KILL_AFTER))
+    return places
+
+
 def after_a_kill(run: Path, size: int, **settings: Any) -> tuple[Verdict, str, int]:
     """Judge a folder whose run was killed, then go on; return the logged steps that were done again, too."""
     want = wanted(size, **settings)
     lost = redone(run)
     verdict, detail = left_intact(run, want)
-    if verdict == Verdict.OK and lost > settings.get("save_every", SAVE_EVERY):
+    settings_of_train = {"save_every": SAVE_EVERY} | engine.run_settings().get("train", {}) | settings
+    if verdict == Verdict.OK and lost > settings_of_train["save_every"]:
         verdict, detail = Verdict.LOST, f"{lost} steps are to be done again"
     if verdict == Verdict.OK:
         verdict, detail = goes_on(run, want, size, **settings)
@@ -116,7 +132,7 @@ def after_a_kill(run: Path, size: int, **settings: Any) -> tuple[Verdict, str, i
 def killed_at_random(count: int, seed: int, work: Path) -> Iterator[Trial]:
     """F4: killed after drawn times, again and again, until it is done."""
     for trial in range(count):
-        size = 2 if trial % 4 == 3 else 1
+        size = max(engine.sizes()) if trial % 4 == 3 else 1
         rng, want, run = draws.generator(seed, "kill training", str(trial)), wanted(size, **LONGER), work / "run"
         empty(run)
         verdict, detail, lost, kills = Verdict.OK, "", 0, []

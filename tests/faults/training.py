@@ -17,6 +17,7 @@ from cogvideox_factory.checkpoints import list_checkpoints, verify_checkpoint
 from cogvideox_factory.supervise import free_port
 from cogvideox_factory.tensors import open_tensors
 from cogvideox_factory.tiny.build import build_tiny_model
+from tests.faults import engine
 from tests.faults.boundaries import Boundaries
 from tests.faults.makers import good_set
 from tests.faults.trial import Child, Outcome, Verdict, folder_of_this_run, in_child
@@ -26,8 +27,6 @@ SAVE_EVERY = 2
 LONGER = {"steps": 12, "save_every": 4}
 """For faults at random times."""
 _PATIENCE_SECONDS = 150.0
-BOTH = (1, 2)
-"""How many processes a run has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,18 +41,21 @@ class Wanted:
     seconds: float
 
 
-def recipe(run: Path, *, method: str = "lora", parallel: dict | None = None, **train: Any) -> Path:
+def recipe(
+    run: Path, *, method: str = "lora", parallel: dict | None = None, cache: Path | None = None, **train: Any
+) -> Path:
     """Write the recipe of a run and return where it lies; without flags nothing but it has to be parsed."""
-    work = bench()
+    work, own = bench(), engine.run_settings()
+    adapter = {"rank": 4, "alpha": 8.0} | own.get("lora", {})
     values = {
-        "model": {"path": str(work / "model")}, "run": {"device": "cpu", "dtype": "float32"},
+        "engine": engine.chosen(), "model": {"path": str(work / "model")}, "run": {"device": "cpu", "dtype": "float32"},
         "data": {"root": str(work / "set"), "num_frames": 9, "height": 64, "width": 64, "fps": 8.0},
-        "cache": {"dir": str(work / "cache")}, "lora": {"rank": 4, "alpha": 8.0} if method == "lora" else {},
+        "cache": {"dir": str(cache or work / "cache")}, "lora": adapter if method == "lora" else {},
         "parallel": {"timeout_seconds": 30.0} | (parallel or {}),
         "train": {
             "dir": str(run), "method": method, "steps": STEPS, "batch_size": 2, "log_every": 1, "learning_rate": 1e-2,
             "save_every": SAVE_EVERY, "keep_checkpoints": 2, "checkpointing": "none", "num_workers": 1,
-        } | train,
+        } | own.get("train", {}) | train,
     }  # fmt: skip
     run.parent.mkdir(parents=True, exist_ok=True)
     path = run.with_name(f"{run.name}.yaml")
@@ -77,26 +79,9 @@ def counted(path: Path, boundaries: Boundaries) -> list[str]:
 
 
 @once
-def warm() -> None:
-    """Import, once and in the parent, what every child would import; no kernel runs here."""
-    import tensorboard.summary.writer.event_file_writer  # noqa: F401
-    import torch
-    import torch.distributed.checkpoint
-    import torch.distributed.fsdp
-    import torch.distributed.launcher.api
-
-    import cogvideox_factory.cli.prepare
-    import cogvideox_factory.torch_engine.prepare
-    import cogvideox_factory.torch_engine.train  # noqa: F401
-    from cogvideox_factory.torch_engine.device import set_determinism
-
-    set_determinism(torch.are_deterministic_algorithms_enabled())  # imports half of torch
-
-
-@once
 def bench() -> Path:
     """Return a folder with a model, a data set and its cache."""
-    warm()
+    engine.warm()
     work = folder_of_this_run("training")
     build_tiny_model(work / "model", "cogvideox1.5-5b")
     good_set(work / "set", 12)
@@ -109,9 +94,20 @@ def bench() -> Path:
 
 def _prepare_recipe(work: Path) -> str:
     return (
+        f"engine: {engine.chosen()}\n"
         f"model: {{path: {work / 'model'}}}\ncache: {{dir: {work / 'cache'}}}\nrun: {{device: cpu, dtype: float32}}\n"
         f"data: {{root: {work / 'set'}, num_frames: 9, height: 64, width: 64, fps: 8.0}}\n"
     )
+
+
+@once
+def finished() -> Path:
+    """Return a folder with a finished run of either method, lora/ and full/."""
+    work = folder_of_this_run("finished")
+    for method in ("lora", "full"):
+        ended = in_child(command, "train", recipe(work / method, method=method), limit=_PATIENCE_SECONDS)
+        assert ended.value == 0, ended.output
+    return work
 
 
 @once

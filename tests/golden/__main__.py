@@ -17,6 +17,7 @@ from cogvideox_factory.torch_engine.lora import add_lora, load_lora_into, lora_a
 from cogvideox_factory.torch_engine.lora_linear import LoraFactors
 from cogvideox_factory.torch_engine.objective import Objective, Scales
 from cogvideox_factory.torch_engine.optim import Update
+from cogvideox_factory.torch_engine.sampling import denoise
 from cogvideox_factory.torch_engine.text_encoder import TextEncoder
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.torch_engine.vae import CogVideoXVAE
@@ -135,6 +136,21 @@ def trainings() -> dict[str, np.ndarray]:
     return made
 
 
+def denoised() -> dict[str, np.ndarray]:
+    """Where each of ten steps of a sampler led."""
+    made = {}
+    for case, variant in cases.DENOISING.items():
+        model, given = transformer_of(variant), cases.denoising_of(case)
+        denoise(
+            model, to_tensor(given.latents), to_tensor(given.prompt_embeds), table=given.table,
+            guidance=given.guidance, negative_embeds=to_tensor(given.negative_embeds),
+            image_latents=None if given.image_latents is None else to_tensor(given.image_latents),
+            step_noise=lambda step, given=given: to_tensor(given.noise(step)),
+        )  # fmt: skip
+        made[case] = np.stack([record(to_array(sample), 128) for sample in given.table.samples])
+    return made
+
+
 def encoded() -> dict[str, np.ndarray]:
     """A sample of every entry that this engine prepares."""
     with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +182,7 @@ def videos() -> dict[str, np.ndarray]:
 def main() -> None:
     files: dict[str, Callable[[], dict[str, np.ndarray]]] = {
         "transformer": transformers, "vae": vaes, "text_encoder": texts, "lora": loras, "training": trainings,
-        "encoded": encoded, "losses": losses, "videos": videos,
+        "denoising": denoised, "encoded": encoded, "losses": losses, "videos": videos,
     }  # fmt: skip
     for name, make in files.items():
         save_tensors(FOLDER / f"{name}.safetensors", make())

@@ -4,11 +4,13 @@ import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from cogvideox_factory import draws
+from cogvideox_factory.diffusion.samplers import SamplerTable, guidance_scales, sampler_table
 from cogvideox_factory.lora_files import LoraFile
 from cogvideox_factory.models import PUBLISHED, TransformerConfig, VaeConfig, tiny_facts
 from cogvideox_factory.tiny.build import build_tiny_model
@@ -68,7 +70,11 @@ class Step:
 
 
 def step_of(case: str, batch: int = 2) -> Step:
-    config = config_of(case)
+    return step_for(config_of(case), batch)
+
+
+def step_for(config: TransformerConfig, batch: int = 2) -> Step:
+    """Return the call of a model with this config."""
     frames = 3 if config.patch_size_t is None else 4
     shape = (batch, frames, config.in_channels, 8, 12)
     return Step(
@@ -134,8 +140,8 @@ def lora_file(case: str) -> LoraFile:
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-TRAININGS = {"t2v lora": "cogvideox-2b", "t2v full": "cogvideox-2b", "i2v lora": "cogvideox1.5-5b-i2v",
-             "i2v full": "cogvideox1.5-5b-i2v"}  # fmt: skip
+TASKS = {"t2v": "cogvideox-2b", "i2v": "cogvideox1.5-5b-i2v"}
+TRAININGS = {f"{task} {method}": variant for task, variant in TASKS.items() for method in ("lora", "full")}
 NUM_STEPS, NUM_MICROS = 10, 2
 OPTIMIZER = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
 MAX_GRAD_NORM = {"lora": 0.015, "full": 0.75}
@@ -174,3 +180,76 @@ def batch_of(variant: str, step: int, micro: int) -> dict[str, np.ndarray]:
             "image_keep": np.array([True, step % 2 == 0]),
         }
     return batch
+
+
+def trained_tolerances(case: str, count: int) -> list[float]:
+    """Return by how much each of `count` trained weights may differ, in the order of names, in parts of its largest.
+
+    The bias of k's norm adds the same to every score of a query, so nothing depends on it where nothing turns k, and
+    hardly anything in channels that turn slowly: its gradient is rounding, and AdamW makes whole steps of that.
+    """
+    if case.endswith("lora"):
+        return [1e-4] * count
+    names = sorted(transformer_shapes(config_of(TRAININGS[case])))
+    return [1e-3 if name.endswith("norm_k.bias") else 1e-4 for name in names]
+
+
+# --- denoising --------------------------------------------------------------------------------------------------------
+
+DENOISING = {f"{task} {sampler}": variant for task, variant in TASKS.items() for sampler in ("ddim", "dpm")}
+NUM_DENOISING_STEPS = 10
+
+
+class Watched:
+    """A sampler's table that remembers where every step led."""
+
+    def __init__(self, table: SamplerTable) -> None:
+        self.timesteps, self.uses_noise, self.samples = table.timesteps, table.uses_noise, []
+        self._step = table.step
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        sample, x0 = self._step(*args, **kwargs)
+        self.samples.append(sample)
+        return sample, x0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Denoising:
+    """What a sampler is given: noise, both prompts, the image's latents where there are some, its table."""
+
+    latents: np.ndarray
+    prompt_embeds: np.ndarray
+    negative_embeds: np.ndarray
+    image_latents: np.ndarray | None
+    table: Watched
+    guidance: list[float]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the latents."""
+        return self.latents.shape
+
+    def noise(self, step: int) -> np.ndarray:
+        """Return what a stochastic sampler draws in a step."""
+        return normal("step noise", step, shape=self.shape)
+
+
+def denoising_of(case: str) -> Denoising:
+    """Return one of `DENOISING`; the second sampler's guidance grows from none."""
+    variant, sampler = DENOISING[case], case.split()[1]
+    config = config_of(variant)
+    frames = 3 if config.patch_size_t is None else 4
+    shape, text = (1, frames, 16, 8, 12), (1, 16, config.text_embed_dim)
+    image = None
+    if config.is_image_to_video:
+        image = np.zeros(shape, np.float32)
+        image[:, :1] = normal("first frame", shape=(1, 1, 16, 8, 12))
+    return Denoising(
+        latents=normal("start", shape=shape), prompt_embeds=normal("wanted", shape=text),
+        negative_embeds=normal("unwanted", shape=text), image_latents=image,
+        table=Watched(sampler_table(sampler, PUBLISHED[variant].scheduler, NUM_DENOISING_STEPS)),
+        guidance=guidance_scales(6.0, NUM_DENOISING_STEPS, dynamic=sampler == "dpm"),
+    )  # fmt: skip

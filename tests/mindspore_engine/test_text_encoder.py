@@ -12,11 +12,11 @@ import numpy as np
 
 from cogvideox_factory.errors import FactoryError, MissingError, UnfitError
 from cogvideox_factory.mindspore_engine.border import to_array
-from cogvideox_factory.mindspore_engine.device import Mode
 from cogvideox_factory.mindspore_engine.text_encoder import TextEncoder
 from cogvideox_factory.tensors import save_tensors
 from cogvideox_factory.weights import load_folder
 from tests.golden import cases, error, golden
+from tests.mindspore_engine import parity
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,13 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("length", cases.TEXT_LENGTHS)
-@pytest.mark.parametrize("mode", [Mode(), Mode(graph=True)], ids=["pynative", "graph"])
+@pytest.mark.parametrize("mode", ["PyNative", "O0"])
 def test_embeddings_are_those_of_transformers(mode, length):
-    encoder = TextEncoder.from_folder(cases.model_folder("cogvideox-2b"), mode=mode)
-    embeds = encoder.encode(cases.CAPTIONS, length)
-    assert embeds.shape == (4, length, encoder.width)
-    assert error(to_array(embeds), golden("text_encoder")[str(length)]) <= 1e-5
+    parity.hold(parity.texts(length, parity.MODES[mode]))
+
+
+def test_so_they_are_in_a_graph_of_level_1():
+    parity.hold(parity.texts(20, parity.MODES["O1"]))
 
 
 def test_float16_is_near_and_weights_are_kept_so():

@@ -11,64 +11,28 @@ import numpy as np
 
 from cogvideox_factory.errors import FactoryError, UnfitError
 from cogvideox_factory.initial_weights import initial_weight
-from cogvideox_factory.mindspore_engine.border import load_parameters, put, to_array, to_tensor
-from cogvideox_factory.mindspore_engine.device import Mode
+from cogvideox_factory.mindspore_engine.border import put, to_array
 from cogvideox_factory.mindspore_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.models import LARGER, tiny_facts
 from cogvideox_factory.tiny.layout import transformer_shapes
 from cogvideox_factory.weights import load_folder
-from tests.golden import cases, error, golden, worst
-
-FORWARD, GRADIENT = 1e-5, 5e-5
-"""Float32, in parts of the largest entry. Seen are 3e-6 and 2e-5, as far as torch's float32 is from float64."""
-
-MODES = {"pynative": Mode(), "O0": Mode(graph=True), "O1": Mode(graph=True, jit_level="O1")}
-
-
-def model_of(case: str) -> CogVideoXTransformer:
-    model = CogVideoXTransformer(cases.config_of(case))
-    load_parameters(model, cases.weights_of(case).items(), source=case)
-    return model
-
-
-def tensors_of(model: CogVideoXTransformer, step: cases.Step) -> tuple:
-    """Return the arguments of the model, and the gradient of its output."""
-    positions = model.positions(**step.shape)
-    latents, prompt, timesteps, grad = map(to_tensor, (step.latents, step.prompt_embeds, step.timesteps, step.grad))
-    ofs = None if step.ofs is None else to_tensor(step.ofs)
-    return (latents, prompt, timesteps, positions.cos, positions.sin, positions.added, ofs), grad
-
-
-def hold_to_golden(case: str, mode: Mode) -> None:
-    model, expected = model_of(case), golden("transformer")
-    args, grad = tensors_of(model, cases.step_of(case))
-    weights = model.trainable_params()
-
-    def run(latents, prompt, timesteps, cos, sin, added, ofs, grad):
-        v = model(latents, prompt, timesteps, cos, sin, added, ofs)
-        return (v * grad).sum(), v
-
-    function = mode.compiled(ms.value_and_grad(run, (0, 1), weights, has_aux=True), of=model)
-    (_, v), (of_inputs, of_weights) = function(*args, grad)
-    assert error(to_array(v), expected[f"{case}/v"]) <= FORWARD
-    assert error(to_array(of_inputs[0]), expected[f"{case}/latents"]) <= GRADIENT
-    assert error(to_array(of_inputs[1]), expected[f"{case}/prompt_embeds"]) <= GRADIENT
-    found = {weight.name: to_array(value) for weight, value in zip(weights, of_weights)}
-    assert worst(found, expected[f"{case}/weights"]) <= GRADIENT
+from tests.golden import cases
+from tests.mindspore_engine import parity
+from tests.mindspore_engine.parity import MODES, model_of, tensors_of
 
 
 @pytest.mark.parametrize("case", [*cases.VARIANTS, cases.LARGER])
 def test_forward_and_gradients_are_those_of_the_other_engine(case):
-    hold_to_golden(case, Mode())
+    parity.hold(parity.transformer(case, MODES["PyNative"]))
 
 
 @pytest.mark.parametrize("case", cases.VARIANTS)
 def test_so_they_are_in_a_graph(case):
-    hold_to_golden(case, MODES["O0"])
+    parity.hold(parity.transformer(case, MODES["O0"]))
 
 
 def test_so_they_are_in_a_graph_of_level_1():
-    hold_to_golden("cogvideox-2b", MODES["O1"])
+    parity.hold(parity.transformer("cogvideox-2b", MODES["O1"]))
 
 
 @pytest.mark.parametrize("case", cases.VARIANTS)

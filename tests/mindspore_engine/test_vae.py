@@ -10,7 +10,6 @@ import mindspore as ms
 import numpy as np
 
 from cogvideox_factory import draws
-from cogvideox_factory.diffusion.frames import num_decoded_frames, num_latent_frames
 from cogvideox_factory.errors import FactoryError, MissingError, UnfitError
 from cogvideox_factory.mindspore_engine.border import load_parameters, to_array, to_tensor
 from cogvideox_factory.mindspore_engine.device import Mode
@@ -22,10 +21,8 @@ from cogvideox_factory.mindspore_engine.vae import (
 )
 from cogvideox_factory.tiny.layout import vae_shapes
 from cogvideox_factory.weights import load_folder
-from tests.golden import cases, error, golden
-
-TOLERANCE = 1e-5
-"""Float32, in parts of the largest entry; seen are 2e-6."""
+from tests.golden import cases
+from tests.mindspore_engine import parity
 
 
 @pytest.fixture(scope="module")
@@ -44,25 +41,18 @@ def compiled_vae() -> CogVideoXVAE:
     return CogVideoXVAE.from_folder(cases.vae_folder(), mode=Mode(graph=True))
 
 
-def hold_to_golden(vae: CogVideoXVAE, case: str, pixels: np.ndarray, latents: np.ndarray) -> None:
-    expected = golden("vae")
-    mean, logvar = vae.encode(to_tensor(pixels))
-    decoded = vae.decode(to_tensor(latents))
-    assert mean.shape[1] == num_latent_frames(pixels.shape[2])
-    assert decoded.shape[2] == num_decoded_frames(latents.shape[1])
-    assert error(to_array(mean), expected[f"{case}/mean"]) <= TOLERANCE
-    assert error(to_array(logvar), expected[f"{case}/logvar"]) <= TOLERANCE
-    assert error(to_array(decoded), expected[f"{case}/pixels"]) <= TOLERANCE
-
-
 @pytest.mark.parametrize("frames", cases.VIDEO_FRAMES)
 def test_every_frame_count(vae, frames):
-    hold_to_golden(vae, str(frames), cases.pixels(frames), cases.latents(num_latent_frames(frames)))
+    parity.hold(parity.frames(vae, frames))
 
 
 @pytest.mark.parametrize("frames", cases.VIDEO_FRAMES)
 def test_every_frame_count_in_graphs(compiled_vae, frames):
-    hold_to_golden(compiled_vae, str(frames), cases.pixels(frames), cases.latents(num_latent_frames(frames)))
+    parity.hold(parity.frames(compiled_vae, frames))
+
+
+def test_so_it_is_in_graphs_of_level_1():
+    parity.hold(parity.frames(CogVideoXVAE.from_folder(cases.vae_folder(), mode=parity.MODES["O1"]), 9))
 
 
 def test_later_frame_batches_share_one_graph(compiled_vae, caplog):
@@ -84,7 +74,7 @@ def test_later_frame_batches_share_one_graph(compiled_vae, caplog):
 def test_tiles(own_vae):
     frames, height, width, tiles = cases.TILED
     own_vae.enable_tiling(**tiles)
-    hold_to_golden(own_vae, "tiled", cases.pixels(frames, height, width, 2), cases.latents(3, 6, 8, 2))
+    parity.hold(parity.videos(own_vae, "tiled", cases.pixels(frames, height, width, 2), cases.latents(3, 6, 8, 2)))
 
 
 def test_small_frames_are_not_tiled_and_tiling_can_be_switched_off(own_vae):
