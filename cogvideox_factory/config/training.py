@@ -78,8 +78,8 @@ class Train(Section):
     kernels for each product, and may choose others in another run."""
     fp8: Literal["none", "rowwise", "tensorwise"] = "none"
     """Make the matrix products of the blocks' linear layers in float8, forward and backward, with a scale for each row
-    (closer) or each matrix (quicker). Weights stay as they are. Needs a card of compute capability 8.9 and bfloat16; a
-    CPU computes the same numbers and gains nothing. Meant for train.compile."""
+    (closer) or for each matrix. Weights stay as they are. Needs a card of compute capability 8.9 and bfloat16; a CPU
+    computes the same numbers and saves no time. Meant for train.compile."""
     checkpointing_layers: Positive | None = None
     """Layers, from the first, that do so; the others keep everything and are faster. Default: all."""
     activation_offload: bool = False
