@@ -206,7 +206,6 @@ _LACKING: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("train", "async_checkpoint", _is_off, "leave it off, or use --engine torch"),
     ("train", "spike_factor", _is_off, "remove it, or use --engine torch"),
     ("lora", "base", lambda value: value == "model", "use model, or --engine torch"),
-    ("validation", "prompts", _is_off, "remove them, and generate from the run afterwards, or use --engine torch"),
     ("generate", "prompt_cache", _is_off, "remove it, or use --engine torch"),
     ("generate", "base", lambda value: value == "model", "use model, or --engine torch"),
     ("generate", "offload", lambda value: value in ("auto", "none"), "leave it at auto, or use --engine torch"),
