@@ -194,7 +194,6 @@ def _is_off(value: object) -> bool:
 # What the MindSpore engine has not got: section, setting, whether it has a value, and what there is instead.
 _LACKING: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("train", "optimizer", lambda value: value in ("adamw", "adam"), "use adamw or adam, or --engine torch"),
-    ("train", "master_weights", lambda value: value == "float32", "use float32, or --engine torch"),
     ("train", "optimizer_offload", _is_off, "leave it off, or use --engine torch"),
     ("train", "activation_offload", _is_off, "leave it off, or use --engine torch"),
     ("train", "swapped_blocks", _is_off, "use 0, or --engine torch"),

@@ -40,7 +40,11 @@ def to_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
 def put(parameter: Parameter, array: np.ndarray) -> None:
     """Write `array` into `parameter` in place, in its dtype, so that compiled graphs see it."""
     assert tuple(array.shape) == tuple(parameter.shape), (parameter.name, array.shape, parameter.shape)
-    ops.assign(parameter, to_tensor(array, parameter.dtype))
+    tensor = to_tensor(array, parameter.dtype)
+    if parameter.dtype == ms.bfloat16:  # which a CPU cannot assign, but copy
+        parameter.copy_(tensor)
+    else:
+        ops.assign(parameter, tensor)
 
 
 def load_parameters(

@@ -1,12 +1,13 @@
 """Updating weights: what happens between the gradients of micro-batches and the next forward pass.
 
 An `Update` accumulates in float32, clips by the global norm, skips a step that is not finite, and lets AdamW work on
-float32 master weights, which it writes back into the model. All state is in parameters that change in place, so both
-halves compile: `add` a micro-batch's gradients, then `step`.
+float32 master weights, which it writes back into the model (or on bfloat16 ones, rounded stochastically). All state is
+in parameters that change in place, so both halves compile: `add` a micro-batch's gradients, then `step`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -15,6 +16,13 @@ from mindspore import Parameter, Tensor, mint, ops
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.mindspore_engine.border import put, to_array, to_tensor
 from cogvideox_factory.mindspore_engine.device import PYNATIVE, Mode
+from cogvideox_factory.mindspore_engine.low_precision import PARTS, RoundingDraws, round_stochastically, uniform
+
+FIRST_LOSS_SCALE, GROWTH_STEPS = 2.0**16, 2000
+"""Of float16: halved after an overflow, doubled after so many good steps in a row."""
+
+
+_COUNTERS = {"num_updates", "num_skipped", "loss_scale", "good_steps"}
 
 
 class Update:
@@ -29,6 +37,8 @@ class Update:
         weight_decay: float,
         max_grad_norm: float,
         decoupled: bool = True,
+        scales_loss: bool = False,
+        rounding_seed: int | None = None,
         mode: Mode = PYNATIVE,
     ) -> None:
         """Make all state.
@@ -40,6 +50,9 @@ class Update:
             weight_decay: decoupled (AdamW, Loshchilov & Hutter, arXiv 1711.05101), or added to the gradient (Adam).
             max_grad_norm: to which the norm of all gradients together is clipped.
             decoupled: which of the two.
+            scales_loss: whether gradients are of the loss times `loss_scale`, so that float16 can hold them.
+            rounding_seed: of bfloat16 weights that are their own masters, with moments in bfloat16, all rounded
+                stochastically; None: float32 masters.
             mode: how `step` runs.
 
         Raises:
@@ -49,19 +62,28 @@ class Update:
         if not self.trained:
             raise FactoryError("no weight is to be trained; check train.method and lora.target_modules.")
         self.max_grad_norm = max_grad_norm
-        self.masters = [p if p.dtype == ms.float32 else _state(p, "master", to_array(p)) for p in self.trained]
+        self.scales_loss = scales_loss
+        self.draws = None
+        if rounding_seed is not None:
+            self.draws = RoundingDraws([p.shape for p in self.trained], seed=rounding_seed)
+        own = ms.float32 if self.draws is None else ms.bfloat16
+        self.masters = [p if p.dtype == own else _state(p, "master", to_array(p)) for p in self.trained]
         self.sums = [_state(p, "sum") for p in self.trained]
-        self.exp_avg = [_state(p, "exp_avg") for p in self.trained]
-        self.exp_avg_sq = [_state(p, "exp_avg_sq") for p in self.trained]
-        self.num_updates = Parameter(Tensor(np.float32(0)), name="optimizer.num_updates", requires_grad=False)
-        self.num_skipped = Parameter(Tensor(np.float32(0)), name="optimizer.num_skipped", requires_grad=False)
+        self.exp_avg = [_state(p, "exp_avg", dtype=own) for p in self.trained]
+        self.exp_avg_sq = [_state(p, "exp_avg_sq", dtype=own) for p in self.trained]
+        self.num_steps = 0
+        """With those that were skipped."""
+        self.loss_scale = _scalar("loss_scale", FIRST_LOSS_SCALE if scales_loss else 1.0)
+        self.good_steps = _scalar("good_steps")
+        self.num_updates, self.num_skipped = _scalar("num_updates"), _scalar("num_skipped")
         self._trained, self._masters, self._sums, self._exp_avg, self._exp_avg_sq = map(
             ms.ParameterTuple, (self.trained, self.masters, self.sums, self.exp_avg, self.exp_avg_sq)
         )
         self._has_copies = any(master is not weight for weight, master in zip(self.trained, self.masters))
         decays = (weight_decay, 0.0) if decoupled else (0.0, weight_decay)
         self._numbers = tuple(to_tensor(np.array(x, np.float32)) for x in (*betas, eps, *decays))
-        self._step: Callable[[Tensor], Tensor] = mode.compiled(self._update)
+        self._keys = tuple(to_tensor(PARTS * n + np.arange(PARTS)) for n in range(len(self.trained)))
+        self._step: Callable[..., Tensor] = mode.compiled(self._update)
 
     def add(self, grads: Sequence[Tensor]) -> None:
         """Add the gradients of one micro-batch, one for each trained parameter; compiles within another function."""
@@ -72,11 +94,13 @@ class Update:
 
         A step whose norm is not finite leaves weights and state as they are and is counted in `num_skipped`.
         """
-        return self._step(to_tensor(np.array(learning_rate, np.float32)))
+        self.num_steps += 1
+        draws = () if self.draws is None else self.draws.of(self.num_steps)
+        return self._step(to_tensor(np.array(learning_rate, np.float32)), *draws)
 
     def weight_norm(self) -> float:
         """Return the norm of the trained weights (this waits for the device)."""
-        return float(sum(float(master.square().sum()) for master in self.masters)) ** 0.5
+        return float(sum(float(master.astype(ms.float32).square().sum()) for master in self.masters)) ** 0.5
 
     def tensors(self) -> dict[str, Parameter]:
         """Return all state of the model's size by checkpoint name: weights and moments."""
@@ -88,32 +112,53 @@ class Update:
 
     def scalars(self) -> dict[str, float]:
         """Return the counters (this waits for the device)."""
-        return {"num_updates": float(self.num_updates), "num_skipped": float(self.num_skipped)}
+        return {name: float(getattr(self, name)) for name in sorted(_COUNTERS)}
 
     def restore(self, scalars: Mapping[str, float]) -> None:
         """Take over the counters and copy the (already loaded) masters into the model."""
-        put(self.num_updates, np.array(scalars["num_updates"], np.float32))
-        put(self.num_skipped, np.array(scalars["num_skipped"], np.float32))
+        for name in _COUNTERS & scalars.keys():  # those of before this engine knew float16 have no scale
+            put(getattr(self, name), np.array(scalars[name], np.float32))
+        self.num_steps = int(scalars["num_updates"] + scalars["num_skipped"])
         for weight, master in zip(self.trained, self.masters):
             if master is not weight:
                 ops.assign(weight, master.astype(weight.dtype))
 
-    def _update(self, learning_rate: Tensor) -> Tensor:
-        norm = ops.sqrt(ops.addn(_map(_squared, self._sums)))
+    def _update(
+        self, learning_rate: Tensor, rows: Tensor | None = None, columns: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        norm = ops.sqrt(ops.addn(_map(_squared, self._sums))) / self.loss_scale
         accepted = ops.isfinite(norm)
-        factor = mint.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
+        factor = mint.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0) / self.loss_scale
         count = self.num_updates + accepted.astype(ms.float32)
         beta1, beta2, eps, decay, grad_decay = self._numbers
-        update_one = ops.partial(  # one by one: a graph cannot unpack into this
-            _updated, beta1, beta2, eps, decay, grad_decay, learning_rate, factor, 1 - ops.pow(beta1, count),
-            1 - ops.pow(beta2, count), accepted,
-        )  # fmt: skip
-        _map(update_one, self._masters, self._exp_avg, self._exp_avg_sq, self._sums)
+        corrections = 1 - ops.pow(beta1, count), 1 - ops.pow(beta2, count)
+        if rows is None:
+            update_one = ops.partial(  # one by one: a graph cannot unpack into this
+                _updated, beta1, beta2, eps, decay, grad_decay, learning_rate, factor, corrections[0], corrections[1],
+                accepted,
+            )  # fmt: skip
+            _map(update_one, self._masters, self._exp_avg, self._exp_avg_sq, self._sums)
+        else:
+            round_one = ops.partial(
+                _rounded, beta1, beta2, eps, decay, grad_decay, learning_rate, factor, corrections[0], corrections[1],
+                accepted, rows, columns, keys,
+            )  # fmt: skip
+            _map(round_one, self._masters, self._exp_avg, self._exp_avg_sq, self._sums, self._keys)
         if self._has_copies:
             _map(_copied, self._trained, self._masters)
         ops.assign(self.num_updates, count)
         ops.assign_add(self.num_skipped, 1 - accepted.astype(ms.float32))
+        if self.scales_loss:
+            self._move_loss_scale(accepted.astype(ms.float32))
         return norm
+
+    def _move_loss_scale(self, good: Tensor) -> None:
+        """Halve after an overflow (`good` is 0), double after many good steps."""
+        count = (self.good_steps + 1) * good
+        doubles = (count >= GROWTH_STEPS).astype(ms.float32)
+        ops.assign(self.loss_scale, self.loss_scale * (good * (1 + doubles) + (1 - good) * 0.5))
+        ops.assign(self.good_steps, count * (1 - doubles))
 
 
 # What is done to each weight. A graph of a Python loop over hundreds of weights would be too deep to compile; a map is
@@ -122,6 +167,7 @@ _map = ops.HyperMap()
 _added = ops.MultitypeFuncGraph("added")
 _squared = ops.MultitypeFuncGraph("squared")
 _updated = ops.MultitypeFuncGraph("updated")
+_rounded = ops.MultitypeFuncGraph("rounded")
 _copied = ops.MultitypeFuncGraph("copied")
 
 
@@ -141,15 +187,52 @@ def _update_one(
     factor: Tensor, first_correction: Tensor, second_correction: Tensor, accepted: Tensor,
     master: Tensor, first: Tensor, second: Tensor, total: Tensor,
 ) -> Tensor:  # fmt: skip
+    new, new_first, new_second = _adam(
+        beta1, beta2, eps, decay, grad_decay, learning_rate, factor, first_correction, second_correction, master,
+        first, second, total,
+    )  # fmt: skip
+    ops.assign(first, mint.where(accepted, new_first, first))
+    ops.assign(second, mint.where(accepted, new_second, second))
+    ops.assign(master, mint.where(accepted, new, master))
+    return ops.assign(total, ops.zeros_like(total))
+
+
+@_rounded.register(*["Tensor"] * 18)
+def _round_one(
+    beta1: Tensor, beta2: Tensor, eps: Tensor, decay: Tensor, grad_decay: Tensor, learning_rate: Tensor,
+    factor: Tensor, first_correction: Tensor, second_correction: Tensor, accepted: Tensor,
+    rows: Tensor, columns: Tensor, keys: Tensor,
+    master: Tensor, first: Tensor, second: Tensor, total: Tensor, own: Tensor,
+) -> Tensor:  # fmt: skip
+    old = master.astype(ms.float32), first.astype(ms.float32), second.astype(ms.float32)
+    new = _adam(
+        beta1, beta2, eps, decay, grad_decay, learning_rate, factor, first_correction, second_correction, old[0],
+        old[1], old[2], total,
+    )  # fmt: skip
+    shape, key = master.shape, ops.gather(keys, own, 0)
+    master.copy_(_kept(new[0], old[0], accepted, uniform(rows, columns, key[0], shape)))
+    first.copy_(_kept(new[1], old[1], accepted, uniform(rows, columns, key[1], shape)))
+    second.copy_(_kept(new[2], old[2], accepted, uniform(rows, columns, key[2], shape)))
+    return ops.assign(total, ops.zeros_like(total))
+
+
+def _kept(new: Tensor, old: Tensor, accepted: Tensor, draws: Tensor) -> Tensor:
+    """Return `new` rounded to bfloat16, or `old`, which is."""
+    return mint.where(accepted, round_stochastically(new, draws), old).astype(ms.bfloat16)
+
+
+def _adam(
+    beta1: Tensor, beta2: Tensor, eps: Tensor, decay: Tensor, grad_decay: Tensor, learning_rate: Tensor,
+    factor: Tensor, first_correction: Tensor, second_correction: Tensor,
+    master: Tensor, first: Tensor, second: Tensor, total: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the new weight and its new moments, all float32."""
     grad = total * factor + grad_decay * master
     new_first = first + (grad - first) * (1 - beta1)
     new_second = second * beta2 + grad.square() * (1 - beta2)
     denominator = ops.sqrt(new_second) / ops.sqrt(second_correction) + eps
     new = master * (1 - learning_rate * decay) - learning_rate / first_correction * (new_first / denominator)
-    ops.assign(first, mint.where(accepted, new_first, first))
-    ops.assign(second, mint.where(accepted, new_second, second))
-    ops.assign(master, mint.where(accepted, new, master))
-    return ops.assign(total, ops.zeros_like(total))
+    return new, new_first, new_second
 
 
 @_copied.register("Tensor", "Tensor")
@@ -172,7 +255,7 @@ class Ema:
         """Move the averages towards the weights after update number `step`."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         for average, master in zip(self.averages, self._update.masters):
-            ops.assign_add(average, (master - average) * weight)
+            ops.assign_add(average, (master.astype(ms.float32) - average) * weight)
 
     def tensors(self) -> dict[str, Parameter]:
         """Return the averages by checkpoint name."""
@@ -191,7 +274,12 @@ class Ema:
                 put(weight, array)
 
 
-def _state(parameter: Parameter, kind: str, values: np.ndarray | None = None) -> Parameter:
-    """Return float32 state of a weight, zeros unless it has `values`."""
-    array = np.zeros(parameter.shape, np.float32) if values is None else values.astype(np.float32)
-    return Parameter(Tensor(array), name=f"optimizer.{kind}.{parameter.name}", requires_grad=False)
+def _state(parameter: Parameter, kind: str, values: np.ndarray | None = None, *, dtype: Any = ms.float32) -> Parameter:
+    """Return state of a weight, zeros unless it has `values`."""
+    array = np.zeros(parameter.shape) if values is None else values
+    tensor = to_tensor(array.astype(np.float32), dtype)
+    return Parameter(tensor, name=f"optimizer.{kind}.{parameter.name}", requires_grad=False)
+
+
+def _scalar(name: str, value: float = 0.0) -> Parameter:
+    return Parameter(Tensor(np.float32(value)), name=f"optimizer.{name}", requires_grad=False)
