@@ -4,6 +4,7 @@ The cache is drawn, not encoded, so that its bytes are the same whatever compute
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cogvideox_factory import preparation
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.export import export_to_video
 from cogvideox_factory.data.reasons import ClipError
+from cogvideox_factory.diffusion.frames import num_latent_frames
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.recipe import check
 from cogvideox_factory.tensors import open_tensors
@@ -21,12 +23,16 @@ from tests.golden import FOLDER, cases
 
 RUNS = {"t2v lora": "cogvideox-2b", "i2v full": "cogvideox1.5-5b-i2v"}
 NUM_STEPS = 50
+SHAPES = [(17, 64, 96)] * 2 + [(9, 64, 64)] * 3 + [(9, 64, 96)] * 3
+"""Frames, height and width of clips for runs of several shapes."""
+BUCKETED = {"t2v lora": "cache", "i2v full": "raw clips"}
+"""Where each of those takes its clips from."""
 PROMPT = "a red circle moves left"
 LORAS = {engine: FOLDER / f"lora-{engine}.safetensors" for engine in ("torch", "mindspore")}
 """What one engine trained in the first of `RUNS`."""
 
 
-def recipe(case: str, folder: Path, **more: dict[str, Any]) -> Config:
+def recipe(case: str, folder: Path, shapes: Sequence[tuple[int, int, int]] = [(9, 64, 96)] * 4, **more: Any) -> Config:
     """Return the settings of a run in `folder`, where its clips and its cache are made if they are not there."""
     task, method = case.split()
     sections: dict[str, Any] = {
@@ -49,10 +55,18 @@ def recipe(case: str, folder: Path, **more: dict[str, Any]) -> Config:
     values = {key: value | more.get(key, {}) if isinstance(value, dict) else value for key, value in sections.items()}
     config = check(more | values, source="test")
     if not (folder / "clips").exists():
-        _make_clips(folder / "clips")
+        _make_clips(folder / "clips", shapes)
     if not (folder / "cache" / "cache.json").exists():
-        preparation.run(check(sections, source="test"), Drawn)
+        preparation.run(check(sections | {"data": values["data"]}, source="test"), Drawn)
     return config
+
+
+def bucketed(case: str, folder: Path, **more: Any) -> Config:
+    """Return the settings of a short run of several shapes."""
+    data = {"num_frames": 17, "buckets": "auto"}
+    train = {"steps": 8, "batch_size": 1, "schedule": "constant", "warmup_steps": 0} | more.pop("train", {})
+    cache = {"dir": None} if BUCKETED[case] == "raw clips" else {}
+    return recipe(case, folder, SHAPES, data=data, train=train, cache=cache, **more)
 
 
 def request(variant: str, out: Path, **more: Any) -> Config:
@@ -109,10 +123,12 @@ class Drawn:
         for caption in work.captions:
             cache.write_caption(caption, cases.normal("caption", caption, shape=(16, 32)))
         for clip in work.clips:
-            mean, logvar = (cases.normal(name, clip.footage, shape=(3, 16, 8, 12)) for name in ("mean", "logvar"))
+            assert clip.spec is not None
+            frames, size = num_latent_frames(clip.spec.num_frames), (16, clip.spec.height // 8, clip.spec.width // 8)
+            mean, logvar = (cases.normal(name, clip.footage, shape=(frames, *size)) for name in ("mean", "logvar"))
             image = {}
             if count:
-                drawn = (cases.normal(name, clip.footage, shape=(count, 16, 8, 12)) for name in ("image", "spread"))
+                drawn = (cases.normal(name, clip.footage, shape=(count, *size)) for name in ("image", "spread"))
                 image = dict(zip(("image_mean", "image_logvar"), drawn), image_sigmas=[0.0] + [0.05] * (count - 1))
             cache.write_clip(clip, mean=mean, logvar=logvar - 4, **image, crop={})
         return {}
@@ -140,8 +156,8 @@ def seen(frames: Path) -> np.ndarray:
     return np.load(frames)[:, ::8, ::8].copy()
 
 
-def _make_clips(folder: Path) -> None:
-    for index in range(4):
-        video = render(random_scene(1, index), num_frames=9, height=64, width=96, fps=8)
+def _make_clips(folder: Path, shapes: Sequence[tuple[int, int, int]]) -> None:
+    for index, (num_frames, height, width) in enumerate(shapes):
+        video = render(random_scene(1, index), num_frames=num_frames, height=height, width=width, fps=8)
         export_to_video(video, folder / f"{index}.mp4", fps=8)
         (folder / f"{index}.txt").write_text(f"a caption {index % 3}")
