@@ -205,7 +205,6 @@ _LACKING: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("train", "async_checkpoint", _is_off, "leave it off, or use --engine torch"),
     ("train", "spike_factor", _is_off, "remove it, or use --engine torch"),
     ("lora", "base", lambda value: value == "model", "use model, or --engine torch"),
-    ("generate", "prompt_cache", _is_off, "remove it, or use --engine torch"),
     ("generate", "base", lambda value: value == "model", "use model, or --engine torch"),
     ("generate", "offload", lambda value: value in ("auto", "none"), "leave it at auto, or use --engine torch"),
     ("generate", "compile", lambda value: value == "none", "it is torch.compile; --mindspore.mode 0 compiles here"),
