@@ -13,6 +13,7 @@ import numpy as np
 from cogvideox_factory import preparation
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.export import export_to_video
+from cogvideox_factory.data.picture import write_png
 from cogvideox_factory.data.reasons import ClipError
 from cogvideox_factory.diffusion.frames import num_latent_frames
 from cogvideox_factory.models import TransformerConfig
@@ -86,7 +87,10 @@ def request(variant: str, out: Path, **more: Any) -> Config:
 VIDEOS: dict[str, dict[str, Any]] = {
     "t2v ddim lora": {"variant": "cogvideox-2b", "sampling": {"sampler": "ddim"}},
     "i2v dpm": {"variant": "cogvideox1.5-5b-i2v", "sampling": {"sampler": "dpm", "dynamic_guidance": True}},
+    "t2v anew": {"variant": "cogvideox-5b", "sampling": {"guidance_scale": 1.0}},
+    "i2v further": {"variant": "cogvideox-5b-i2v", "sampling": {"sampler": "ddim"}},
 }
+"""The last two are made of a video, and go on with one."""
 
 
 def video_request(case: str, folder: Path, **more: Any) -> Config:
@@ -95,13 +99,14 @@ def video_request(case: str, folder: Path, **more: Any) -> Config:
     given: dict[str, Any] = {"format": "npy"}
     if case.endswith("lora"):
         given["lora"] = [str(LORAS["torch"])]
-    if "i2v" in case:
-        image = folder / "image.png"
-        if not image.exists():
-            from cogvideox_factory.data.picture import write_png
-
-            write_png(image, render(random_scene(2, 0), num_frames=1, height=64, width=96, fps=8)[0])
-        given["image"] = [str(image)]
+    if case == "i2v dpm":
+        given["image"] = [str(folder / "image.png")]
+        if not (folder / "image.png").exists():
+            write_png(folder / "image.png", render(random_scene(2, 0), num_frames=1, height=64, width=96, fps=8)[0])
+    if case in ("t2v anew", "i2v further"):
+        frames = render(random_scene(2, 1), num_frames=9, height=64, width=96, fps=8)
+        source = [str(export_to_video(frames, folder / "source.mp4", fps=8))]
+        given |= {"fps": 8.0} | ({"video": source, "strength": 0.5} if case == "t2v anew" else {"extend": source})
     given |= more.pop("generate", {})
     return request(ask.pop("variant"), folder / "video.npy", generate=given, **ask, **more)
 
