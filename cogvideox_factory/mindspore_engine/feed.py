@@ -31,7 +31,8 @@ class Frozen:
 def load_frozen(plan: Plan, source: CacheSource | RawSource) -> Frozen:
     """Load VAE and text encoder where raw clips or sample videos need them, and encode all text that fits."""
     config, machine = plan.config, plan.machine
-    prompts, raw = config.validation.prompts, isinstance(source, RawSource)
+    prompts = config.validation.prompts
+    raw = isinstance(source, RawSource)
     if not raw and not prompts:
         return Frozen(encoder=None, vae=None, prompt_embeds=[])
     text_encoder = TextEncoder.from_folder(plan.folder, dtype=machine.dtype, mode=machine.mode)
