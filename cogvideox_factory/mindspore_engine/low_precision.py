@@ -46,7 +46,7 @@ class RoundingDraws:
 def uniform(rows: Tensor, columns: Tensor, key: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the draws of one part of a weight: float32 of `shape` in [0, 1), in steps of 2^-16.
 
-    `key` [1] is the weight's and part's own draw.
+    `key` is the one number of this weight and part.
     """
     num_columns = prod(shape[1:])
     bits = ops.bitwise_xor(ops.bitwise_xor(rows[: shape[0], None], columns[None, :num_columns]), key)

@@ -21,7 +21,6 @@ from cogvideox_factory.mindspore_engine.low_precision import PARTS, RoundingDraw
 FIRST_LOSS_SCALE, GROWTH_STEPS = 2.0**16, 2000
 """Of float16: halved after an overflow, doubled after so many good steps in a row."""
 
-
 _COUNTERS = {"num_updates", "num_skipped", "loss_scale", "good_steps"}
 
 
