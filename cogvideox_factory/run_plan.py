@@ -13,6 +13,7 @@ from cogvideox_factory.config import Config
 from cogvideox_factory.data.auto_buckets import balanced_batches, step_cost
 from cogvideox_factory.data.buckets import Bucket, read_buckets
 from cogvideox_factory.data.cache_index import is_imported, open_cache, recorded_dtype
+from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.loader import NUM_TRAIN_TIMESTEPS, CacheSource, Draws, RawSource
 from cogvideox_factory.data.memo import Memo
 from cogvideox_factory.errors import FactoryError
@@ -83,6 +84,22 @@ def complete(config: Config, model: TransformerConfig, shape: ClipShape) -> Conf
             "text": config.text.model_copy(update={"max_sequence_length": intake.text_length(config, model)}),
         }
     )
+
+
+def check_sample_images(plan: RunPlan) -> None:
+    """See that the prompts of sample videos have the images they need, and that these can be read.
+
+    Raises:
+        FactoryError: another number of them than of prompts.
+        DataError: one that cannot be read.
+    """
+    images, prompts = plan.config.validation.images, plan.config.validation.prompts
+    if plan.config.task == "i2v" and prompts and len(images) != len(prompts):
+        raise FactoryError(
+            f"task=i2v: {len(prompts)} validation.prompts need as many validation.images, not {len(images)}"
+        )
+    for image in images:
+        read_image(Path(image), plan.shape.height, plan.shape.width)
 
 
 def num_tokens(plan: RunPlan, bucket: Bucket) -> int:

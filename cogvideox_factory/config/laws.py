@@ -185,6 +185,11 @@ def lacking_in_mindspore(config: "Config", sections: Collection[str]) -> list[st
             for field in ("ring", "guidance", "replicas")
             if (value := getattr(config.parallel, field)) != getattr(default, field)
         ]
+        if "train" in sections and config.train.master_weights == "stochastic_bf16" and config.parallel.zero:
+            problems.append(
+                f"train.master_weights=stochastic_bf16 with parallel.zero={config.parallel.zero}: the MindSpore engine "
+                "rounds whole weights only; use parallel.zero=0, float32 master weights, or --engine torch"
+            )
     return problems
 
 
@@ -199,7 +204,6 @@ def _is_off(value: object) -> bool:
 # What the MindSpore engine has not got: section, setting, whether it has a value, and what there is instead.
 _LACKING: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("train", "optimizer", lambda value: value in ("adamw", "adam"), "use adamw or adam, or --engine torch"),
-    ("train", "master_weights", lambda value: value == "float32", "use float32, or --engine torch"),
     ("train", "optimizer_offload", _is_off, "leave it off, or use --engine torch"),
     ("train", "activation_offload", _is_off, "leave it off, or use --engine torch"),
     ("train", "swapped_blocks", _is_off, "use 0, or --engine torch"),
@@ -212,8 +216,6 @@ _LACKING: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("train", "async_checkpoint", _is_off, "leave it off, or use --engine torch"),
     ("train", "spike_factor", _is_off, "remove it, or use --engine torch"),
     ("lora", "base", lambda value: value == "model", "use model, or --engine torch"),
-    ("validation", "prompts", _is_off, "remove them, and generate from the run afterwards, or use --engine torch"),
-    ("generate", "prompt_cache", _is_off, "remove it, or use --engine torch"),
     ("generate", "base", lambda value: value == "model", "use model, or --engine torch"),
     ("generate", "offload", lambda value: value in ("auto", "none"), "leave it at auto, or use --engine torch"),
     ("generate", "compile", lambda value: value == "none", "it is torch.compile; --mindspore.mode 0 compiles here"),

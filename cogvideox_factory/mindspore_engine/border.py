@@ -42,7 +42,15 @@ def to_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
 def put(parameter: Parameter, array: np.ndarray) -> None:
     """Write `array` into `parameter` in place, in its dtype, so that compiled graphs see it."""
     assert tuple(array.shape) == tuple(parameter.shape), (parameter.name, array.shape, parameter.shape)
-    ops.assign(parameter, to_tensor(array, parameter.dtype))
+    put_tensor(parameter, to_tensor(array))
+
+
+def put_tensor(parameter: Parameter, tensor: Tensor) -> None:
+    """Write a `tensor` of its shape into `parameter` in place, in its dtype."""
+    if parameter.dtype == ms.bfloat16:  # which a CPU cannot assign, but copy
+        parameter.copy_(tensor.astype(parameter.dtype))
+    else:
+        ops.assign(parameter, tensor.astype(parameter.dtype))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -54,7 +54,7 @@ def _write_shard(file: Path, tensors: State, arrays: Iterator[tuple[str, np.ndar
             assert made == name, (made, name)
             return array
 
-        return Deferred(shape=shape, dtype=np.dtype(np.float32), make=make)
+        return Deferred(shape=shape, dtype=tensors.dtype(name), make=make)
 
     save_tensors(file, {name: deferred(name, shape) for name, shape in tensors.shapes.items()}, seal=False)
     sync_file(file)

@@ -19,9 +19,9 @@ from cogvideox_factory.metrics import duration, progress_bar, say, speaking
 from cogvideox_factory.mindspore_engine import lora
 from cogvideox_factory.mindspore_engine.device import versions
 from cogvideox_factory.mindspore_engine.pipeline import CogVideoXPipeline
+from cogvideox_factory.mindspore_engine.prompts import encode_prompts
 from cogvideox_factory.mindspore_engine.ranks import Ranks
 from cogvideox_factory.mindspore_engine.start import Machine, take_machine
-from cogvideox_factory.mindspore_engine.text_encoder import TextEncoder
 from cogvideox_factory.models import TransformerConfig
 from cogvideox_factory.shapes import ClipShape, check_task, clip_shape
 from cogvideox_factory.tiny.layout import transformer_shapes
@@ -50,7 +50,11 @@ def run(config: Config) -> list[Path]:
         planned = ranks.from_lead(lambda: _plan(config, transformer, shape, machine, jobs))
         left = [(jobs[number], record) for number, record in planned]
         if left:
-            embeds = _encode(config, folder, [job.prompt for job, _ in left], transformer, machine)
+            embeds = encode_prompts(
+                [config.sampling.negative_prompt, *(job.prompt for job, _ in left)], folder,
+                length=intake.text_length(config, transformer), machine=machine,
+                cache=Path(ask.prompt_cache) if ask.prompt_cache else None,
+            )  # fmt: skip
             pipe = _load(config, folder, transformer, machine)
             say(
                 f"{len(left)} video(s) of {shape.num_frames} frames {shape.height}x{shape.width} at {shape.fps:g} fps, "
@@ -90,16 +94,6 @@ def _plan(
         versions=versions(),
     )  # fmt: skip
     return [(jobs.index(job), record) for job, record in left]
-
-
-def _encode(
-    config: Config, folder: Path, prompts: list[str], transformer: TransformerConfig, machine: Machine
-) -> dict[str, Tensor]:
-    """Return the embeddings [1, S, E] of the negative prompt and of `prompts`; the encoder is gone afterwards."""
-    length = intake.text_length(config, transformer)
-    encoder = TextEncoder.from_folder(folder, dtype=machine.dtype, mode=machine.mode)
-    texts = dict.fromkeys([config.sampling.negative_prompt, *prompts])
-    return {text: encoder.encode([text], length) for text in texts}
 
 
 def _load(config: Config, folder: Path, transformer: TransformerConfig, machine: Machine) -> CogVideoXPipeline:

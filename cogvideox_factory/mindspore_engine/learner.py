@@ -39,20 +39,22 @@ class Learner:
         """
         self.objective, self.update = objective, update
         num_shares = num_micros * num_data_ranks
+        # Of an object in a closure the compiler forgets what it is when a second shape comes; not of its methods.
+        losses_of, add, loss_scale = objective.losses, update.add, update.loss_scale
 
         def mean_loss(*arguments):
-            losses = objective.losses(*arguments)
-            return losses.mean() / num_shares, losses
+            losses = losses_of(*arguments)
+            return losses.mean() * loss_scale / num_shares, losses
 
         gradients = ms.value_and_grad(mean_loss, None, ms.ParameterTuple(update.trained), has_aux=True)
 
         def micro(*arguments):
             values, grads = gradients(*arguments)
-            update.add(grads)
+            add(grads)
             return values[1]
 
         def losses(*arguments):
-            return objective.losses(*arguments)
+            return losses_of(*arguments)
 
         self._losses = mode.compiled(losses, of=objective.transformer)
         self._micro = mode.compiled(micro, of=objective.transformer)
@@ -77,6 +79,8 @@ def load_transformer(plan: Plan) -> CogVideoXTransformer:
     """
     config, machine = plan.config, plan.machine
     dtype, shards = machine.precision.weights, machine.shards
+    if config.train.master_weights == "stochastic_bf16":
+        dtype = ms.bfloat16
     if plan.is_random:
         with weights_in(dtype, shards):
             transformer = CogVideoXTransformer(plan.model)
@@ -115,6 +119,8 @@ def make_learner(plan: Plan, transformer: CogVideoXTransformer) -> Learner:
     update = Update(
         transformer.trainable_params(), betas=(train.beta1, train.beta2), eps=train.epsilon,
         weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm, decoupled=train.optimizer == "adamw",
+        scales_loss=plan.machine.dtype == ms.float16,
+        rounding_seed=plan.config.run.seed if train.master_weights == "stochastic_bf16" else None,
         ranks=ranks, mode=plan.machine.mode,
     )  # fmt: skip
     return Learner(

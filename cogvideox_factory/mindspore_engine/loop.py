@@ -191,6 +191,8 @@ class Loop:
             "epoch": self.sampler.epochs(step), "weight_norm": weight_norm, "memory_gib": peak_memory() / 2**30,
             "host_memory_gib": resident_memory() / 2**30, "skipped": float(update.num_skipped),
         }  # fmt: skip
+        if update.scales_loss:
+            values["loss_scale"] = float(update.loss_scale)
         log.write(step, values)
         if samples:
             samples.write(sample_rows(steps, self.log_samples))
@@ -199,7 +201,7 @@ class Loop:
             f"lr {values['learning_rate']:.3g}  {seconds:.3g} s/step  {values['tokens_per_second']:.3g} tokens/s  "
             f"{values['memory_gib']:.2f} GiB  left {duration(seconds * (self.num_steps - step))}"
         )
-        self._answer(bad_among(steps, loss_scale=None), quarantine)
+        self._answer(bad_among(steps, loss_scale=values.get("loss_scale")), quarantine)
         _require_sound(steps, weight_norm)
 
     def _answer(self, found: Sequence[BadStep], quarantine: StepRows | None) -> None:

@@ -18,6 +18,7 @@ from math import prod
 from typing import Any
 
 import mindspore as ms
+import ml_dtypes
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
@@ -169,13 +170,18 @@ class State:
         self.shapes: dict[str, tuple[int, ...]] = {
             f"{kind}.{name}": shape for kind in kinds for slot in self._slots for name, shape in slot.shapes.items()
         }
-        """Of whole tensors, all float32, by name and in the order of names."""
+        """Of whole tensors, by name and in the order of names."""
         self.shapes = dict(sorted(self.shapes.items()))
 
     @property
     def num_bytes(self) -> int:
         """Of all together."""
-        return sum(4 * prod(shape) for shape in self.shapes.values())
+        return sum(self.dtype(name).itemsize * prod(shape) for name, shape in self.shapes.items())
+
+    def dtype(self, name: str) -> np.dtype:
+        """Return the type of a tensor: that in which it is held."""
+        kind, index = self._places[name]
+        return np.dtype(ml_dtypes.bfloat16 if self._kinds[kind][index].dtype == ms.bfloat16 else np.float32)
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (name, whole array) in the order of names; a bucket and a weight at most are gathered at a time.

@@ -81,9 +81,25 @@ def make_plan(config: Config) -> Plan:
     """Read the configs of the model and check task, shape, device and text length against them."""
     given = read_plan(config)
     machine = take_machine(given.config, given.model)
+    _check_masters(given.config, machine)
+    return Plan(**{field.name: getattr(given, field.name) for field in fields(given)}, machine=machine)
+
+
+def _check_masters(config: Config, machine: Machine) -> None:
+    """Check how weights are to be kept against what is computed in.
+
+    Raises:
+        FactoryError: bfloat16 weights and a precision that keeps others.
+    """
+    if config.train.master_weights != "stochastic_bf16":
+        return
     if machine.dtype == ms.float16:
         raise FactoryError(
-            "run.dtype=float16: gradients vanish in float16 without a scaled loss, which the MindSpore engine has not "
-            "got. Train in float32, or in bfloat16 on an Ascend card."
+            "train.master_weights=stochastic_bf16 keeps weights in bfloat16, which run.dtype=float16 cannot hold. Use "
+            "float32 master weights, or another --run.dtype."
         )
-    return Plan(**{field.name: getattr(given, field.name) for field in fields(given)}, machine=machine)
+    if config.mindspore.amp_level not in (None, "O3"):
+        raise FactoryError(
+            f"train.master_weights=stochastic_bf16 keeps weights in bfloat16, mindspore.amp_level="
+            f"{config.mindspore.amp_level} in float32; choose one."
+        )

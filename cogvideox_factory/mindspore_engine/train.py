@@ -12,26 +12,23 @@ from typing import Any
 from cogvideox_factory.checkpoints import list_checkpoints
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.buckets import Bucket
-from cogvideox_factory.data.loader import Loader, RawSource
+from cogvideox_factory.data.loader import Loader
 from cogvideox_factory.data.sampler import Sampler, hold_out
-from cogvideox_factory.entries import report_cut_captions
 from cogvideox_factory.errors import FactoryError
 from cogvideox_factory.metrics import say, speaking
 from cogvideox_factory.mindspore_engine.device import versions
-from cogvideox_factory.mindspore_engine.encode import Encoder
+from cogvideox_factory.mindspore_engine.feed import Frozen, load_frozen, make_samples
 from cogvideox_factory.mindspore_engine.learner import Learner, export, load_transformer, make_learner
 from cogvideox_factory.mindspore_engine.loop import Loop, make_ready, state_tensors
 from cogvideox_factory.mindspore_engine.optim import Ema
 from cogvideox_factory.mindspore_engine.start import Plan, make_plan
-from cogvideox_factory.mindspore_engine.text_encoder import TextEncoder
 from cogvideox_factory.mindspore_engine.transformer import CogVideoXTransformer
-from cogvideox_factory.mindspore_engine.vae import CogVideoXVAE
 from cogvideox_factory.mindspore_engine.watch import Watch
 from cogvideox_factory.publish import require_room, sweep
 from cogvideox_factory.recipe import write_recipe
 from cogvideox_factory.resume import check_resume, find_start, identity, record_of, shared_files, shared_settings
 from cogvideox_factory.run_folder import check_allowed, locked
-from cogvideox_factory.run_plan import Clips, make_draws, model_flops, num_tokens, open_clips
+from cogvideox_factory.run_plan import Clips, check_sample_images, make_draws, model_flops, num_tokens, open_clips
 from cogvideox_factory.step_records import Work
 from cogvideox_factory.time_limit import TimeLimit
 from cogvideox_factory.tracker import Tracker
@@ -55,6 +52,7 @@ def run(config: Config) -> Path:
 
 def _run(plan: Plan, started: float) -> Path:
     machine, ranks = plan.machine, plan.machine.ranks
+    ranks.together(lambda: check_sample_images(plan))
     tracker = _make_tracker(plan)
     ranks.require_agreement(shared_settings(plan.config, versions()))
     clips = open_clips(plan, machine.dtype_name)
@@ -83,9 +81,10 @@ def _make_tracker(plan: Plan) -> Tracker | None:
 def _train(
     plan: Plan, clips: Clips, tracker: Tracker | None, *, start: Path | None, record: dict[str, Any], started: float
 ) -> None:
-    encoder = _load_encoder(plan, clips)
+    # The text encoder is the largest part; it is done with, where it can be, before the transformer is loaded.
+    frozen = load_frozen(plan, clips.source)
     transformer = load_transformer(plan)
-    loop = _make_loop(plan, clips, encoder, transformer, tracker, record=record, started=started)
+    loop = _make_loop(plan, clips, frozen, transformer, tracker, record=record, started=started)
     machine, ranks = plan.machine, plan.machine.ranks
     ranks.from_lead(lambda: _make_ready(plan, _num_bytes(loop.learner, loop.ema)))
     how = f"graphs at {machine.mode.jit_level}" if machine.mode.graph else "PyNative"
@@ -98,24 +97,8 @@ def _train(
     say(f"final weights in {plan.run_folder / 'final'}")
 
 
-def _load_encoder(plan: Plan, clips: Clips) -> Encoder | None:
-    """Load what encodes raw clips, and encode all text that fits, so that T5 is gone before the transformer comes."""
-    if not isinstance(clips.source, RawSource):
-        return None
-    machine, config = plan.machine, plan.config
-    text_encoder = TextEncoder.from_folder(plan.folder, dtype=machine.dtype, mode=machine.mode)
-    captions = clips.source.captions
-    report_cut_captions(text_encoder.truncated_tokens, captions, plan.text_length, strict=config.data.strict)
-    vae = CogVideoXVAE.from_folder(plan.folder / "vae", dtype=machine.dtype, mode=machine.mode)
-    if config.data.vae_tiling:
-        vae.enable_tiling()
-    encoder = Encoder(vae, text_encoder, max_sequence_length=plan.text_length)
-    encoder.remember(captions)
-    return encoder
-
-
 def _make_loop(
-    plan: Plan, clips: Clips, encoder: Encoder | None, transformer: CogVideoXTransformer, tracker: Tracker | None,
+    plan: Plan, clips: Clips, frozen: Frozen, transformer: CogVideoXTransformer, tracker: Tracker | None,
     *, record: dict[str, Any], started: float,
 ) -> Loop:  # fmt: skip
     train, source, ranks = plan.config.train, clips.source, plan.machine.ranks
@@ -132,7 +115,7 @@ def _make_loop(
     learner = make_learner(plan, transformer)
     ema = Ema(learner.update, decay=train.ema_decay) if train.ema_decay else None
     return Loop(
-        learner=learner, ema=ema, sampler=sampler, draws=draws, encoder=encoder, run_folder=plan.run_folder,
+        learner=learner, ema=ema, sampler=sampler, draws=draws, encoder=frozen.encoder, run_folder=plan.run_folder,
         loader=Loader(
             source, sampler, draws, num_micros=num_micros, num_workers=train.num_workers, rank=ranks.data_rank,
             num_ranks=ranks.layout.num_data_ranks,
@@ -148,7 +131,8 @@ def _make_loop(
         work=_make_work(plan, list(sampler.batch_sizes), learner), log_samples=train.log_samples, tracker=tracker,
         watch=Watch(
             every=plan.config.validation.every, source=source, clip_ids=held_ids, draws=make_draws(plan, quiet=True),
-            learner=learner, ranks=ranks, ready=lambda batch: make_ready(batch, encoder),
+            samples=make_samples(plan, frozen, transformer), learner=learner, ranks=ranks,
+            ready=lambda batch: make_ready(batch, frozen.encoder), run_folder=plan.run_folder,
         ),
         hang_seconds=plan.config.parallel.hang_seconds, ranks=ranks, compiled=plan.machine.mode.graph,
     )  # fmt: skip

@@ -14,7 +14,6 @@ from cogvideox_factory.attempt import run_started
 from cogvideox_factory.checkpoints import list_checkpoints
 from cogvideox_factory.config import Config
 from cogvideox_factory.data.buckets import Bucket
-from cogvideox_factory.data.image import read_image
 from cogvideox_factory.data.loader import CacheSource, Draws, Loader, RawSource
 from cogvideox_factory.data.sampler import Sampler, hold_out
 from cogvideox_factory.errors import FactoryError
@@ -26,7 +25,7 @@ from cogvideox_factory.ranks import Layout
 from cogvideox_factory.recipe import write_recipe
 from cogvideox_factory.resume import check_resume, find_start, identity, record_of, shared_files, shared_settings
 from cogvideox_factory.run_folder import check_allowed, locked
-from cogvideox_factory.run_plan import Clips, make_draws, model_flops, num_tokens, open_clips
+from cogvideox_factory.run_plan import Clips, check_sample_images, make_draws, model_flops, num_tokens, open_clips
 from cogvideox_factory.step_records import Work
 from cogvideox_factory.time_limit import TimeLimit
 from cogvideox_factory.torch_engine.announce import say_arithmetic, say_memory
@@ -71,7 +70,7 @@ def run(config: Config) -> Path:
     started = run_started()
     take_card(config.run.device)
     plan = make_plan(config)
-    _check_validation(plan)
+    check_sample_images(plan)
     if config.parallel.guidance > 1:
         raise FactoryError(
             f"parallel.guidance={config.parallel.guidance} divides what generate does twice a step; training has no "
@@ -253,13 +252,3 @@ def _make_ready(plan: Plan, state_bytes: int) -> None:
     missing = max(1, plan.config.train.keep_checkpoints + 1 - len(list_checkpoints(plan.run_folder)))
     require_room(plan.run_folder, missing * state_bytes, what=f"{missing} more checkpoint(s) of this run")
     write_recipe(plan.run_folder / "config.yaml", plan.config)
-
-
-def _check_validation(plan: Plan) -> None:
-    images, prompts = plan.config.validation.images, plan.config.validation.prompts
-    if plan.config.task == "i2v" and prompts and len(images) != len(prompts):
-        raise FactoryError(
-            f"task=i2v: {len(prompts)} validation.prompts need as many validation.images, not {len(images)}"
-        )
-    for image in images:
-        read_image(Path(image), plan.shape.height, plan.shape.width)

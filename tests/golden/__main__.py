@@ -170,6 +170,15 @@ def losses() -> dict[str, np.ndarray]:
     return made
 
 
+def buckets() -> dict[str, np.ndarray]:
+    """The losses of each run of several shapes."""
+    made = {}
+    for case in runs.BUCKETED:
+        with tempfile.TemporaryDirectory() as folder:
+            made[case] = runs.losses(train.run(runs.bucketed(case, Path(folder))))
+    return made
+
+
 def videos() -> dict[str, np.ndarray]:
     """A sample of the pixels of each video."""
     made = {}
@@ -182,7 +191,7 @@ def videos() -> dict[str, np.ndarray]:
 def main() -> None:
     files: dict[str, Callable[[], dict[str, np.ndarray]]] = {
         "transformer": transformers, "vae": vaes, "text_encoder": texts, "lora": loras, "training": trainings,
-        "denoising": denoised, "encoded": encoded, "losses": losses, "videos": videos,
+        "denoising": denoised, "encoded": encoded, "losses": losses, "buckets": buckets, "videos": videos,
     }  # fmt: skip
     for name, make in files.items():
         save_tensors(FOLDER / f"{name}.safetensors", make())

@@ -7,9 +7,11 @@ pytest.importorskip("mindspore", reason="the MindSpore engine has an environment
 import numpy as np
 
 from cogvideox_factory.cli import main
+from cogvideox_factory.cli.generate import starting_point
 from cogvideox_factory.errors import FactoryError
-from cogvideox_factory.jobs import read_record, settings_like
+from cogvideox_factory.jobs import read_record
 from cogvideox_factory.mindspore_engine import generate
+from cogvideox_factory.mindspore_engine.text_encoder import TextEncoder
 from tests.golden import golden, runs
 
 FRAMES = 2
@@ -50,16 +52,29 @@ def test_half_precision_is_near(amp_level, tmp_path):
     assert 0 < apart(frames_of("t2v ddim lora", tmp_path, **more), golden("videos")["t2v ddim lora"]) <= 32
 
 
-def test_a_video_to_be_made_anew_begins_on_its_way(tmp_path):
-    source = tmp_path / "clips" / "0.mp4"
-    runs.recipe("t2v lora", tmp_path)
-    frames = {}
-    for strength in (0.25, 1.0):
-        out = tmp_path / f"{strength}.npy"
-        ask = {"out": str(out), "video": [str(source)], "strength": strength, "format": "npy"}
-        generate.run(runs.request("cogvideox-2b", out, engine="mindspore", generate=ask))
-        frames[strength] = runs.seen(out).astype(int)
-    assert apart(frames[0.25], frames[1.0]) > FRAMES
+def test_prompts_of_a_file_have_several_videos_each_and_are_encoded_once(tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a\n\nb\n")
+    encoded, encode = [], TextEncoder.encode
+
+    def counted(self, captions, length):
+        encoded.extend(captions)
+        return encode(self, captions, length)
+
+    monkeypatch.setattr(TextEncoder, "encode", counted)
+    ask = {"prompt": [], "prompt_file": str(tmp_path / "prompts.txt"), "num_videos": 2, "num_frames": 1}
+    ask |= {"format": "npy", "prompt_cache": str(tmp_path / "kept")}
+
+    def videos(name, **more):
+        out = tmp_path / name
+        config = runs.request("cogvideox-2b", out, engine="mindspore", generate=ask | more, sampling={"steps": 1})
+        return {path.name: path.read_bytes() for path in generate.run(config)}
+
+    first = videos("first")
+    assert list(first) == ["000-a-42.npy", "001-a-43.npy", "002-b-42.npy", "003-b-43.npy"]
+    assert len(set(first.values())) == 4
+    assert encoded == ["", "a", "b"]
+    assert videos("again") == first
+    assert encoded == ["", "a", "b"]
 
 
 def test_a_video_that_is_there_is_not_made_again_and_says_how_it_was_made(tmp_path, monkeypatch):
@@ -67,7 +82,10 @@ def test_a_video_that_is_there_is_not_made_again_and_says_how_it_was_made(tmp_pa
     (path,) = generate.run(config)
     record = read_record(path)
     assert "mindspore" in record["versions"]
-    assert settings_like(path).engine == "mindspore"
+    like, _ = starting_point(["--like", str(path)])
+    assert like.engine == "mindspore"
+    again = like.model_copy(update={"generate": like.generate.model_copy(update={"out": str(tmp_path / "again.npy")})})
+    assert generate.run(again)[0].read_bytes() == path.read_bytes()
     monkeypatch.setattr(generate, "_load", lambda *given: pytest.fail("the model was loaded"))
     assert generate.run(config) == [path]
 

@@ -4,10 +4,11 @@ import pytest
 
 pytest.importorskip("mindspore", reason="the MindSpore engine has an environment of its own: make test-mindspore")
 
+import hashlib
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,16 +16,18 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
+from mindspore import Parameter
 from safetensors.numpy import load_file
 
 from cogvideox_factory.checkpoints import checkpoint_folder, list_checkpoints
 from cogvideox_factory.config import Config
 from cogvideox_factory.errors import FactoryError, StorageError
-from cogvideox_factory.mindspore_engine import checkpoint, train
+from cogvideox_factory.mindspore_engine import checkpoint, train, watch
 from cogvideox_factory.mindspore_engine.border import put_own, rows_of, to_array, to_tensor, whole_array
 from cogvideox_factory.mindspore_engine.learner import Learner
 from cogvideox_factory.mindspore_engine.linear import Linear, weights_in
-from cogvideox_factory.mindspore_engine.ranks import make_ranks
+from cogvideox_factory.mindspore_engine.optim import FIRST_LOSS_SCALE, Update
+from cogvideox_factory.mindspore_engine.ranks import ALONE, Ranks, make_ranks
 from cogvideox_factory.mindspore_engine.sharding import Shards
 from cogvideox_factory.ranks import Layout
 from cogvideox_factory.tensors import Deferred
@@ -45,6 +48,14 @@ BATCH = {2: 2, 4: 4}
 """Clips of a forward pass, by the number of processes."""
 GRAPH = {"mindspore": {"mode": 0}}
 AGAIN = {"train": {"checkpointing": "full"}}
+HALF = {"run": {"device": "cpu", "dtype": "float16"}, "mindspore": {"amp_level": "O3"}}
+STOCHASTIC = {"train": {"master_weights": "stochastic_bf16"}}
+SHOWN = {
+    "validation": {"every": 2, "num_clips": 1, "prompts": ["a", "b", "c"]}, "sampling": {"steps": 2, "tiling": False},
+}  # fmt: skip
+"""With one prompt more than two processes have at a time."""
+SETTINGS = ("lora", "validation", "sampling", "run")
+"""Sections that the run of one process has too."""
 CASES: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
     2: {
         "data, lora": (LORA, {}),
@@ -53,10 +64,11 @@ CASES: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
         "zero 1, full": (FULL, {"parallel": {"zero": 1}}),
         "zero 2, lora": (LORA, {"parallel": {"zero": 2}}),
         "zero 2, full, graph": (FULL, {"parallel": {"zero": 2}, **GRAPH}),
-        "zero 3, lora, dora": (LORA, {"parallel": {"zero": 3}, "lora": {"use_dora": True}}),
+        "zero 3, lora, dora": (LORA, {"parallel": {"zero": 3}, "lora": {"use_dora": True}, **SHOWN}),
         "zero 3, full, again": (FULL, {"parallel": {"zero": 3}, **AGAIN}),
         "zero 3, lora, graph, again": (LORA, {"parallel": {"zero": 3}, **GRAPH, **AGAIN}),
         "sequence, zero 3, full": (FULL, {"parallel": {"zero": 3, "sequence": 2}}),
+        "sequence, lora": (LORA, {"parallel": {"sequence": 2}, **SHOWN}),
     },
     4: {
         "zero 3, full": (FULL, {"parallel": {"zero": 3}}),
@@ -64,6 +76,14 @@ CASES: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
         "data and sequence, zero 3, lora": (LORA, {"parallel": {"sequence": 2, "zero": 3}}),
     },
 }  # fmt: skip
+ROUNDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "data, lora, float16": (LORA, HALF),
+    "zero 1, full, float16": (FULL, {"parallel": {"zero": 1}, **HALF}),
+    "zero 2, lora, float16": (LORA, {"parallel": {"zero": 2}, **HALF}),
+    "sequence, zero 3, full, float16": (FULL, {"parallel": {"zero": 3, "sequence": 2}, **HALF}),
+    "data, full, bfloat16": (FULL, STOCHASTIC),
+}
+"""Runs of two processes whose rounding is not that of one."""
 
 
 def recipe(root: Path, name: str, case: str, size: int, **more: dict[str, Any]) -> Config:
@@ -97,8 +117,12 @@ def parts(root: Path) -> dict[str, Config]:
 
 def in_each(configs: dict[str, Config], stopped: Config | None, out_of_room: Config | None) -> dict[str, Any]:
     """Train; return how many numbers this process held in each run, and how two others ended."""
-    found: dict[str, Any] = {"held": {name: train_and_count(config) for name, config in configs.items()}}
+    found: dict[str, Any] = {"held": {}, "ends": {}}
+    for name, config in configs.items():
+        update = train_here(config)
+        found["held"][name], found["ends"][name] = numbers_in(update), (digest_of(update), update.scalars())
     found["odd"] = odd_rows()
+    found["overflow"] = {zero: overflow_in_one(zero) for zero in (0, 1, 2)}
     if stopped and out_of_room:
         found["stopped"] = error_of(stopped, asked_in_one())
         found["out of room"] = error_of(out_of_room, full_disk())
@@ -121,16 +145,54 @@ def odd_rows() -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def train_and_count(config: Config) -> int:
-    """Train; return how many numbers this process held of the weights that are trained, and of their state."""
+def overflow_in_one(zero: int) -> dict[str, Any]:
+    """Take three steps, of which the second has an infinite gradient in the last process alone; return what is left."""
+    size, rank = int(os.environ["MS_WORKER_NUM"]), int(os.environ["RANK_ID"])
+    bad = (2, size - 1)
+    update = scaled_update(make_ranks(Layout(size=size, zero=zero)))
+    return three_steps(update, lambda step: gradient(step, rank, np.inf if (step, rank) == bad else 1))
+
+
+def scaled_update(ranks: Ranks) -> Update:
+    weight = Parameter(to_tensor(normal("weight", shape=(ODD, 3))), name="weight")
+    return Update(
+        [weight], betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, max_grad_norm=1.0, scales_loss=True, ranks=ranks
+    )
+
+
+def gradient(step: int, rank: int, factor: float = 1) -> np.ndarray:
+    return normal("gradient", step, rank, shape=(ODD, 3)) * np.float32(FIRST_LOSS_SCALE * factor)
+
+
+def three_steps(update: Update, gradient_of: Callable[[int], np.ndarray]) -> dict[str, Any]:
+    norms = []
+    for step in (1, 2, 3):
+        update.add([to_tensor(gradient_of(step))])
+        norms.append(float(update.step(1e-2)))
+    return {"norms": norms, "scalars": update.scalars(), "weight": to_array(update.trained[0])}
+
+
+def numbers_in(update: Update) -> int:
+    """Return how many numbers this process holds of the weights that are trained, and of their state."""
+    state = [*update.trained, *update.sums, *(p for kind in update.state().values() for p in kind)]
+    return sum({id(p): p.size for p in state}.values())
+
+
+def digest_of(update: Update) -> str:
+    """Return what tells the weights apart that this process has whole."""
+    whole = [to_array(weight) for weight in update.trained if rows_of(weight) is None]
+    return hashlib.sha256(b"".join(array.tobytes() for array in whole)).hexdigest()
+
+
+def train_here(config: Config) -> Update:
+    """Train; return what updated the weights. Sample videos are written as they are."""
     made: list[Learner] = []
     make_learner = train.make_learner
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_learner", lambda *args: made.append(make_learner(*args)) or made[0])
+        patch.setattr(watch, "export_to_video", runs.keep_frames)
         train.run(config)
-    update = made[0].update
-    state = [*update.trained, *update.sums, *(p for kind in update.state().values() for p in kind)]
-    return sum({id(p): p.size for p in state}.values())
+    return made[0].update
 
 
 def error_of(config: Config, disturbance: AbstractContextManager[None]) -> tuple[str, str]:
@@ -187,6 +249,7 @@ def seen(root, tmp_path_factory):
     """Return what each process saw, by their number."""
     found = {}
     for size, cases in CASES.items():
+        cases = cases | (ROUNDED if size == 2 else {})
         configs = {name: recipe(root, f"{size} {name}", case, size, **more) for name, (case, more) in cases.items()}
         others: tuple[Config | None, Config | None] = None, None
         if size == 2:
@@ -203,11 +266,16 @@ def alone(root):
 
     @cache
     def trained(case: str, size: int, more: str) -> Path:
-        return train.run(recipe(root, f"one {size} {case} {more}", case, size, **json.loads(more)))
+        name = f"one {size} {case} {hashlib.sha256(more.encode()).hexdigest()[:8]}"
+        config = recipe(root, name, case, size, **json.loads(more))
+        train_here(config)
+        return folder_of(root, name)
 
     def run(name: str, size: int) -> Path:
-        case, more = CASES[size][name]
-        kept = {key: more[key] for key in ("lora", "validation") if key in more}
+        case, more = (CASES[size] | ROUNDED)[name]
+        kept = {key: more[key] for key in SETTINGS if key in more}
+        if more.get("train", {}).keys() & STOCHASTIC["train"].keys():
+            kept |= STOCHASTIC
         return trained(case, size, json.dumps(kept))
 
     return run
@@ -244,6 +312,52 @@ def assert_near(one: Path, other: Path) -> None:
 def test_steps_are_those_of_one_process(size, name, root, seen, alone):
     assert len(seen[size]) == size
     assert_near(folder_of(root, f"{size} {name}"), alone(name, size))
+
+
+@pytest.mark.parametrize("name", [name for name, (_, more) in CASES[2].items() if "sampling" in more])
+def test_sample_videos_are_those_of_one_process(name, root, seen, alone):
+    """Each of its own prompts, or all of one; where they run out, the last is made along and not written."""
+    assert seen[2]
+    folders = [run / "samples" for run in (folder_of(root, f"2 {name}"), alone(name, 2))]
+    ours, theirs = ({path.name: np.load(path).astype(int) for path in folder.iterdir()} for folder in folders)
+    assert sorted(ours) == [f"step-{step:06}-{index:02}.npy" for step in (0, 2) for index in range(3)]
+    for file, frames in theirs.items():
+        assert frames.std() > 10
+        assert np.abs(ours[file] - frames).max() <= 1, file
+    assert not np.array_equal(ours["step-000002-00.npy"], ours["step-000002-01.npy"])
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_runs_of_other_rounding_learn_nearly_what_one_process_learns(name, root, seen, alone):
+    ours, theirs = logged(folder_of(root, f"2 {name}")), logged(alone(name, 2))
+    assert seen[2]
+    for key, apart in (("loss", 2e-3), ("grad_norm", 2e-2), ("weight_norm", 1e-4)):
+        found, expected = ([row[key] for row in rows] for rows in (ours, theirs))
+        np.testing.assert_allclose(found, expected, rtol=apart, err_msg=key)
+    assert [row.get("loss_scale") for row in ours] == [2.0**16 if "float16" in name.split(", ") else None] * 2
+
+
+@pytest.mark.parametrize("size", CASES)
+def test_whole_weights_and_counters_are_the_same_bits_in_all_processes(size, seen):
+    first, *others = (process["ends"] for process in seen[size])
+    assert all(scalars["num_updates"] for _, scalars in first.values())
+    for other in others:
+        assert other == first
+
+
+@pytest.mark.parametrize("size", CASES)
+def test_an_overflow_in_one_process_is_skipped_by_all(size, seen):
+    def summed(step: int) -> np.ndarray:
+        return sum(gradient(step, rank) for rank in range(size)) * np.float32(np.inf if step == 2 else 1)
+
+    alone = three_steps(scaled_update(ALONE), summed)
+    assert alone["scalars"]["num_skipped"] == 1
+    assert alone["scalars"]["loss_scale"] == FIRST_LOSS_SCALE / 2
+    for process in seen[size]:
+        for zero, found in process["overflow"].items():
+            assert found["scalars"] == alone["scalars"], zero
+            np.testing.assert_allclose(found["norms"], alone["norms"], rtol=1e-6)
+            np.testing.assert_allclose(found["weight"], alone["weight"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", CASES)

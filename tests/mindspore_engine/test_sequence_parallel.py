@@ -131,12 +131,15 @@ def one_rank(size: int) -> list[list[tuple]]:
 
 
 def videos(folder: Path, **parallel: int) -> list[np.ndarray]:
-    """Make three videos, or see that they are there; return samples of their frames."""
-    ask = {"num_videos": 3, "num_frames": 1, "format": "npy"}
+    """Make three videos, or see that they are there; return samples of their frames. Each prompt is kept once."""
+    kept = folder.with_name("kept")
+    ask = {"num_videos": 3, "num_frames": 1, "format": "npy", "prompt_cache": str(kept)}
     config = runs.request(
         "cogvideox-5b", folder, engine="mindspore", generate=ask, sampling={"steps": 2}, parallel=parallel
     )
-    return [runs.seen(path) for path in generate.run(config)]
+    frames = [runs.seen(path) for path in generate.run(config)]
+    assert len(list(kept.rglob("*.safetensors"))) == len(["negative", "prompt"])
+    return frames
 
 
 def video_request(folder: Path) -> Config:
@@ -193,7 +196,7 @@ def test_a_video_of_two_processes_is_that_of_one(two):
 
 def test_three_videos_of_two_sequences_are_those_of_one_process(four, tmp_path):
     """The second sequence makes the last one along; all is written once, by who leads its making."""
-    for alone, *others in zip(videos(tmp_path), *(made for _, made in four), strict=True):
+    for alone, *others in zip(videos(tmp_path / "videos"), *(made for _, made in four), strict=True):
         assert alone.std() > 10
         for frames in others:
             assert np.abs(frames.astype(int) - alone).max() <= 1

@@ -55,6 +55,12 @@ def test_fifty_steps_are_what_this_engine_does(tmp_path):
     np.testing.assert_allclose(found, golden("losses")["t2v lora"], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("case", runs.BUCKETED)
+def test_runs_of_several_shapes_are_what_this_engine_does(case, tmp_path):
+    found = runs.losses(train.run(runs.bucketed(case, tmp_path)))
+    np.testing.assert_allclose(found, golden("buckets")[case], rtol=0, atol=2e-5)
+
+
 def test_entries_of_a_cache_are_what_this_engine_makes(tmp_path):
     prepare.run(runs.to_encode("i2v full", tmp_path))
     found, expected = runs.entries_of(tmp_path / "encoded"), golden("encoded")
