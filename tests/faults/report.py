@@ -109,8 +109,8 @@ _HEADS = {
         "",
         "Written by `make faults-mindspore` (`python -m tests.faults --engine mindspore`) in an environment without "
         "torch; `make test-mindspore` tries some. What no engine has a part in is in [faults.md](faults.md). F3 kills "
-        "before each kind of boundary of three saves; of the writes of a file's tensors before the first, the middle and "
-        "the last.",
+        "before each kind of boundary of three saves; of the writes of a file's tensors before the first, the middle "
+        "and the last.",
     ),
 }
 
