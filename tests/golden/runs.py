@@ -20,13 +20,11 @@ from cogvideox_factory.tensors import open_tensors
 from cogvideox_factory.tiny.world import random_scene, render
 from tests.golden import FOLDER, cases
 
-RUNS = ("t2v lora", "i2v full")
+RUNS = {"t2v lora": "cogvideox-2b", "i2v full": "cogvideox1.5-5b-i2v"}
 NUM_STEPS = 50
 PROMPT = "a red circle moves left"
 LORAS = {engine: FOLDER / f"lora-{engine}.safetensors" for engine in ("torch", "mindspore")}
 """What one engine trained in the first of `RUNS`."""
-EXPORTED = {case: FOLDER / f"exported-{case.split()[1]}" for case in ("t2v lora", "t2v full")}
-"""What `export` made, for diffusers, of runs of the MindSpore engine."""
 
 
 def recipe(case: str, folder: Path, **more: dict[str, Any]) -> Config:
@@ -56,21 +54,6 @@ def recipe(case: str, folder: Path, **more: dict[str, Any]) -> Config:
     if not (folder / "cache" / "cache.json").exists():
         preparation.run(check(sections, source="test"), Drawn)
     return config
-
-
-def to_export(case: str, folder: Path, **more: Any) -> Config:
-    """Return the settings of two large steps; where all weights are trained, of a model that is small in a file."""
-    sections: dict[str, dict[str, Any]] = {
-        "train": {"steps": 2, "learning_rate": 0.05, "schedule": "constant", "warmup_steps": 0}
-    }
-    if case.endswith("full"):
-        small = replace(
-            cases.config_of(cases.TASKS["t2v"]), num_layers=1, num_attention_heads=1, attention_head_dim=16,
-            time_embed_dim=16,
-        )  # fmt: skip
-        sections["model"] = {"transformer_config": str(folder / "transformer.json")}
-        (folder / "transformer.json").write_text(json.dumps(small.to_dict()))
-    return recipe(case, folder, **sections, **more)
 
 
 def request(variant: str, out: Path, **more: Any) -> Config:
@@ -163,3 +146,22 @@ def _make_clips(folder: Path) -> None:
         video = render(random_scene(1, index), num_frames=9, height=64, width=96, fps=8)
         export_to_video(video, folder / f"{index}.mp4", fps=8)
         (folder / f"{index}.txt").write_text(f"a caption {index % 3}")
+
+
+EXPORTED = {case: FOLDER / f"exported-{case.split()[1]}" for case in ("t2v lora", "t2v full")}
+"""What `export` made, for diffusers, of runs of the MindSpore engine."""
+
+
+def to_export(case: str, folder: Path, **more: Any) -> Config:
+    """Return the settings of two large steps; where all weights are trained, of a model that is small in a file."""
+    sections: dict[str, dict[str, Any]] = {
+        "train": {"steps": 2, "learning_rate": 0.05, "schedule": "constant", "warmup_steps": 0}
+    }
+    if case.endswith("full"):
+        small = replace(
+            cases.config_of(cases.TASKS["t2v"]), num_layers=1, num_attention_heads=1, attention_head_dim=16,
+            time_embed_dim=16,
+        )  # fmt: skip
+        sections["model"] = {"transformer_config": str(folder / "transformer.json")}
+        (folder / "transformer.json").write_text(json.dumps(small.to_dict()))
+    return recipe(case, folder, **sections, **more)
