@@ -4,7 +4,6 @@ The cache is drawn, not encoded, so that its bytes are the same whatever compute
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +92,21 @@ def video_request(case: str, folder: Path, **more: Any) -> Config:
     return request(ask.pop("variant"), folder / "video.npy", generate=given, **ask, **more)
 
 
+EXPORTED = {case: FOLDER / f"exported-{case.split()[1]}" for case in ("t2v lora", "t2v full")}
+"""What `export` made, for diffusers, of runs of the MindSpore engine."""
+
+
+def to_export(case: str, folder: Path, **more: Any) -> Config:
+    """Return the settings of two large steps; where all weights are trained, of a model that is small in a file."""
+    sections: dict[str, dict[str, Any]] = {
+        "train": {"steps": 2, "learning_rate": 0.05, "schedule": "constant", "warmup_steps": 0}
+    }
+    if case.endswith("full"):
+        sections["model"] = {"transformer_config": str(folder / "transformer.json")}
+        (folder / "transformer.json").write_text(json.dumps(cases.smallest().to_dict()))
+    return recipe(case, folder, **sections, **more)
+
+
 def losses(run: Path) -> np.ndarray:
     """Return the loss of every step."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -146,22 +160,3 @@ def _make_clips(folder: Path) -> None:
         video = render(random_scene(1, index), num_frames=9, height=64, width=96, fps=8)
         export_to_video(video, folder / f"{index}.mp4", fps=8)
         (folder / f"{index}.txt").write_text(f"a caption {index % 3}")
-
-
-EXPORTED = {case: FOLDER / f"exported-{case.split()[1]}" for case in ("t2v lora", "t2v full")}
-"""What `export` made, for diffusers, of runs of the MindSpore engine."""
-
-
-def to_export(case: str, folder: Path, **more: Any) -> Config:
-    """Return the settings of two large steps; where all weights are trained, of a model that is small in a file."""
-    sections: dict[str, dict[str, Any]] = {
-        "train": {"steps": 2, "learning_rate": 0.05, "schedule": "constant", "warmup_steps": 0}
-    }
-    if case.endswith("full"):
-        small = replace(
-            cases.config_of(cases.TASKS["t2v"]), num_layers=1, num_attention_heads=1, attention_head_dim=16,
-            time_embed_dim=16,
-        )  # fmt: skip
-        sections["model"] = {"transformer_config": str(folder / "transformer.json")}
-        (folder / "transformer.json").write_text(json.dumps(small.to_dict()))
-    return recipe(case, folder, **sections, **more)
