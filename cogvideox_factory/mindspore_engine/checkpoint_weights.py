@@ -45,16 +45,25 @@ def read(folder: Path, *, asked: str, base: str | None = None) -> Weights:
         base or config.model.path, revision=config.model.revision, subfolders=("transformer",)
     )
     model, frozen = intake.transformer_config(config, start), intake.transformer_folder(config, start)
-    in_half = config.mindspore.amp_level in (None, "O3")  # what weights are kept in, see `device.pick_precision`
-    dtype = np.dtype(state["identity"]["run.dtype"] if in_half else "float32")
+    kept = _kept_in(
+        state["identity"]["run.dtype"], amp_level=config.mindspore.amp_level, masters=config.train.master_weights
+    )
+    dtype = np.dtype(kept)
     return Weights(config=model, arrays=lambda: _read_transformer(folder, model, frozen, kind=kind, dtype=dtype))
+
+
+def _kept_in(run_dtype: str, *, amp_level: str | None, masters: str) -> str:
+    """Return the dtype a run keeps its model in (`device.pick_precision`, `learner.load_transformer`)."""
+    if masters == "stochastic_bf16":
+        return "bfloat16"
+    return run_dtype if amp_level in (None, "O3") else "float32"
 
 
 def _read_lora(folder: Path, settings: Mapping[str, Any], *, kind: str) -> LoraFile:
     arrays = {}
     for name, array in _trained(folder, kind):
         module, _, factor = name.partition(".parts.0.")  # a run trains one adapter
-        arrays[f"{module}.{_FACTORS[factor]}"] = array
+        arrays[f"{module}.{_FACTORS[factor]}"] = array.astype(np.float32)
     targets = settings["target_modules"]
     return LoraFile(
         source=str(folder), arrays=arrays, rank=settings["rank"], alpha=settings["alpha"],

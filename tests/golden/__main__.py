@@ -190,8 +190,9 @@ def videos() -> dict[str, np.ndarray]:
 
 def main() -> None:
     files: dict[str, Callable[[], dict[str, np.ndarray]]] = {
+        "denoising": denoised,
         "transformer": transformers, "vae": vaes, "text_encoder": texts, "lora": loras, "training": trainings,
-        "denoising": denoised, "encoded": encoded, "losses": losses, "buckets": buckets, "videos": videos,
+        "encoded": encoded, "losses": losses, "buckets": buckets, "videos": videos,
     }  # fmt: skip
     for name, make in files.items():
         save_tensors(FOLDER / f"{name}.safetensors", make())

@@ -40,6 +40,13 @@ def config_of(case: str) -> TransformerConfig:
     return tiny_facts(case).transformer
 
 
+def smallest() -> TransformerConfig:
+    """Return a 2B of one layer and one small head, whose weights fill 45 KB."""
+    return replace(
+        config_of("cogvideox-2b"), num_layers=1, num_attention_heads=1, attention_head_dim=16, time_embed_dim=16
+    )
+
+
 def weights_of(case: str) -> dict[str, np.ndarray]:
     if case != LARGER:
         return load_folder(model_folder(case) / "transformer")

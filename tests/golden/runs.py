@@ -5,7 +5,6 @@ The cache is drawn, not encoded, so that its bytes are the same whatever compute
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from cogvideox_factory.tensors import open_tensors
 from cogvideox_factory.tiny.world import random_scene, render
 from tests.golden import FOLDER, cases
 
-RUNS = ("t2v lora", "i2v full")
+RUNS = {"t2v lora": "cogvideox-2b", "i2v full": "cogvideox1.5-5b-i2v"}
 NUM_STEPS = 50
 SHAPES = [(17, 64, 96)] * 2 + [(9, 64, 64)] * 3 + [(9, 64, 96)] * 3
 """Frames, height and width of clips for runs of several shapes."""
@@ -32,8 +31,6 @@ BUCKETED = {"t2v lora": "cache", "i2v full": "raw clips"}
 PROMPT = "a red circle moves left"
 LORAS = {engine: FOLDER / f"lora-{engine}.safetensors" for engine in ("torch", "mindspore")}
 """What one engine trained in the first of `RUNS`."""
-EXPORTED = {case: FOLDER / f"exported-{case.split()[1]}" for case in ("t2v lora", "t2v full")}
-"""What `export` made, for diffusers, of runs of the MindSpore engine."""
 
 
 def recipe(case: str, folder: Path, shapes: Sequence[tuple[int, int, int]] = [(9, 64, 96)] * 4, **more: Any) -> Config:
@@ -63,21 +60,6 @@ def recipe(case: str, folder: Path, shapes: Sequence[tuple[int, int, int]] = [(9
     if not (folder / "cache" / "cache.json").exists():
         preparation.run(check(sections | {"data": values["data"]}, source="test"), Drawn)
     return config
-
-
-def to_export(case: str, folder: Path, **more: Any) -> Config:
-    """Return the settings of two large steps; where all weights are trained, of a model that is small in a file."""
-    sections: dict[str, dict[str, Any]] = {
-        "train": {"steps": 2, "learning_rate": 0.05, "schedule": "constant", "warmup_steps": 0}
-    }
-    if case.endswith("full"):
-        small = replace(
-            cases.config_of(cases.TASKS["t2v"]), num_layers=1, num_attention_heads=1, attention_head_dim=16,
-            time_embed_dim=16,
-        )  # fmt: skip
-        sections["model"] = {"transformer_config": str(folder / "transformer.json")}
-        (folder / "transformer.json").write_text(json.dumps(small.to_dict()))
-    return recipe(case, folder, **sections, **more)
 
 
 def bucketed(case: str, folder: Path, **more: Any) -> Config:
@@ -127,6 +109,21 @@ def video_request(case: str, folder: Path, **more: Any) -> Config:
         given |= {"fps": 8.0} | ({"video": source, "strength": 0.5} if case == "t2v anew" else {"extend": source})
     given |= more.pop("generate", {})
     return request(ask.pop("variant"), folder / "video.npy", generate=given, **ask, **more)
+
+
+EXPORTED = {case: FOLDER / f"exported-{case.split()[1]}" for case in ("t2v lora", "t2v full")}
+"""What `export` made, for diffusers, of runs of the MindSpore engine."""
+
+
+def to_export(case: str, folder: Path, **more: Any) -> Config:
+    """Return the settings of two large steps; where all weights are trained, of a model that is small in a file."""
+    sections: dict[str, dict[str, Any]] = {
+        "train": {"steps": 2, "learning_rate": 0.05, "schedule": "constant", "warmup_steps": 0}
+    }
+    if case.endswith("full"):
+        sections["model"] = {"transformer_config": str(folder / "transformer.json")}
+        (folder / "transformer.json").write_text(json.dumps(cases.smallest().to_dict()))
+    return recipe(case, folder, **sections, **more)
 
 
 def losses(run: Path) -> np.ndarray:
