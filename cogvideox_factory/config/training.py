@@ -105,7 +105,7 @@ class Train(Section):
     """Checkpoints to keep; an older one goes only after a newer one is complete."""
     async_checkpoint: bool = False
     """Write checkpoints while training goes on, from a copy in the host's memory (of the size that each process writes
-    of one)."""
+    of one). A crash before one is written costs the steps since the one before, up to two intervals."""
     time_limit_minutes: Annotated[float, Field(gt=0)] | None = None
     """Save and leave (exit code 75) when another step and its save would end later than this after the start (with
     `cogvideox launch` the first one, restarts included). Each start makes one step at least. Default: no limit."""

@@ -238,11 +238,14 @@ def make_ranks(layout: Layout, *, num_heads: int, device_type: str, timeout_seco
 
 
 def _mesh(layout: Layout, device_type: str, patience: timedelta) -> "DeviceMesh":
-    from torch.distributed.device_mesh import DeviceMesh  # with DTensor, which takes a second
+    """Return the grid of the weights; torch makes its groups, and does not ask how long they wait."""
+    from torch.distributed.device_mesh import init_device_mesh  # with DTensor, which takes a second
 
-    grid = torch.arange(layout.size).view(layout.grid)
-    groups = [_own_group(axis.tolist(), patience) for axis in (grid.T, grid)]
-    return DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=("replicas", "shards"))
+    mesh = init_device_mesh(device_type, layout.grid, mesh_dim_names=("replicas", "shards"))
+    for group in mesh.get_all_groups():
+        if group is not dist.group.WORLD:
+            dist.distributed_c10d._set_pg_timeout(patience, group)
+    return mesh
 
 
 def _require_agreement(facts: Mapping[str, Any], talk: dist.ProcessGroup) -> None:

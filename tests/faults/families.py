@@ -65,8 +65,8 @@ FAMILIES = (
            full=100, passes="as F1"),
     Family(id="F3", fault="training killed (SIGKILL) at each boundary of a checkpoint's save, in each process",
            trials=saving.killed_in_saves, quick=12, full=10_000, in_mindspore=10_000,
-           passes="every checkpoint under its name is whole, at most one interval is lost, the same command ends in "
-           "the same bits and losses, and leaves nothing over"),
+           passes="every checkpoint under its name is whole, at most one interval is lost (two, where it is written in "
+           "the background), the same command ends in the same bits and losses, and leaves nothing over"),
     Family(id="F4", fault="training killed (SIGKILL) at random times, again and again", trials=saving.killed_at_random,
            quick=3, full=40, passes="as F3"),
     Family(id="F5", fault="killed in an export (LoRA, all weights; the first, a later one), and in a video's encoding",
