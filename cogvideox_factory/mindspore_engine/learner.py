@@ -1,6 +1,6 @@
 """What learns in a run: the transformer, loaded and made trainable, its loss and its updates, and its export."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import mindspore as ms
@@ -129,10 +129,14 @@ def make_learner(plan: Plan, transformer: CogVideoXTransformer) -> Learner:
     )  # fmt: skip
 
 
-def export(transformer: CogVideoXTransformer, run_folder: Path, *, method: str, ranks: Ranks) -> None:
+def export(
+    transformer: CogVideoXTransformer, run_folder: Path, *, method: str, ranks: Ranks,
+    describe: Callable[[Path], None] = lambda folder: None,
+) -> None:  # fmt: skip
     """Write `final/`: a LoRA file or a transformer folder that diffusers loads as it is.
 
-    Divided weights are gathered one at a time, from all processes; the leading one writes, shard by shard.
+    Divided weights are gathered one at a time, from all processes; the leading one writes, shard by shard, and lets
+    `describe` add what belongs beside them.
 
     Raises:
         StorageError: the disk is full, read-only or failing; in all processes.
@@ -146,5 +150,6 @@ def export(transformer: CogVideoXTransformer, run_folder: Path, *, method: str, 
                 save_lora(file, dict(arrays), **lora.lora_settings(transformer))
             else:
                 weights.save_folder(folder / "transformer", arrays, config=transformer.config.to_dict())
+            describe(folder)
 
     ranks.lead_through(arrays, write)

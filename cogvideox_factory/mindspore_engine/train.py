@@ -6,6 +6,7 @@
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from cogvideox_factory.mindspore_engine.optim import Ema
 from cogvideox_factory.mindspore_engine.start import Plan, make_plan
 from cogvideox_factory.mindspore_engine.transformer import CogVideoXTransformer
 from cogvideox_factory.mindspore_engine.watch import Watch
+from cogvideox_factory.model_card import describe_run
 from cogvideox_factory.publish import require_room, sweep
 from cogvideox_factory.recipe import write_recipe
 from cogvideox_factory.resume import check_resume, find_start, identity, record_of, shared_files, shared_settings
@@ -93,7 +95,10 @@ def _train(
         tracker.start()
     loop.run(start)
     with loop.ema.in_model() if loop.ema else nullcontext():
-        export(transformer, plan.run_folder, method=plan.config.train.method, ranks=ranks)
+        export(
+            transformer, plan.run_folder, method=plan.config.train.method, ranks=ranks,
+            describe=partial(describe_run, plan.run_folder),
+        )  # fmt: skip
     say(f"final weights in {plan.run_folder / 'final'}")
 
 

@@ -57,6 +57,8 @@ def test_fifty_steps_are_those_of_the_other_engine(case, tmp_path, monkeypatch):
     assert len(found) == len(expected) == runs.NUM_STEPS
     assert np.abs(np.diff(expected)).mean() > 100 * CURVES
     assert np.abs(found - expected).max() <= CURVES
+    card = (folder / "final" / "README.md").read_text()
+    assert {"t2v lora": "pipeline_tag: text-to-video", "i2v full": "pipeline_tag: image-to-video"}[case] in card
     if case == "t2v lora":
         ours = load_file(folder / "final" / "pytorch_lora_weights.safetensors")
         theirs = load_file(runs.LORAS["torch"])
