@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from cogvideox_factory.checkpoints import checkpoint_folder, list_checkpoints
 from cogvideox_factory.config import Config
-from cogvideox_factory.errors import FactoryError, StorageError
+from cogvideox_factory.errors import FactoryError, NonFiniteError, StorageError
 from cogvideox_factory.mindspore_engine import checkpoint, train, watch
 from cogvideox_factory.mindspore_engine.border import put_own, rows_of, to_array, to_tensor, whole_array
 from cogvideox_factory.mindspore_engine.learner import Learner
@@ -115,17 +115,21 @@ def parts(root: Path) -> dict[str, Config]:
 # --- what runs in each of the processes -------------------------------------------------------------------------------
 
 
-def in_each(configs: dict[str, Config], stopped: Config | None, out_of_room: Config | None) -> dict[str, Any]:
-    """Train; return how many numbers this process held in each run, and how two others ended."""
+def in_each(
+    configs: dict[str, Config], stopped: Config | None, out_of_room: Config | None, unseen: Config | None
+) -> dict[str, Any]:
+    """Train; return how many numbers this process held in each run, how it ended, and how others ended."""
     found: dict[str, Any] = {"held": {}, "ends": {}}
     for name, config in configs.items():
         update = train_here(config)
         found["held"][name], found["ends"][name] = numbers_in(update), (digest_of(update), update.scalars())
     found["odd"] = odd_rows()
     found["overflow"] = {zero: overflow_in_one(zero) for zero in (0, 1, 2)}
-    if stopped and out_of_room:
+    if stopped and out_of_room and unseen:
         found["stopped"] = error_of(stopped, asked_in_one())
         found["out of room"] = error_of(out_of_room, full_disk())
+        with nan_in_one():
+            train.run(unseen)
     return found
 
 
@@ -233,6 +237,20 @@ def full_disk() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def nan_in_one() -> Iterator[None]:
+    """Let the model draw NaN for the prompt of the second process alone."""
+
+    def video(self: watch.SampleVideos, index: int) -> np.ndarray:
+        if os.environ["RANK_ID"] == "1":
+            raise NonFiniteError("the latents are not finite")
+        return np.zeros((9, 64, 96, 3), np.uint8)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch.SampleVideos, "_video", video)
+        yield
+
+
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
@@ -251,10 +269,13 @@ def seen(root, tmp_path_factory):
     for size, cases in CASES.items():
         cases = cases | (ROUNDED if size == 2 else {})
         configs = {name: recipe(root, f"{size} {name}", case, size, **more) for name, (case, more) in cases.items()}
-        others: tuple[Config | None, Config | None] = None, None
+        others: tuple[Config | None, Config | None, Config | None] = None, None, None
         if size == 2:
             configs |= parts(root)
-            others = recipe(root, "stopped", LORA, 2), recipe(root, "out of room", FULL, 2, parallel={"zero": 2})
+            others = (
+                recipe(root, "stopped", LORA, 2), recipe(root, "out of room", FULL, 2, parallel={"zero": 2}),
+                recipe(root, "unseen", LORA, 2, **SHOWN),
+            )  # fmt: skip
         folder = tmp_path_factory.mktemp(f"many-{size}")
         found[size] = run_in(size, in_each, configs, *others, folder=folder, limit_seconds=1500)
     return found
@@ -420,3 +441,11 @@ def test_a_disk_that_is_full_is_every_process_affair(root, seen):
     for process in seen[2]:
         assert process["out of room"] == ("StorageError", "the disk is full")
     assert not list_checkpoints(folder_of(root, "out of room"))
+
+
+def test_a_sample_video_that_fails_in_one_process_ends_no_run(root, seen):
+    assert seen[2]
+    run = folder_of(root, "unseen")
+    assert (run / "final" / "pytorch_lora_weights.safetensors").exists()
+    assert [row["step"] for row in logged(run) if "validation_loss" in row] == [0, 2]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step-{n:06}-00.mp4" for n in (0, 2)]
