@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mindspore import Tensor
 
+from cogvideox_factory.entries import report_cut_captions
 from cogvideox_factory.metrics import say
 from cogvideox_factory.mindspore_engine.border import to_array, to_tensor
 from cogvideox_factory.mindspore_engine.start import Machine
@@ -43,6 +44,7 @@ def encode_prompts(
     missing = [prompt for prompt in wanted if prompt not in known]
     if missing:
         encoder = TextEncoder.from_folder(model, dtype=machine.dtype, mode=machine.mode)
+        report_cut_captions(encoder.truncated_tokens, missing, length, strict=False, called="prompts")
         for prompt in missing:
             known[prompt] = encoder.encode([prompt], length)
             if kept is not None:
