@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.interleave import Ratio, interleave
 from cogvideox_factory.models import PUBLISHED, TransformerConfig
-from cogvideox_factory.torch_engine.block import VECTORS_PER_BLOCK
+from cogvideox_factory.torch_engine.block import VECTORS_PER_BLOCK, split_vectors
 from cogvideox_factory.torch_engine.transformer import CogVideoXTransformer
 
 TEXT, GRID = 226, (6, 30, 30)  # latent frames, height, width: 6 * 15 * 15 = 1,350 tokens
@@ -47,7 +47,7 @@ def block_ratio(name: str, dtype: torch.dtype, *, backward: bool, target: float,
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, TEXT + positions.num_video_tokens, CONFIG.width, generator=generator).to(dtype)
     time = torch.randn(1, CONFIG.time_embed_dim, generator=generator).to(dtype).requires_grad_()
-    vectors = tuple(v.detach().requires_grad_() for v in ours.modulation(torch.nn.functional.silu(time)))
+    vectors = tuple(v.detach().requires_grad_() for v in split_vectors(ours.modulation(torch.nn.functional.silu(time))))
     assert len(vectors) == VECTORS_PER_BLOCK
     text, video, joint = (t.detach().clone().requires_grad_() for t in (x[:, :TEXT], x[:, TEXT:], x))
     rotary = tuple(table[TEXT:, 0].repeat_interleave(2, dim=-1) for table in positions.rotary)
