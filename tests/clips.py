@@ -1,5 +1,6 @@
 """Drawn clips of the tiny world on disk, with their captions."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,3 +30,9 @@ def draw_lists(folder: Path, shapes: Iterable[Shape], *, seed: int, prompts: str
     for file in captions:
         file.unlink()
     return folder
+
+
+def real_lists() -> Path | None:
+    """Return the folder of real clips that COGVIDEOX_REAL_CLIPS names, if it has the two lists of old."""
+    real = Path(os.environ.get("COGVIDEOX_REAL_CLIPS", ""))
+    return real if (real / "prompt.txt").is_file() and (real / "videos.txt").is_file() else None

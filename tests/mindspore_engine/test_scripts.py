@@ -14,7 +14,7 @@ pytest.importorskip("mindspore", reason="the MindSpore engine has an environment
 from PIL import Image
 
 from cogvideox_factory.recipe import read_recipe
-from tests.clips import draw_lists
+from tests.clips import draw_lists, real_lists
 from tests.golden.cases import model_folder
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -37,9 +37,12 @@ def script(name: str, *words: str, **variables: object) -> str:
 
 @pytest.mark.parametrize(("task", "short", "num"), [("text", "t2v", 2), ("image", "i2v", 1)])
 def test_prepare_train_and_infer_by_the_scripts(task, short, num, tmp_path):
-    """Two processes divide what the scripts divide without being asked: tokens, and the weights."""
+    """Two processes divide what the scripts divide without being asked: tokens, and the weights.
+
+    Of real clips where COGVIDEOX_REAL_CLIPS names some.
+    """
     model = model_folder("cogvideox1.5-5b" if short == "t2v" else "cogvideox1.5-5b-i2v")
-    clips = draw_lists(tmp_path / "clips", [(9, 64, 96)] * 2, seed=3, prompts="prompt.txt")
+    clips = real_lists() or draw_lists(tmp_path / "clips", [(9, 64, 96)] * 2, seed=3, prompts="prompt.txt")
     common = {
         "MODEL_NAME_OR_PATH": model,
         "DATA_ROOT": tmp_path / "prepared",

@@ -1,18 +1,16 @@
 """Drawn clips with the two lists of old, once a session."""
 
-import os
 from pathlib import Path
 
 import pytest
 
-from tests.clips import draw_lists
+from tests.clips import draw_lists, real_lists
 
 
 @pytest.fixture(scope="session")
 def readme_clips(old_clips) -> Path:
     """Real clips with the two lists of old, where COGVIDEOX_REAL_CLIPS names some; drawn ones elsewhere."""
-    real = Path(os.environ.get("COGVIDEOX_REAL_CLIPS", ""))
-    return real if (real / "prompt.txt").is_file() and (real / "videos.txt").is_file() else old_clips
+    return real_lists() or old_clips
 
 
 @pytest.fixture(scope="session")
