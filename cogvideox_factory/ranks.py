@@ -6,7 +6,9 @@ neighbouring sequences may share a video that is made: one predicts with its pro
 Weights lie on a grid of their own over all ranks, (replicas, shards).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cogvideox_factory.errors import FactoryError
 
@@ -78,3 +80,45 @@ class Layout:
 
 class AgreedError(FactoryError):
     """What failed in one process and was told to all, which are at the same point."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Place:
+    """One process among those of its run; each engine adds how it talks to the others."""
+
+    layout: Layout
+    rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that speaks and writes."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a batch this process takes, of `layout.num_data_ranks`."""
+        return self.rank // self.layout.num_video_ranks
+
+    @property
+    def leads_video(self) -> bool:
+        """Whether this is the one process that writes what it makes with others of its video."""
+        return self.rank % self.layout.num_video_ranks == 0
+
+
+def require_same(facts: Sequence[Mapping[str, Any]], *, leads: bool) -> None:
+    """Compare what all processes said, in their order; `leads` says whether this is the one that tells the user.
+
+    Raises:
+        FactoryError: naming the first that differs from the leading one, and in what.
+    """
+    lead, *others = facts
+    for rank, own in enumerate(others, start=1):
+        if own != lead:
+            names = [name for name in dict.fromkeys([*lead, *own]) if lead.get(name) != own.get(name)]
+            told = "; ".join(f"{name} is {own.get(name)!r} there and {lead.get(name)!r} here" for name in names[:5])
+            error = FactoryError(
+                f"process {rank} is not of the same run as process 0: {told}. Start all with the same recipe and "
+                "flags, on the same version, model and data."
+            )
+            error.echoed = not leads
+            raise error

@@ -37,6 +37,7 @@ def load_frozen(plan: Plan, source: CacheSource | RawSource) -> Frozen:
         return Frozen(encoder=None, vae=None, prompt_embeds=[])
     text_encoder = TextEncoder.from_folder(plan.folder, dtype=machine.dtype, mode=machine.mode)
     texts = [config.sampling.negative_prompt, *prompts] if prompts else []
+    report_cut_captions(text_encoder.truncated_tokens, texts, plan.text_length, strict=False, called="prompts")
     embeds = [text_encoder.encode([text], plan.text_length) for text in texts]
     vae = CogVideoXVAE.from_folder(plan.folder / "vae", dtype=machine.dtype, mode=machine.mode)
     if config.data.vae_tiling:

@@ -22,7 +22,7 @@ from cogvideox_factory.errors import FactoryError, StorageError
 from cogvideox_factory.launcher import only_introduces
 from cogvideox_factory.mindspore_engine.border import to_array, to_tensor
 from cogvideox_factory.mindspore_engine.collectives import Group, all_gather, all_reduce
-from cogvideox_factory.ranks import AgreedError, Layout
+from cogvideox_factory.ranks import AgreedError, Layout, Place, require_same
 
 _PARTING_SECONDS = 2.0
 
@@ -30,31 +30,14 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Ranks:
+class Ranks(Place):
     """This process among those of its run; with one process there is nothing to talk about and no group."""
 
-    layout: Layout
-    rank: int = 0
     everyone: Group | None = None
     sequence: Group | None = None
     """Those that divide a token stream."""
     shards: Group | None = None
     """Those that divide a copy of what `layout.zero` divides."""
-
-    @property
-    def leads(self) -> bool:
-        """Whether this is the process that speaks and writes."""
-        return self.rank == 0
-
-    @property
-    def data_rank(self) -> int:
-        """Which share of a batch this process takes, of `layout.num_data_ranks`."""
-        return self.rank // self.layout.num_video_ranks
-
-    @property
-    def leads_video(self) -> bool:
-        """Whether this is the one process that writes what it makes with others of its sequence."""
-        return self.rank % self.layout.num_video_ranks == 0
 
     def mean(self, x: Tensor) -> Tensor:
         """Return the mean of `x` over all processes."""
@@ -81,19 +64,7 @@ class Ranks:
         Raises:
             FactoryError: in all processes, naming the first that differs from the leading one, and in what.
         """
-        if self.everyone is None:
-            return
-        lead, *others = self.gather(dict(facts))
-        for rank, own in enumerate(others, start=1):
-            if own != lead:
-                names = [name for name in dict.fromkeys([*lead, *own]) if lead.get(name) != own.get(name)]
-                told = "; ".join(f"{name} is {own.get(name)!r} there and {lead.get(name)!r} here" for name in names[:5])
-                error = FactoryError(
-                    f"process {rank} is not of the same run as process 0: {told}. Start all with the same recipe and "
-                    "flags, on the same version, model and data."
-                )
-                error.echoed = not self.leads
-                raise error
+        require_same(self.gather(dict(facts)), leads=self.leads)
 
     def together(self, function: Callable[[], T]) -> T:
         """Return what `function()`, which may not talk to other processes, returns in this one, if it failed in none.

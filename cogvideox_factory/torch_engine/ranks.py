@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cogvideox_factory.errors import FactoryError, PeerError
-from cogvideox_factory.ranks import AgreedError, Layout
+from cogvideox_factory.ranks import AgreedError, Layout, Place, require_same
 from cogvideox_factory.torch_engine.exhausted import is_out_of_memory
 from cogvideox_factory.torch_engine.sequence_parallel import SequenceGroup, ulysses_degree
 
@@ -31,11 +31,9 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Ranks:
+class Ranks(Place):
     """This process among those of its run; with one process there is nothing to talk about and no group."""
 
-    layout: Layout
-    rank: int = 0
     mesh: "DeviceMesh | None" = None
     """Of the weights, (replicas, shards)."""
     sequence: SequenceGroup | None = None
@@ -45,21 +43,6 @@ class Ranks:
     """Those that have the same clips, or make a video together."""
     talk: dist.ProcessGroup | None = None
     """For what is said on the host, beside the devices' traffic."""
-
-    @property
-    def leads(self) -> bool:
-        """Whether this is the process that speaks and writes."""
-        return self.rank == 0
-
-    @property
-    def data_rank(self) -> int:
-        """Which share of a batch this process takes, of `layout.num_data_ranks`."""
-        return self.rank // self.layout.num_video_ranks
-
-    @property
-    def leads_video(self) -> bool:
-        """Whether this is the one process that writes what it makes with others of its video."""
-        return self.rank % self.layout.num_video_ranks == 0
 
     def mean(self, x: Tensor) -> Tensor:
         """Return the mean of `x` over all processes."""
@@ -251,17 +234,7 @@ def _mesh(layout: Layout, device_type: str, patience: timedelta) -> "DeviceMesh"
 def _require_agreement(facts: Mapping[str, Any], talk: dist.ProcessGroup) -> None:
     all_facts: list[Any] = [None] * dist.get_world_size(talk)
     dist.all_gather_object(all_facts, dict(facts), group=talk)
-    lead = all_facts[0]
-    for rank, own in enumerate(all_facts):
-        if own != lead:
-            names = [name for name in dict.fromkeys([*lead, *own]) if lead.get(name) != own.get(name)]
-            told = "; ".join(f"{name} is {own.get(name)!r} there and {lead.get(name)!r} here" for name in names[:5])
-            error = FactoryError(
-                f"process {rank} is not of the same run as process 0: {told}. Start all with the same recipe and "
-                "flags, on the same version, model and data."
-            )
-            error.echoed = dist.get_rank() != 0
-            raise error
+    require_same(all_facts, leads=dist.get_rank() == 0)
 
 
 def _sequence_group(layout: Layout, num_heads: int, patience: timedelta) -> SequenceGroup:
